@@ -1,0 +1,53 @@
+# Everything is installed into .venv inside this folder; a second call re-uses it.
+#   make demo   fine-tune a pretrained encoder without and with SMART, print both results
+#   make test   run the tests          make lint   ruff and mypy
+
+# the first of these that exists; say `make PYTHON=/path/to/python` for another
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c pass 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+READY := $(VENV)/ready
+
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint style bench clean
+
+help:
+	@sed -n '1,4p' Makefile
+	@echo '#   make test-slow, make test-gpu, make style, make bench, make clean'
+
+setup: $(READY)
+
+# The order matters: fairseq is built from source against the torch and numpy that are
+# installed first, because an isolated build would fetch the newest torch with CUDA.
+$(READY): setup.py Makefile
+	@echo "setting up $(VENV) with $(PYTHON) (about 4 minutes the first time) ..."
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "make: PYTHON=$(PYTHON) is Python %d.%d; 3.11 or 3.12 is needed (README, Older Pythons)" % v)'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch==2.13.0 numpy cython "setuptools<81" wheel
+	$(PIP) install -q --no-build-isolation fairseq-fixed==0.12.3.1 torchaudio==2.11.0
+	$(PIP) install -q --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+test: $(READY)
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)
+	$(RUN) -m pytest -m gpu
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+style: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .demo build dist *.egg-info
