@@ -1,0 +1,79 @@
+"""RoBERTa whose LayerNorms take their epsilon from a flag, so that BERT's weights compute what BERT computed.
+
+fairseq hard-codes the epsilon 1e-5 in `fairseq.modules.LayerNorm`; BERT was trained with 1e-12
+(Devlin et al., 2019, `layer_norm` of the authors' `modeling.py`, by the default of TensorFlow's contrib.layers).
+On MiniLM the difference alone moves the last hidden state by 2.5e-3. Everything else is fairseq's RoBERTa,
+heads, hub interface and flags included; `python -m smart_fairseq.export` turns a trained
+model into one of `--arch roberta`.
+"""
+
+import math
+
+import torch
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.roberta.model import RobertaModel, base_architecture, roberta_large_architecture
+from fairseq.utils import safe_getattr
+
+from smart_fairseq.errors import require
+
+BERT_LAYER_NORM_EPS = 1e-12
+
+
+def set_layer_norm_eps(model: torch.nn.Module, eps: float) -> None:
+    """Give every LayerNorm inside `model` the epsilon `eps`.
+
+    Found by attribute rather than by class, because fairseq uses apex's fused LayerNorm where that is installed.
+    """
+    for module in model.modules():
+        if hasattr(module, "normalized_shape") and hasattr(module, "eps"):
+            module.eps = eps
+
+
+@register_model("smart_bert")
+class SmartBertModel(RobertaModel):
+    """fairseq's RoBERTa with `--smart-layer-norm-eps` in place of the hard-coded 1e-5.
+
+    Raises `UsageError` for an epsilon that is not a positive number.
+    """
+
+    def __init__(self, args, encoder):
+        super().__init__(args, encoder)
+        eps = args.smart_layer_norm_eps
+        require(math.isfinite(eps) and eps > 0, "--smart-layer-norm-eps", eps, "a positive number, such as 1e-12")
+        set_layer_norm_eps(self.encoder, eps)
+
+    @classmethod
+    def hub_models(cls):
+        # RobertaModel's archives hold checkpoints of arch roberta
+        return {}
+
+    @staticmethod
+    def add_args(parser):
+        RobertaModel.add_args(parser)
+        parser.add_argument(
+            "--smart-layer-norm-eps",
+            type=float,
+            metavar="E",
+            help="epsilon of every LayerNorm (default: 1e-12, BERT's)",
+        )
+
+
+@register_model_architecture("smart_bert", "smart_bert")
+def smart_bert_architecture(args):
+    args.smart_layer_norm_eps = safe_getattr(args, "smart_layer_norm_eps", BERT_LAYER_NORM_EPS)
+    base_architecture(args)
+
+
+@register_model_architecture("smart_bert", "smart_bert_large")
+def smart_bert_large_architecture(args):
+    roberta_large_architecture(args)
+    smart_bert_architecture(args)
+
+
+@register_model_architecture("smart_bert", "smart_bert_minilm_l6")
+def smart_bert_minilm_l6_architecture(args):
+    args.encoder_layers = safe_getattr(args, "encoder_layers", 6)
+    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 384)
+    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 1536)
+    args.encoder_attention_heads = safe_getattr(args, "encoder_attention_heads", 12)
+    smart_bert_architecture(args)
