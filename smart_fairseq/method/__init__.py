@@ -1,0 +1,1 @@
+"""The method's mathematics: files that import torch, the standard library and each other, nothing else."""

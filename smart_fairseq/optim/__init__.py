@@ -1,0 +1,1 @@
+"""Optimizers that the plugin registers, one file per name."""

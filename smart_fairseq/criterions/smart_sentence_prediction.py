@@ -1,0 +1,313 @@
+"""`smart_sentence_prediction`: fairseq's `sentence_prediction` plus the two terms of SMART.
+
+Paper: Jiang et al. (2020), equation 1 and Algorithm 1. Per update, with sums over the batch's examples
+(fairseq divides by their number over all workers and accumulated batches):
+
+    loss = task loss + smart_weight * R_s + bregman_weight * D_Breg
+    R_s     divergence(output at the perturbed embeddings, clean output)
+    D_Breg  divergence(clean output, teacher's output)
+
+The task loss, its metrics and the whole of evaluation are those of `sentence_prediction`, whose code runs
+unchanged; with both weights 0 so does training.
+"""
+
+import logging
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.sentence_prediction import SentencePredictionConfig, SentencePredictionCriterion
+from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor, nn
+
+from ..errors import UsageError, require
+from ..method.adversary import Adversary, find_perturbation, norm
+from ..method.divergence import DIVERGENCES, squared_error
+from ..method.dropout import RandomState, without_dropout
+from ..method.noise import example_noise
+from ..perturb import Forward, embedding_weight, token_mask
+from ..teacher_link import TeacherLink
+from ..training_checks import check_best_metric, check_labels, check_model, check_restore_file
+
+logger = logging.getLogger(__name__)
+
+
+# fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
+@dataclass
+class SmartSentencePredictionConfig(SentencePredictionConfig):
+    smart_weight: float = field(
+        default=1.0,
+        metadata={"help": "weight of the smoothness term; 0 switches it off"},
+    )
+    smart_epsilon: float = field(
+        default=1e-5,
+        metadata={"help": "radius of the ball around the embeddings (with --smart-projection ball)"},
+    )
+    smart_noise_std: float = field(
+        default=1e-5,
+        metadata={"help": "standard deviation of the noise that the perturbation starts from"},
+    )
+    smart_step_size: float = field(
+        default=1e-3,
+        metadata={"help": "length of an ascent step along the normalised gradient"},
+    )
+    smart_steps: int = field(
+        default=1,
+        metadata={"help": "number of ascent steps"},
+    )
+    smart_norm: ChoiceEnum(["inf", "l2"]) = field(  # type: ignore[valid-type]
+        default="inf",
+        metadata={"help": "norm of the ball and of the gradient's normalisation"},
+    )
+    smart_norm_scope: ChoiceEnum(["example", "token"]) = field(  # type: ignore[valid-type]
+        default="example",
+        metadata={"help": "what a norm is taken over: the tokens of an example together, or each token"},
+    )
+    smart_projection: ChoiceEnum(["ball", "normalize"]) = field(  # type: ignore[valid-type]
+        default="ball",
+        metadata={"help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"},
+    )
+    smart_embedding: ChoiceEnum(["token", "input"]) = field(  # type: ignore[valid-type]
+        default="token",
+        metadata={"help": "what is perturbed: the embedding lookup, or what enters the first layer"},
+    )
+    smart_dropout: ChoiceEnum(["shared", "independent", "off"]) = field(  # type: ignore[valid-type]
+        default="shared",
+        metadata={
+            "help": "dropout masks of the perturbed pass: the clean pass's, fresh ones, or none in either pass "
+            "of the smoothness term (one more forward)"
+        },
+    )
+    smart_divergence: ChoiceEnum(["auto", "sym_kl", "kl", "js", "squared"]) = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={"help": "divergence between outputs; auto: sym_kl for classes, squared for --regression-target"},
+    )
+    smart_mode: ChoiceEnum(["auto", "finite", "tangent"]) = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={"help": "how the term is computed: by two forwards, or to first order (not available yet)"},
+    )
+    smart_bregman_weight: Optional[float] = field(
+        default=None,
+        metadata={"help": "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"},
+    )
+    # what the checks need to see; bare interpolations, so that they do not become flags
+    smart_optimizer: str = II("optimizer._name")
+    smart_restore_file: str = II("checkpoint.restore_file")
+    smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
+
+
+@register_criterion("smart_sentence_prediction", dataclass=SmartSentencePredictionConfig)
+class SmartSentencePredictionCriterion(SentencePredictionCriterion):
+    """The criterion; its flags are `SmartSentencePredictionConfig`, errors are `UsageError`s at construction
+    or when the first epoch begins."""
+
+    def __init__(self, cfg: SmartSentencePredictionConfig, task: Any) -> None:
+        super().__init__(cfg, task)
+        self.cfg = cfg
+        self.smart_weight = cfg.smart_weight
+        self.bregman_weight = _bregman_weight(cfg)
+        _check_flags(cfg, task)
+        self.adversary = Adversary(
+            radius=cfg.smart_epsilon,
+            step_size=cfg.smart_step_size,
+            steps=cfg.smart_steps,
+            norm=str(cfg.smart_norm),
+            scope=str(cfg.smart_norm_scope),
+            projection=str(cfg.smart_projection),
+        )
+        self.divergence = squared_error if cfg.regression_target else DIVERGENCES[_divergence_name(cfg)]
+        self._checked = False
+        self.teacher = TeacherLink(on_epoch=self._check_before_training)
+        self.teacher.listen(task)
+
+    def _check_before_training(self, model: nn.Module) -> None:
+        if self._checked:
+            return
+        check_restore_file(self.cfg.smart_restore_file)
+        check_best_metric(self.cfg, self.cfg.smart_best_metric)
+        check_labels(self.task, self.regression_target)
+        if self.smart_weight:
+            check_model(model, self.cfg.smart_epsilon if self.cfg.smart_projection == "ball" else 1.0)
+        self._checked = True
+        logger.info(
+            f"SMART: weight {self.smart_weight:g}, {self.adversary}, Bregman weight {self.bregman_weight:g}"
+        )
+
+    def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Any:
+        """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
+        if not model.training or not (self.smart_weight or self.bregman_weight):
+            return super().forward(model, sample, reduce)
+
+        masks = RandomState(sample["net_input"]["src_tokens"].device)
+        with _output_of(model) as output:
+            loss, sample_size, log = super().forward(model, sample, reduce)
+        clean = output[0]
+        log["task_loss"] = log["loss"]
+        forward = Forward(model, sample["net_input"], self.classification_head_name, str(self.cfg.smart_embedding))
+
+        if self.smart_weight:
+            smoothness, perturbation, mask = self._smoothness(forward, sample, clean, masks)
+            smoothness, dropped = _drop_if_not_finite(smoothness)
+            loss = loss + self.smart_weight * smoothness
+            log["smart_loss"] = smoothness.detach()
+            log["smart_delta"] = self._size(perturbation, mask)
+            log["smart_dropped"] = dropped
+        if self.bregman_weight:
+            bregman, dropped = _drop_if_not_finite(self.divergence(clean, self._teacher_output(forward)).sum())
+            loss = loss + self.bregman_weight * bregman
+            log["bregman_loss"] = bregman.detach()
+            log["bregman_dropped"] = dropped
+
+        log["loss"] = loss.detach()
+        return loss, sample_size, log
+
+    def _smoothness(self, forward: Forward, sample: Dict[str, Any], clean: Tensor, masks: RandomState) -> Any:
+        """Algorithm 1, lines 3 to 9: R_s summed over the batch, the perturbation [B, T, C], its mask [B, T, 1]."""
+        tokens = sample["net_input"]["src_tokens"]
+        embeddings = embedding_weight(forward.model)
+        mask = token_mask(forward.model, tokens)
+        # seeded as fairseq seeds torch on every worker: with its --seed plus the number of the update
+        noise = example_noise(sample["id"], tokens.shape[1], embeddings.shape[1], seed=torch.initial_seed())
+        # at least float32, whatever the model's precision
+        noise = noise.to(torch.promote_types(embeddings.dtype, torch.float32)) * self.cfg.smart_noise_std
+        if self.cfg.smart_dropout == "off":
+            with without_dropout(forward.model):
+                clean = forward()
+        weights = forward.frozen_weights()
+
+        def frozen(perturbation: Tensor) -> Tensor:
+            with self._dropout(forward.model, masks):
+                return forward(weights, perturbation)
+
+        perturbation = find_perturbation(frozen, clean, noise, mask, self.divergence, self.adversary)
+        with self._dropout(forward.model, masks):
+            adversarial = forward(perturbation=perturbation)
+        return self.divergence(adversarial, clean).sum(), perturbation, mask
+
+    @contextmanager
+    def _dropout(self, model: nn.Module, masks: RandomState) -> Iterator[None]:
+        """The dropout of a pass of the smoothness term, as ``--smart-dropout`` says."""
+        if self.cfg.smart_dropout == "shared":
+            with masks.replayed():
+                yield
+        elif self.cfg.smart_dropout == "off":
+            with without_dropout(model):
+                yield
+        else:
+            yield
+
+    def _teacher_output(self, forward: Forward) -> Tensor:
+        """The teacher's logits [B, K], without dropout and without gradients."""
+        with torch.no_grad(), without_dropout(forward.model):
+            return forward(self.teacher.weights(forward.model))
+
+    def _size(self, perturbation: Tensor, mask: Tensor) -> Tensor:
+        """Norms of the perturbation (of each example, or of the mean token of each), summed over the batch."""
+        sizes = norm(perturbation, self.adversary)
+        if self.adversary.scope == "token":
+            sizes = (sizes * mask).sum(dim=1) / mask.sum(dim=1)
+        return sizes.sum()
+
+    def logging_outputs_can_be_summed(self) -> bool:  # type: ignore[override]
+        """Yes, but for the lists of predictions that GLUE's metrics need during evaluation."""
+        return self.training or not self.keep_pred_and_targ
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Those of `sentence_prediction`, and while training the terms in nats per example, unweighted."""
+        SentencePredictionCriterion.reduce_metrics(logging_outputs)
+        sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
+        for key in ("task_loss", "smart_loss", "bregman_loss", "smart_delta"):
+            if logging_outputs and key in logging_outputs[0]:
+                total = sum(log.get(key, 0) for log in logging_outputs)
+                # the meter that is saved and averaged is hidden; what is printed keeps significant digits
+                metrics.log_scalar("_" + key, total / sample_size, sample_size)
+                metrics.log_derived(key, lambda meters, key=key: _significant(meters["_" + key].avg))
+        for key in ("smart_dropped", "bregman_dropped"):
+            dropped = sum(log.get(key, 0) for log in logging_outputs)
+            if dropped:
+                metrics.log_scalar_sum(key, int(dropped), round=0)
+
+
+def _significant(value: Any, digits: int = 3) -> float:
+    """A number rounded to significant digits, so that 1.3e-06 is not printed as 0."""
+    return float(f"{float(value):.{digits - 1}e}")
+
+
+def _drop_if_not_finite(term: Tensor) -> Any:
+    """The term and 0, or 0 and 1: a term that is not finite must not reach the weights."""
+    if torch.isfinite(term.detach()):
+        return term, 0
+    return torch.zeros_like(term), 1
+
+
+@contextmanager
+def _output_of(model: nn.Module) -> Iterator[List[Tensor]]:
+    """The logits that the block's forward of ``model`` returns: `sentence_prediction` keeps them to itself."""
+    logits: List[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    try:
+        yield logits
+    finally:
+        handle.remove()
+
+
+def _bregman_weight(cfg: SmartSentencePredictionConfig) -> float:
+    has_teacher = cfg.smart_optimizer == "mbpp"
+    weight = cfg.smart_bregman_weight
+    if weight is None:
+        if not has_teacher:
+            logger.info(
+                f"--smart-bregman-weight is not set and --optimizer is {cfg.smart_optimizer}: no Bregman term "
+                "(--optimizer mbpp brings it, with weight 1)"
+            )
+        return 1.0 if has_teacher else 0.0
+    require(weight >= 0 and math.isfinite(weight), "--smart-bregman-weight", weight, "0 or above")
+    if weight > 0 and not has_teacher:
+        raise UsageError(
+            f"--smart-bregman-weight is {weight:g} but --optimizer is {cfg.smart_optimizer}; "
+            "a value above 0 needs --optimizer mbpp, which keeps the teacher"
+        )
+    return weight
+
+
+def _divergence_name(cfg: SmartSentencePredictionConfig) -> str:
+    if cfg.smart_divergence == "auto":
+        return "squared" if cfg.regression_target else "sym_kl"
+    return str(cfg.smart_divergence)
+
+
+def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
+    """Raise `UsageError` for values that would train something else than the user believes."""
+    require(cfg.smart_weight >= 0 and math.isfinite(cfg.smart_weight), "--smart-weight", cfg.smart_weight, "0 or above")
+    for flag, value in (
+        ("--smart-epsilon", cfg.smart_epsilon),
+        ("--smart-noise-std", cfg.smart_noise_std),  # at the clean point itself the gradient is 0
+        ("--smart-step-size", cfg.smart_step_size),
+    ):
+        require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+    lowest = 1 if cfg.smart_weight else 0
+    require(
+        cfg.smart_steps >= lowest,
+        "--smart-steps",
+        cfg.smart_steps,
+        f"{lowest} or more (--smart-weight 0 switches the term off)",
+    )
+    if cfg.smart_mode == "tangent":
+        raise UsageError("--smart-mode is tangent, which is not available yet; use finite (or auto, which is the same now)")
+    num_classes = task.cfg.num_classes
+    if cfg.regression_target:
+        require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
+        if _divergence_name(cfg) != "squared":
+            raise UsageError(
+                f"--smart-divergence is {_divergence_name(cfg)} with --regression-target, whose single output is no "
+                "distribution; use squared or auto"
+            )
+        return
+    if cfg.smart_weight or cfg.smart_bregman_weight:
+        require(num_classes >= 2, "--num-classes", num_classes, "2 or more without --regression-target")

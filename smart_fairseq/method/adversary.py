@@ -1,0 +1,120 @@
+"""The adversary: the small perturbation that changes the model's output most.
+
+Paper: Jiang et al. (2020), section 3.1 and Algorithm 1, lines 4 to 8.
+
+| paper | here | meaning |
+| --- | --- | --- |
+| x~ - x | perturbation | what is added to the embeddings, B x T x C |
+| epsilon, p | radius, norm | the ball ||x~ - x||_p <= epsilon |
+| sigma | (scale of ``noise``) | standard deviation of the starting point |
+| eta | step_size | ascent step along the normalised gradient |
+| T_x~ | steps | number of ascent steps |
+
+Open in the paper, settled here: the norm of the gradient is taken over an example ("example"; over the
+batch, examples would depend on their neighbours) or a token ("token"); it is the norm that also defines
+the ball. The clean output is held fixed during the ascent.
+
+The authors' release has no ball: "normalize" divides the perturbation by its own norm after each step,
+so that its size is 1 and the radius plays no part.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, Tuple
+
+import torch
+from torch import Tensor
+
+from .divergence import Divergence
+
+__all__ = ["Adversary", "find_perturbation", "norm", "normalize", "project"]
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Algorithm 1's constants; the defaults are the paper's (section 4.1).
+
+    radius: size of the ball, in the units of the embeddings; above 0.
+    step_size: length of an ascent step in the same units; above 0.
+    steps: number of ascent steps; 1 or more.
+    norm: "inf" or "l2".
+    scope: "example" (over T x C) or "token" (over C).
+    projection: "ball" (Algorithm 1) or "normalize" (the authors' release).
+    """
+
+    radius: float = 1e-5
+    step_size: float = 1e-3
+    steps: int = 1
+    norm: str = "inf"
+    scope: str = "example"
+    projection: str = "ball"
+
+
+def norm(tensor: Tensor, adversary: Adversary) -> Tensor:
+    """The norm of each example or token, kept broadcastable.
+
+    Args:
+        tensor: [B, T, C], float32 or wider.
+    Returns:
+        [B, 1, 1] (scope "example") or [B, T, 1] (scope "token").
+    """
+    over: Tuple[int, ...] = (1, 2) if adversary.scope == "example" else (2,)
+    largest = tensor.abs().amax(dim=over, keepdim=True)
+    if adversary.norm == "inf":
+        return largest
+    # squares of 1e-20 and below vanish in float32, so the largest entry is taken out first
+    scaled = tensor / largest.clamp_min(torch.finfo(tensor.dtype).tiny)
+    return largest * scaled.square().sum(dim=over, keepdim=True).sqrt()
+
+
+def normalize(tensor: Tensor, adversary: Adversary) -> Tensor:
+    """``tensor`` divided by its norm; where that is 0 (padding, a flat output), 0. [B, T, C] -> [B, T, C]."""
+    return tensor / norm(tensor, adversary).clamp_min(torch.finfo(tensor.dtype).tiny)
+
+
+def project(perturbation: Tensor, adversary: Adversary) -> Tensor:
+    """The nearest point of the ball (Algorithm 1) or the perturbation at unit norm (the release).
+
+    Args:
+        perturbation: [B, T, C], float32 or wider.
+    Returns:
+        [B, T, C]; in the ball, its norm is at most ``adversary.radius``.
+    """
+    if adversary.projection == "normalize":
+        return normalize(perturbation, adversary)
+    if adversary.norm == "inf":
+        return perturbation.clamp(-adversary.radius, adversary.radius)
+    size = norm(perturbation, adversary).clamp_min(torch.finfo(perturbation.dtype).tiny)
+    return perturbation * (adversary.radius / size).clamp_max(1.0)
+
+
+def find_perturbation(
+    logits_fn: Callable[[Tensor], Tensor],
+    clean_logits: Tensor,
+    noise: Tensor,
+    mask: Tensor,
+    divergence: Divergence,
+    adversary: Adversary,
+) -> Tensor:
+    """Algorithm 1, lines 4 to 8: ascend from the noise, one projected gradient step at a time.
+
+    Args:
+        logits_fn: perturbation [B, T, C] -> outputs [B, K]; differentiable in the perturbation. To spend
+            nothing on weight gradients, its weights must not require gradients.
+        clean_logits: [B, K], outputs without perturbation; held fixed.
+        noise: [B, T, C], float32 or wider: the starting point nu ~ N(0, sigma^2 I).
+        mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
+        divergence: l_s, one number per example.
+    Returns:
+        [B, T, C], dtype of ``noise``, detached. Not finite where a gradient was not.
+    """
+    clean_logits = clean_logits.detach()
+    perturbation = noise * mask
+    for _ in range(adversary.steps):
+        perturbation.requires_grad_()
+        with torch.enable_grad():
+            # a sum, not a mean: each example's gradient is its own, and the scale cancels below
+            gain = divergence(logits_fn(perturbation), clean_logits).sum()
+        (gradient,) = torch.autograd.grad(gain, perturbation)
+        ascended = perturbation.detach() + adversary.step_size * normalize(gradient, adversary)
+        perturbation = project(ascended, adversary) * mask
+    return perturbation

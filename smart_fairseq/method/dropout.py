@@ -1,0 +1,51 @@
+"""Dropout between passes: the same masks again, or none.
+
+With independent masks the divergence of two passes is mostly dropout; with the same masks it measures
+what its definition says. Masks are functions of the generators' states, so replaying the states replays
+the masks.
+"""
+
+from contextlib import contextmanager
+from typing import Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "without_dropout"]
+
+
+class RandomState:
+    """The states of torch's generators at one moment, on the CPU and on one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu: Tensor = torch.get_rng_state()
+        self.cuda: Optional[Tensor] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a block from this state, then go on as if the block had drawn nothing."""
+        after = RandomState(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            after.restore()
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Run a block with every module of ``model`` in evaluation mode, then restore each as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,51 @@
+"""The teacher: an exponential moving average of the weights.
+
+Paper: Jiang et al. (2020), section 3.2, equations 2 (VBPP) and 3 (MBPP), Algorithm 1, line 12:
+theta~ <- (1 - beta) theta + beta theta~. beta multiplies the old teacher, as in optax and timm.
+
+Deviation: none. With momentum 0 the teacher is the previous outer iterate (VBPP), with 1 it stays at
+the pretrained weights.
+"""
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["average_", "momentum_at"]
+
+
+def momentum_at(
+    update: int, *, total_updates: int, momentum: float, warmup_momentum: float, warmup_ratio: float
+) -> float:
+    """beta at an update: ``warmup_momentum`` for the first part of training, then ``momentum``.
+
+    Momentum 0 (VBPP) and 1 (a frozen teacher) are modes rather than averages: they hold from the start.
+
+    Args:
+        update: number of the update, from 1.
+        total_updates: updates in the whole training.
+        warmup_ratio: the first part, as a fraction of ``total_updates``.
+    Source: Jiang et al. (2020), section 4.1: 0.99 for t <= 0.1 T, then 0.999.
+    """
+    if momentum in (0.0, 1.0):
+        return momentum
+    return warmup_momentum if update <= warmup_ratio * total_updates else momentum
+
+
+@torch.no_grad()
+def average_(teacher: Sequence[Tensor], weights: Sequence[Tensor], momentum: float) -> None:
+    """theta~ <- (1 - beta) theta + beta theta~, in place, in the teacher's precision.
+
+    Args:
+        teacher: tensors, float32 or wider: with beta 0.999 a half-precision average stands still.
+        weights: tensors of the same shapes, any float dtype.
+    """
+    if momentum == 1.0:
+        return
+    if momentum == 0.0:  # exactly the weights: an interpolation would round
+        for average, weight in zip(teacher, weights):
+            average.copy_(weight)
+        return
+    wide = [weight.to(average.dtype) for average, weight in zip(teacher, weights)]
+    torch._foreach_lerp_(list(teacher), wide, 1.0 - momentum)

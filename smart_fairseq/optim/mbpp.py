@@ -1,0 +1,220 @@
+"""`mbpp`: a base optimizer together with the teacher of Bregman proximal point optimization.
+
+Paper: Jiang et al. (2020), section 3.2 and Algorithm 1, lines 10 to 12. The optimizer owns the teacher
+and nothing else of the method: the Bregman term itself is part of the criterion's loss, which reads the
+teacher through `smart_fairseq.teacher_link`.
+"""
+
+import argparse
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
+from fairseq.optim.adam import FairseqAdamConfig
+from omegaconf import II, OmegaConf
+from torch import Tensor
+
+from ..errors import UsageError, require
+from ..method.teacher import average_, momentum_at
+
+logger = logging.getLogger(__name__)
+
+
+# fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
+@dataclass
+class MBPPConfig(FairseqAdamConfig):
+    mbpp_base: str = field(
+        default="adam",
+        metadata={"help": "wrapped optimizer: adam, radam, or any registered one that needs no flags of its own"},
+    )
+    mbpp_momentum: float = field(
+        default=0.999,
+        metadata={"help": "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"},
+    )
+    mbpp_warmup_momentum: float = field(
+        default=0.99,
+        metadata={"help": "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"},
+    )
+    mbpp_warmup_ratio: float = field(
+        default=0.1,
+        metadata={"help": "that first part, as a fraction of --max-update (or else of --total-num-update)"},
+    )
+    mbpp_inner_steps: int = field(
+        default=1,
+        metadata={"help": "updates between two averages of the teacher"},
+    )
+    # for the length of training; bare interpolations, so that they do not become flags
+    mbpp_max_update: int = II("optimization.max_update")
+    mbpp_lr_scheduler: Any = II("lr_scheduler")
+    mbpp_zero_sharding: str = II("distributed_training.zero_sharding")
+
+
+class _RAdam(FairseqOptimizer):
+    """torch's RAdam with the flags of fairseq's adam, weight decay decoupled as there."""
+
+    def __init__(self, cfg: MBPPConfig, params: Any) -> None:
+        super().__init__(cfg)
+        betas = cfg.adam_betas
+        if isinstance(betas, str):
+            betas = OmegaConf.to_container(OmegaConf.create(betas.strip().replace("(", "[").replace(")", "]")))
+        self._optimizer = torch.optim.RAdam(
+            params,
+            lr=cfg.lr[0] if isinstance(cfg.lr, Collection) else cfg.lr,
+            betas=tuple(betas),
+            eps=cfg.adam_eps,
+            weight_decay=cfg.weight_decay,
+            decoupled_weight_decay=True,
+        )
+
+    @property
+    def optimizer_config(self) -> Dict[str, Any]:
+        group = self._optimizer.param_groups[0]
+        return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+
+    @property
+    def supports_flat_params(self) -> bool:
+        return True  # it works entry by entry
+
+
+def _build_base(cfg: MBPPConfig, params: Any) -> FairseqOptimizer:
+    """The wrapped optimizer: its own flags at their defaults, those that it shares with adam from ``cfg``."""
+    name = cfg.mbpp_base
+    if name == "radam":
+        return _RAdam(cfg, params)
+    # wrappers of other optimizers, and one that moves the state off the device
+    known = sorted({*OPTIMIZER_REGISTRY, "radam"} - {"mbpp", "composite", "cpu_adam"})
+    require(name in known, "--mbpp-base", name, f"one of {', '.join(known)}")
+    optimizer_class = OPTIMIZER_REGISTRY[name]
+    if name == "adam":
+        return optimizer_class(cfg, params)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    optimizer_class.add_args(parser)
+    try:
+        base_cfg = parser.parse_args([])
+    except SystemExit as error:
+        raise UsageError(f"--mbpp-base {name}: it needs flags of its own; use an optimizer without") from error
+    for key in ("lr", "weight_decay"):
+        setattr(base_cfg, key, getattr(cfg, key))
+    return optimizer_class(base_cfg, params)
+
+
+@register_optimizer("mbpp", dataclass=MBPPConfig)
+class MBPP(FairseqOptimizer):
+    """A base optimizer that also keeps the teacher.
+
+    The teacher is a list of float32 tensors, one for each tensor that the base optimizer updates (one
+    flat tensor with fairseq's flattened --fp16). It exists from the first update on; before that it is
+    the weights. It moves when `step` runs and at no other time, so an update that fairseq skips
+    (overflow) leaves it alone, and it is saved under the key "mbpp" of the optimizer's state.
+
+    Attributes:
+        teacher: list of float32 tensors, or None before the first update.
+        teacher_version: changes whenever the teacher does.
+        updates: number of updates taken.
+    """
+
+    def __init__(self, cfg: MBPPConfig, params: Any) -> None:
+        super().__init__(cfg)
+        for flag, value in (
+            ("--mbpp-momentum", cfg.mbpp_momentum),
+            ("--mbpp-warmup-momentum", cfg.mbpp_warmup_momentum),
+            ("--mbpp-warmup-ratio", cfg.mbpp_warmup_ratio),
+        ):
+            require(0 <= value <= 1, flag, value, "a number from 0 to 1")
+        require(cfg.mbpp_inner_steps >= 1, "--mbpp-inner-steps", cfg.mbpp_inner_steps, "a whole number from 1")
+        require(
+            cfg.mbpp_zero_sharding == "none",
+            "--zero-sharding",
+            cfg.mbpp_zero_sharding,
+            "none with --optimizer mbpp, whose teacher needs all weights on each worker",
+        )
+        self.total_updates = _total_updates(cfg)
+        if cfg.mbpp_momentum == 0 and cfg.mbpp_inner_steps == 1:
+            logger.warning(
+                "--mbpp-momentum 0 with --mbpp-inner-steps 1: the teacher equals the weights at each update, "
+                "so the Bregman term only sees dropout; VBPP needs --mbpp-inner-steps above 1"
+            )
+        self.base = _build_base(cfg, params)
+        self.teacher: Optional[List[Tensor]] = None
+        self.teacher_version = 0
+        self.teacher_is_read = False
+        self.updates = 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.base.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.base.optimizer = optimizer
+
+    @property
+    def optimizer_config(self) -> Dict[str, Any]:
+        return self.base.optimizer_config
+
+    @property
+    def supports_flat_params(self) -> bool:
+        return self.base.supports_flat_params
+
+    def average_params(self) -> None:
+        self.base.average_params()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
+        """One update of the base optimizer, then of the teacher (every ``--mbpp-inner-steps`` updates)."""
+        weights = list(self.params)
+        if self.teacher is None:
+            self.teacher = [weight.detach().to(torch.float32, copy=True) for weight in weights]
+            if not self.teacher_is_read:
+                logger.warning(
+                    "no criterion has read the teacher of --optimizer mbpp; "
+                    "it acts on training only through --criterion smart_sentence_prediction"
+                )
+        self.base.step(closure, scale, groups)
+        self.updates += 1
+        if self.updates % self.cfg.mbpp_inner_steps == 0:
+            momentum = momentum_at(
+                self.updates,
+                total_updates=self.total_updates,
+                momentum=self.cfg.mbpp_momentum,
+                warmup_momentum=self.cfg.mbpp_warmup_momentum,
+                warmup_ratio=self.cfg.mbpp_warmup_ratio,
+            )
+            average_(self.teacher, weights, momentum)
+        self.teacher_version += 1
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {**self.base.state_dict(), "mbpp": {"updates": self.updates, "teacher": self.teacher}}
+
+    def load_state_dict(self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None) -> None:
+        if "mbpp" not in state_dict:
+            raise UsageError("--optimizer mbpp: the checkpoint holds no teacher; start anew with --reset-optimizer")
+        own = state_dict["mbpp"]
+        shapes = [tuple(tensor.shape) for tensor in own["teacher"] or ()]
+        expected = [tuple(weight.shape) for weight in self.params]
+        if shapes and shapes != expected:
+            raise UsageError(
+                f"--optimizer mbpp: the checkpoint's teacher has {len(shapes)} tensors that do not fit the "
+                f"{len(expected)} of this run; resume with the same precision flags, or --reset-optimizer"
+            )
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "mbpp"}, optimizer_overrides)
+        self.updates = own["updates"]
+        self.teacher = own["teacher"] and [
+            tensor.to(weight.device, torch.float32, copy=True) for tensor, weight in zip(own["teacher"], self.params)
+        ]
+        self.teacher_version += 1
+
+
+def _total_updates(cfg: MBPPConfig) -> int:
+    """The length of training that the momentum's schedule refers to."""
+    scheduler = cfg.mbpp_lr_scheduler
+    total = cfg.mbpp_max_update or getattr(scheduler, "total_num_update", 0) or 0
+    if not total and cfg.mbpp_warmup_ratio > 0 and cfg.mbpp_momentum not in (0, 1):
+        raise UsageError(
+            f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, but their number is not known: "
+            "give --max-update (or --total-num-update), or --mbpp-warmup-ratio 0"
+        )
+    return int(total)

@@ -1,0 +1,87 @@
+"""Checks of what exists only once training is about to begin: files, data, the model.
+
+Each raises `UsageError` with one line, or returns.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UsageError, require
+from .perturb import embedding_weight
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["check_best_metric", "check_labels", "check_model", "check_restore_file"]
+
+DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
+
+
+def check_restore_file(path: str) -> None:
+    """A checkpoint that is named must exist: fairseq trains from scratch without a word when it does not."""
+    if path != DEFAULT_RESTORE_FILE and not os.path.isfile(path):
+        raise UsageError(
+            f"--restore-file {path}: no such file; training would have started from random weights. "
+            "Name an existing checkpoint, or leave the flag out to train from scratch"
+        )
+
+
+def check_best_metric(cfg: Any, metric: str) -> None:
+    """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
+    known = ["loss", "nll_loss"]
+    if not cfg.regression_target:
+        known += ["accuracy"]
+    for flag, names in (
+        ("report_mcc", ["mcc"]),
+        ("report_acc_and_f1", ["acc_and_f1", "f1"]),
+        ("report_pearson_and_spearman", ["pearson_and_spearman", "pearson", "spearman"]),
+    ):
+        if getattr(cfg, flag):
+            known += names
+        elif metric in names:
+            raise UsageError(f"--best-checkpoint-metric is {metric}, which needs --{flag.replace('_', '-')}")
+    require(metric in known, "--best-checkpoint-metric", metric, f"one of {', '.join(known)}")
+
+
+def check_labels(task: Any, regression: bool) -> None:
+    """Every label of the loaded splits must be one of the classes (or, for regression, a finite number)."""
+    for split, dataset in task.datasets.items():
+        labels = getattr(getattr(dataset, "dataset", dataset), "defn", {}).get("target")
+        if labels is None:
+            continue
+        values = torch.stack([torch.as_tensor(labels[i]).reshape(-1)[0] for i in range(len(labels))])
+        bad = ~torch.isfinite(values) if regression else (values < 0) | (values >= task.cfg.num_classes)
+        if not bad.any():
+            continue
+        index = int(bad.nonzero()[0])
+        where = f"{os.path.join(task.cfg.data, 'label', split)}: example {index + 1}"
+        if regression:
+            raise UsageError(f"{where} has the target {float(values[index])}; it must be a finite number")
+        value = int(values[index])
+        dictionary = task.label_dictionary
+        word = repr(dictionary[value + dictionary.nspecial]) if value >= 0 else "that label/dict.txt does not hold"
+        raise UsageError(
+            f"{where} has a label {word} (number {value}), outside the {task.cfg.num_classes} classes of --num-classes; "
+            "give the right number, or prepare the data again"
+        )
+
+
+def check_model(model: nn.Module, radius: float) -> None:
+    """The model must take a perturbation and a gradient of it; warn when its precision cannot hold the radius."""
+    arguments = getattr(model, "args", None)
+    if getattr(arguments, "checkpoint_activations", False) or getattr(arguments, "offload_activations", False):
+        raise UsageError(
+            "--checkpoint-activations is on; with --smart-weight above 0 it must be off, because fairseq's checkpointing "
+            "allows no gradient with respect to the embeddings"
+        )
+    weight = embedding_weight(model).detach()
+    resolution = torch.finfo(weight.dtype).eps * float(weight.abs().float().median())
+    if radius < resolution:
+        logger.warning(
+            f"--smart-epsilon {radius:g} is below the resolution of {str(weight.dtype).split('.')[1]} at this model's "
+            f"embeddings (about {resolution:.0e}): the perturbation is lost in rounding and smart_loss measures noise; "
+            f"use --smart-epsilon {10 * resolution:.0e} or more, or train in float32"
+        )

@@ -1,0 +1,75 @@
+"""A slow, literal Algorithm 1, written from the paper's definitions alone; it shares no code with the package.
+
+Everything is spelled out example by example in float64, with the model taken as a function from embeddings
+to output. Only the starting noise is handed in, because any Gaussian sample is a valid one.
+"""
+
+import math
+from typing import Callable, List, Tuple
+
+import torch
+from torch import Tensor
+
+
+def divergence(p_logits: Tensor, q_logits: Tensor, regression: bool) -> Tensor:
+    """l_s of one example: KL(P, Q) + KL(Q, P), or (p - q)^2."""
+    if regression:
+        return (p_logits[0] - q_logits[0]) ** 2
+    p, q = torch.softmax(p_logits, 0), torch.softmax(q_logits, 0)
+    return (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
+
+
+def size(vector: Tensor, norm: str) -> float:
+    entries = vector.flatten().tolist()
+    return max(abs(x) for x in entries) if norm == "inf" else math.sqrt(sum(x * x for x in entries))
+
+
+def pieces(tensor: Tensor, length: int, scope: str) -> List[Tensor]:
+    """The parts of one example's [T, C] over which a norm is taken; views, so that they can be written to."""
+    return [tensor[:length]] if scope == "example" else [tensor[t] for t in range(length)]
+
+
+def perturb(
+    f: Callable[[Tensor], Tensor], x: Tensor, length: int, noise: Tensor, *, radius: float, step_size: float,
+    steps: int, norm: str, scope: str, projection: str, regression: bool,
+) -> Tensor:
+    """Lines 3 to 8 for one example: x [T, C] with ``length`` real tokens -> x~ [T, C]."""
+    clean = f(x).detach()
+    x_tilde = x.clone()
+    x_tilde[:length] += noise[:length]
+    for _ in range(steps):
+        x_tilde = x_tilde.detach().requires_grad_()
+        gradient = torch.autograd.grad(divergence(f(x_tilde), clean, regression), x_tilde)[0]
+        x_tilde = x_tilde.detach()
+        for part, g in zip(pieces(x_tilde, length, scope), pieces(gradient, length, scope)):
+            part += step_size * g / size(g, norm)
+        offset = x_tilde - x
+        for part in pieces(offset, length, scope):
+            if projection == "normalize":
+                part /= size(part, norm)
+            elif norm == "inf":
+                for entry in part.view(-1).split(1):
+                    entry.fill_(max(-radius, min(radius, float(entry))))
+            elif size(part, norm) > radius:
+                part *= radius / size(part, norm)
+        x_tilde = x + offset
+    return x_tilde
+
+
+def objective(
+    student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], embeddings: List[Tensor],
+    perturbed: List[Tensor], targets: Tensor, regression: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """L, R_s and D_Breg, each a mean over the examples."""
+    task, smooth, bregman = [], [], []
+    for x, x_tilde, target in zip(embeddings, perturbed, targets):
+        output = student(x)
+        if regression:
+            task.append((output[0] - target) ** 2)
+        else:
+            task.append(-torch.softmax(output, 0)[int(target)].log())
+        # x~ is held fixed, as an offset: the embedding weights below it are still trained
+        smooth.append(divergence(student(x + (x_tilde - x).detach()), output, regression))
+        bregman.append(divergence(output, teacher(x).detach(), regression))
+    mean = lambda terms: torch.stack(terms).mean()  # noqa: E731
+    return mean(task), mean(smooth), mean(bregman)

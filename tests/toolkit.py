@@ -1,0 +1,168 @@
+"""What several tests share: tolerances, tiny data, tiny models, fairseq's programs in this process."""
+
+import contextlib
+import io
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from fairseq import options, tasks
+from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+import smart_fairseq
+
+ROOT = Path(__file__).resolve().parent.parent
+USER_DIR = str(Path(smart_fairseq.__file__).parent)
+
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-13},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.float16: {"rtol": 1e-2, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2},
+}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, **overrides: float) -> None:
+    """Equal within the tolerance of the coarser of the two dtypes; `assert_equal` is the exact word."""
+    dtype = min(actual.dtype, expected.dtype, key=lambda d: torch.finfo(d).bits)
+    torch.testing.assert_close(
+        actual.double(), expected.double(), **{**TOLERANCE[dtype], **overrides}
+    )
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+TINY_MODEL = [
+    *("--arch", "roberta", "--encoder-layers", "2", "--encoder-embed-dim", "16"),
+    *("--encoder-ffn-embed-dim", "32", "--encoder-attention-heads", "2", "--max-positions", "32"),
+]
+NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--pooler-dropout", "0"]
+
+
+def write_data(folder: Path, *, kind: str = "classes", train: int = 24, valid: int = 10, seed: int = 1) -> Path:
+    """A data folder for --task sentence_prediction: sequences of 3 to 9 of twelve words.
+
+    ``kind`` "classes": the label says whether the first word is among the first six (labels 1 and 0);
+    "regression": the target is the share of such words.
+    """
+    draw = random.Random(seed)
+    words = Dictionary()
+    for letter in "abcdefghijkl":
+        words.add_symbol(letter, n=100)
+    labels = Dictionary()
+    for label in ("1", "0"):
+        labels.add_symbol(label, n=10)
+    (folder / "input0").mkdir(parents=True)
+    (folder / "label").mkdir()
+    words.save(str(folder / "input0" / "dict.txt"))
+    if kind == "classes":
+        labels.save(str(folder / "label" / "dict.txt"))
+    for split, count in (("train", train), ("valid", valid)):
+        rows = [[draw.choice("abcdefghijkl") for _ in range(draw.randint(3, 9))] for _ in range(count)]
+        _write_indexed(folder / "input0" / split, [" ".join(row) for row in rows], words)
+        if kind == "classes":
+            answers = ["1" if row[0] in "abcdef" else "0" for row in rows]
+            _write_indexed(folder / "label" / split, answers, labels)
+        else:
+            shares = [sum(word in "abcdef" for word in row) / len(row) for row in rows]
+            (folder / "label" / f"{split}.label").write_text("".join(f"{share}\n" for share in shares))
+    return folder
+
+
+def _write_indexed(path: Path, lines: Sequence[str], dictionary: Dictionary) -> None:
+    builder = indexed_dataset.make_builder(f"{path}.bin", impl="mmap", vocab_size=len(dictionary))
+    for line in lines:
+        builder.add_item(dictionary.encode_line(line, add_if_not_exist=False).long())
+    builder.finalize(f"{path}.idx")
+
+
+def command(data: Path, *flags: str, criterion: str = "smart_sentence_prediction", save_dir: Optional[Path] = None,
+            num_classes: int = 2, optimizer: str = "mbpp", max_update: Optional[int] = 6) -> List[str]:
+    """Arguments for fairseq-train on a tiny model; later flags win over these."""
+    return [
+        *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
+        *("--init-token", "0", *TINY_MODEL, "--criterion", criterion, "--optimizer", optimizer),
+        *("--lr", "1e-3", "--lr-scheduler", "fixed", "--batch-size", "4", "--seed", "7", "--cpu"),
+        *(("--max-update", str(max_update)) if max_update is not None else ()),
+        *("--log-format", "json", "--log-interval", "1", "--num-workers", "0", "--disable-validation"),
+        *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
+        *flags,
+    ]
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """fairseq's configuration for these arguments of fairseq-train."""
+    with contextlib.redirect_stderr(sys.stderr):
+        parser = options.get_training_parser()
+        return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=list(arguments)))
+
+
+def train(arguments: Sequence[str]) -> Dict[str, List[Dict[str, Any]]]:
+    """Run fairseq-train in this process; its log lines by kind: train_inner, train, valid."""
+    from fairseq_cli import train as fairseq_train
+
+    from fairseq import checkpoint_utils
+
+    # fairseq keeps the best metric of a run in a function's attribute
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    with capture_log() as log:
+        fairseq_train.main(parse(arguments))
+    return log
+
+
+@contextlib.contextmanager
+def capture_log() -> Any:
+    """fairseq's JSON log lines as dictionaries of numbers, by kind."""
+    import logging
+
+    lines: Dict[str, List[Dict[str, Any]]] = {"train_inner": [], "train": [], "valid": [], "text": []}
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if record.name in lines and message.startswith("{"):
+                lines[record.name].append({k: _number(v) for k, v in json.loads(message).items()})
+            else:
+                lines["text"].append(message)  # type: ignore[arg-type]
+
+    handler = Handler()
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def build(arguments: Sequence[str]) -> Any:
+    """Task, model and criterion for these arguments, with the train split loaded."""
+    cfg = parse(arguments)
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    criterion = task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    return cfg, task, model, criterion
+
+
+def batch(task: Any, size: int, start: int = 0) -> Dict[str, Any]:
+    """Examples ``start`` to ``start + size`` of the train split as one batch."""
+    dataset = task.dataset("train")
+    return dataset.collater([dataset[i] for i in range(start, start + size)])
