@@ -1,0 +1,335 @@
+"""The command behind examples/glue/preprocess.py and examples/anli/preprocess.py: official files to data folders."""
+
+import argparse
+import os
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+from ..errors import UsageError
+from . import command
+from .binarize import Folder, Pool, complete_folder
+from .bpe import BpeFiles, find_bpe
+from .readers import Report, Row, find_sources, located, read_task, shown
+from .tasks import ANLI, GLUE, TASKS, Task
+
+EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
+SPLIT_ORDER = ("train", "valid", "valid1", "test", "test1")
+
+
+@dataclass
+class Data:
+    """The rows of one folder to be written."""
+
+    task: Task
+    rows: Dict[str, List[Row]]
+    reports: Dict[str, Report] = field(default_factory=dict)
+    parts: Dict[str, List[Tuple[str, int]]] = field(default_factory=dict)  # split to (data set, rows), in order
+
+
+def whole_number(flag: str, text: str, least: int) -> int:
+    """Parse a flag's value. Raises `UsageError` below ``least``."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise UsageError(f"{flag} is {shown(text)}; it must be a whole number from {least}")
+    return value
+
+
+def fractions(text: str) -> List[float]:
+    """Parse ``0.001,0.01,1``. Raises `UsageError` for anything that is not in (0, 1]."""
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 0.0 < value <= 1.0:
+            raise UsageError(
+                f"--subsample is {shown(text)}; {shown(part)} must be a fraction above 0 and at most 1, as in 0.001,0.01,1"
+            )
+        values.append(value)
+    if len(set(values)) != len(values):
+        raise UsageError(f"--subsample is {shown(text)}; each fraction must stand there once")
+    return values
+
+
+def nested_order(rows: Sequence[Row], seed: int, classes: bool = True) -> List[int]:
+    """Positions of the rows so that the first n are the subset of size n, for every n.
+
+    Class by class in turn, each class shuffled: a subset holds equally many rows of each class for as long as the
+    smallest class lasts. Without ``classes`` (regression) a plain shuffle.
+    """
+    generator = random.Random(seed)
+    by_class: Dict[Optional[str], List[int]] = {}
+    for place, row in enumerate(rows):
+        by_class.setdefault(row.label if classes else None, []).append(place)
+    piles = [by_class[key] for key in sorted(by_class, key=str)]
+    for pile in piles:
+        generator.shuffle(pile)
+        pile.reverse()
+    order: List[int] = []
+    while piles:
+        piles = [pile for pile in piles if pile]
+        order += [pile.pop() for pile in piles]
+    return order
+
+
+def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> List[Row]:
+    """The rows of this fraction (at least one), in the order of the file."""
+    count = max(1, round(fraction * len(rows)))
+    return [rows[place] for place in sorted(order[:count])]
+
+
+def training_flags(task: Task, bpe: str, rows: Mapping[str, int], folder: Path) -> str:
+    """The part of the fairseq-train command that follows from the data."""
+    flags = [f"fairseq-train {folder} --task sentence_prediction --num-classes {task.num_classes} --init-token 0"]
+    if bpe != "bert" and task.texts == 2:
+        flags.append("--separator-token 2")
+    if task.regression:
+        flags.append("--regression-target")
+    metric = task.metrics[0]
+    if metric == "mcc":
+        flags.append("--report-mcc")
+    elif metric == "acc_and_f1":
+        flags.append("--report-acc-and-f1")
+    elif metric == "pearson_and_spearman":
+        flags.append("--report-pearson-and-spearman")
+    if "valid1" in rows:
+        flags.append("--valid-subset valid,valid1")
+    flags.append(f"--best-checkpoint-metric {metric} --maximize-best-checkpoint-metric")
+    return " ".join(flags)
+
+
+def _split_order(rows: Mapping[str, object]) -> List[str]:
+    return [split for split in SPLIT_ORDER if split in rows]
+
+
+def write_folder(
+    data: Data, target: Path, pool: Pool, train: Optional[Sequence[Row]] = None, **facts: object
+) -> Folder:
+    """Write all splits into ``target``, an existing empty folder; ``train`` stands for a subset of the training part."""
+    folder = Folder(target, data.task, pool)
+    folder.start(data.rows.get("train", []))
+    rows = dict(data.rows)
+    if train is not None:
+        rows["train"] = list(train)
+    for split in _split_order(rows):
+        progress = command.Progress(len(rows[split]), f"{data.task.name} {split}")
+        folder.write(split, rows[split], progress.advance)
+        folder.write_ids(split, rows[split])
+        progress.close(_note(data, folder, split))
+    folder.finish(parts=data.parts, **facts)
+    return folder
+
+
+def _note(data: Data, folder: Folder, split: str) -> str:
+    count, report = folder.counts[split], data.reports.get(split, Report())
+    notes = [f"{count.tokens} symbols, longest row {count.longest}"]
+    official = data.task.rows.get(split)
+    if official is not None and official != count.rows + sum(report.left_out.values()):
+        notes.append(f"the official file has {official} rows")
+    notes += [f"{number} left out ({reason})" for reason, number in report.left_out.items()]
+    if count.unknown:
+        notes.append(f"{count.unknown} symbols not in dict.txt")
+    if count.shortened:
+        notes.append(f"{count.shortened} rows shortened to --max-tokens")
+    elif count.over_512:
+        notes.append(f"{count.over_512} rows above 512 tokens: use --max-tokens 512")
+    return ", " + "; ".join(notes)
+
+
+def _check_known(folder: Folder, bpe: BpeFiles) -> None:
+    """A dictionary of another encoder turns nearly everything into <unk>, and nothing else would say so."""
+    symbols = sum(count.tokens for count in folder.counts.values())
+    unknown = sum(count.unknown for count in folder.counts.values())
+    if unknown > symbols / 2:
+        raise located(
+            bpe.dictionary,
+            0,
+            f"lacks {unknown} of {symbols} symbols that --bpe {bpe.kind} made; it belongs to another BPE",
+        )
+
+
+def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace) -> None:
+    """Write one task's folder, or with ``--subsample`` one folder per fraction in it, and say what was written."""
+    parts = fractions(options.subsample) if options.subsample else []
+    if parts and "train" not in data.rows:
+        raise UsageError(f"--subsample needs the training part of {data.task.name}, and --data-dir does not hold it")
+    with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
+        facts = {"max_tokens": options.max_tokens}
+        if not parts:
+            _check_known(write_folder(data, partial, pool, **facts), bpe)
+        order = nested_order(data.rows["train"], options.seed, not data.task.regression) if parts else []
+        for part in parts:
+            path = partial / f"{part:g}"
+            path.mkdir()
+            rows = subset(data.rows["train"], part, order)
+            print(f"fraction {part:g}: {len(rows)} training rows{_classes(data.task, rows)}")
+            folder = write_folder(data, path, pool, rows, **facts, subsample=part, seed=options.seed)
+            _check_known(folder, bpe)
+    shown_at = target / f"{parts[0]:g}" if parts else target
+    print(f"wrote {target}; train with\n  {training_flags(data.task, bpe.kind, data.rows, shown_at)}", flush=True)
+
+
+def _classes(task: Task, rows: Sequence[Row]) -> str:
+    counts = Counter(row.label for row in rows)
+    return "".join(f", {label} {counts[label]}" for label in task.labels)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """The options that both commands take."""
+    parser.add_argument("--data-dir", required=True, help="the folder that holds the official files")
+    parser.add_argument("--bpe", help="gpt2 (RoBERTa), sentencepiece or bert; default: what --bpe-dir says, else gpt2")
+    parser.add_argument(
+        "--bpe-dir",
+        help="folder with dict.txt and encoder.json, vocab.bpe (gpt2), *.model (sentencepiece) or vocab.txt (bert); "
+        "default: gpt2_bpe in --data-dir",
+    )
+    parser.add_argument(
+        "--workers", default=str(min(8, os.cpu_count() or 1)), help="processes that encode (%(default)s)"
+    )
+    parser.add_argument("--max-tokens", help="shorten longer rows, the longer text first; all added symbols count")
+    parser.add_argument("--subsample", help="fractions of the training part, as in 0.001,0.01,0.1,1; nested subsets")
+    parser.add_argument("--seed", default="1", help="of the subsets (%(default)s)")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that are not in order instead of stopping"
+    )
+
+
+def check_shared_options(options: argparse.Namespace) -> BpeFiles:
+    """Turn the shared options into numbers in place; the encoder's files. Raises `UsageError`."""
+    options.workers = whole_number("--workers", options.workers, 1)
+    options.seed = whole_number("--seed", options.seed, 0)
+    options.max_tokens = None if options.max_tokens is None else whole_number("--max-tokens", options.max_tokens, 1)
+    if options.subsample:
+        fractions(options.subsample)
+    data_dir = Path(options.data_dir)
+    if not data_dir.is_dir():
+        raise located(data_dir, 0, "--data-dir: no such folder")
+    return find_bpe(options.bpe, Path(options.bpe_dir) if options.bpe_dir else data_dir / "gpt2_bpe")
+
+
+def _chosen_tasks(text: str) -> List[str]:
+    if text == "all":
+        return [*GLUE, *EXTRA]
+    names = [name.strip() for name in text.split(",")]
+    by_lower = {name.lower(): name for name in TASKS}
+    for name in names:
+        if name.lower() not in by_lower:
+            raise UsageError(f"--task is {shown(name)}; it must be one of {', '.join(TASKS)}, a list of these, or all")
+    return [by_lower[name.lower()] for name in names]
+
+
+def _glue(argv: Optional[Sequence[str]]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="preprocess.py", description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders."
+    )
+    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, a list of these, or all")
+    parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
+    add_shared_options(parser)
+    options = parser.parse_args(argv)
+    names = _chosen_tasks(options.task)
+    bpe = check_shared_options(options)
+    data_dir = Path(options.data_dir)
+    present = [name for name in names if find_sources(TASKS[name], data_dir)]
+    if options.task == "all":
+        if not present:
+            raise located(data_dir, 0, f"--data-dir holds none of {', '.join(names)}")
+    else:
+        present = names  # reading what is missing says which files it needs
+    for name in present:
+        rows, reports = read_task(TASKS[name], data_dir, options.skip_bad_rows)
+        _say_missing(TASKS[name], rows)
+        target = Path(options.out or ".") / f"{name}-bin" if len(names) > 1 else Path(options.out or f"{name}-bin")
+        process(Data(TASKS[name], rows, reports), target, bpe, options)
+    skipped = [name for name in names if name not in present]
+    if skipped:
+        print(f"skipped, not in {data_dir}: {', '.join(skipped)}")
+
+
+def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
+    missing = [split for split in task.splits if split not in rows]
+    if missing:
+        print(f"{task.name}: no files of {', '.join(missing)}")
+
+
+def _names(flag: str, text: str, allowed: Sequence[str]) -> List[str]:
+    chosen = [name.strip().upper() for name in text.split(",") if name.strip()]
+    wrong = [name for name in chosen if name not in allowed]
+    if wrong or len(set(chosen)) != len(chosen):
+        raise UsageError(f"{flag} is {shown(text)}; it must be a list, each once, of {', '.join(allowed)}")
+    return chosen
+
+
+def weights(text: str, parts: Sequence[str]) -> Dict[str, int]:
+    """Parse ``R1=10,R2=20``. Raises `UsageError` for a part that is not used or a number below 1."""
+    found = {}
+    for item in text.split(",") if text else []:
+        name, _, number = item.partition("=")
+        if name.strip().upper() not in parts:
+            raise UsageError(f"--weights is {shown(text)}; {shown(name)} must be one of {', '.join(parts)}")
+        found[name.strip().upper()] = whole_number("--weights", number, 1)
+    return found
+
+
+def join(parts: Mapping[str, Dict[str, List[Row]]], extra: Sequence[str], times: Mapping[str, int]) -> Data:
+    """One data set from ANLI's rounds and others: these only train; a weight repeats a part's training rows."""
+    rounds = [name for name in parts if name not in extra]
+    data = Data(replace(TASKS["ANLI-R1"], name="ANLI", rows={}), {})
+    for split in ("train", "valid", "test"):
+        for name in [*rounds, *(extra if split == "train" else ())]:
+            rows = parts[name].get(split, []) * (times.get(name, 1) if split == "train" else 1)
+            if rows:
+                data.rows.setdefault(split, []).extend(rows)
+                data.parts.setdefault(split, []).append((name, len(rows)))
+    return data
+
+
+def _anli(argv: Optional[Sequence[str]]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="preprocess.py",
+        description="From ANLI's files, alone or with MNLI, SNLI and FEVER, to fairseq's data folder.",
+    )
+    parser.add_argument("--rounds", default="R1,R2,R3", help="which rounds (%(default)s)")
+    parser.add_argument("--with", dest="extra", default="", help="more training data: MNLI, SNLI, FEVER, as a list")
+    parser.add_argument("--weights", default="", help="how often training rows are repeated, as in R1=10,R2=20,R3=10")
+    parser.add_argument("--out", default="ANLI-bin", help="the folder to write (%(default)s)")
+    add_shared_options(parser)
+    options = parser.parse_args(argv)
+    rounds = _names("--rounds", options.rounds, [name[5:] for name in ANLI])
+    extra = _names("--with", options.extra, ("MNLI", "SNLI", "FEVER"))
+    if not rounds:
+        raise UsageError(f"--rounds is {shown(options.rounds)}; name at least one of R1, R2, R3")
+    times = weights(options.weights, [*rounds, *extra])
+    bpe = check_shared_options(options)
+    parts, reports = {}, {}
+    for name in [*rounds, *extra]:
+        task = TASKS[f"ANLI-{name}" if name in rounds else name]
+        parts[name], reports[name] = read_task(task, Path(options.data_dir), options.skip_bad_rows)
+        needed = {split: rows for split, rows in parts[name].items() if name in rounds or split == "train"}
+        _say_missing(task if name in rounds else replace(task, splits={"train": ()}), needed)
+        for split, rows in needed.items():
+            dropped = reports[name][split].left_out
+            notes = "".join(f"; {number} left out ({reason})" for reason, number in dropped.items())
+            print(f"read {name} {split}: {len(rows)} rows{notes}")
+    process(join(parts, extra, times), Path(options.out), bpe, options)
+
+
+def glue_main(argv: Optional[Sequence[str]] = None) -> int:
+    """examples/glue/preprocess.py."""
+    return command.run("preprocess", _glue, argv)
+
+
+def anli_main(argv: Optional[Sequence[str]] = None) -> int:
+    """examples/anli/preprocess.py."""
+    return command.run("preprocess", _anli, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(glue_main())

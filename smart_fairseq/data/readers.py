@@ -1,0 +1,354 @@
+"""Readers: from an official file to rows, without side effects.
+
+Text is what the official loaders see: a line ends at a line feed and nowhere else (not at U+2028, not at a carriage
+return inside it), a carriage return before it belongs to the line end, a byte-order mark is not text, and quotes are
+ordinary characters. Every row that is left out is counted with its reason in `Report`.
+"""
+
+import gzip
+import json
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple
+
+from ..errors import UsageError
+from .tasks import Column, Source, Task
+
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """One example."""
+
+    id: str
+    texts: Tuple[str, ...]
+    label: Optional[str]  # the task's word, or a number as it stands in the file; None where it is not published
+    votes: Tuple[str, ...] = ()
+    file: str = ""
+    line: int = 0
+
+
+@dataclass
+class Report:
+    """What became of the lines of one split."""
+
+    files: List[str] = field(default_factory=list)
+    rows: int = 0
+    left_out: Counter = field(default_factory=Counter)  # reason to count
+
+
+def located(path: Path, line: int, message: str) -> UsageError:
+    """An error at a place: ``FILE:LINE: message``; line 0 stands for the file as a whole."""
+    return UsageError(f"{path}:{line}: {message}" if line else f"{path}: {message}")
+
+
+def shown(value: str, limit: int = 60) -> str:
+    """The value in quotes, on one line, shortened."""
+    return repr(value if len(value) <= limit else value[: limit - 3] + "...")
+
+
+def source_path(folder: Path, name: str) -> Optional[Path]:
+    """The file, plain or compressed with gzip, or None."""
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, decompressed; refuses what is not text, naming what it is instead."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise located(path, 0, f"not a complete gzip file ({error}); download it again") from None
+    except IsADirectoryError:
+        raise located(path, 0, "is a folder, and a file is needed") from None
+    except OSError as error:
+        raise located(path, 0, f"cannot be read ({error.strerror})") from None
+    if not data.strip():
+        raise located(path, 0, "is empty; download it again")
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise located(path, 0, "is a web page, not data: the download went wrong; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise located(path, 0, "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise located(path, 0, "is UTF-16 text, and UTF-8 is needed; convert it with `iconv -f UTF-16 -t UTF-8`")
+    if data[:2] == b"PK" or data[:2] == b"\x1f\x8b":
+        raise located(path, 0, "is an archive; unpack it first")
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise located(path, line, "holds a zero byte: this is a binary file, and text is needed")
+    return data
+
+
+def read_lines(path: Path) -> Iterator[Tuple[int, str]]:
+    """(line number from 1, text) of each line."""
+    data = read_bytes(path)
+    if data.startswith(UTF8_MARK):
+        data = data[len(UTF8_MARK) :]
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            message = f"byte 0x{byte:02x} at position {error.start + 1} is not UTF-8; convert the file to UTF-8"
+            raise located(path, number, message) from None
+
+
+def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> Dict[Column, int]:
+    places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
+    wanted: Dict[Column, int] = {}
+    for column in columns:
+        if str(column).lower() not in places:
+            message = (
+                f"the header has no column {shown(str(column))}, only {shown(', '.join(header), 120)}; "
+                "this is not the task's file, or not in a form in which it is distributed"
+            )
+            raise located(path, 1, message)
+        wanted[column] = places[str(column).lower()]
+    return wanted
+
+
+def _label(task: Task, source: Source, path: Path, line: int, word: str) -> Optional[str]:
+    """The task's label for the file's word; None if the file hides it."""
+    word = source.label_words.get(word, word)
+    if word in source.hidden_labels:
+        return None
+    if task.regression:
+        try:
+            value = float(word)
+        except ValueError:
+            value = float("nan")
+        if not 0.0 <= value <= task.divisor:
+            raise located(path, line, f"score {shown(word)} is not a number from 0 to {task.divisor:g}")
+    elif word not in task.labels:
+        allowed = ", ".join(dict.fromkeys([*source.label_words, *task.labels, *source.no_labels]))
+        raise located(path, line, f"label {shown(word)} is not one of {task.name}'s: {allowed}")
+    return word
+
+
+class _Skip(Exception):
+    """This row is left out, for this reason."""
+
+
+def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
+    lines = read_lines(path)
+    columns: List[Column] = [*source.texts, *source.votes]
+    columns += [column for column in (source.label, source.id) if column is not None]
+    width: Tuple[int, ...] = source.columns
+    if source.form == "plain":
+        places = {column: int(column) for column in columns}
+    else:
+        _, first = next(lines)
+        header = first.split("\t")
+        places = _positions(path, header, columns)
+        width = (len(header),)
+    texts = [places[column] for column in source.texts]
+    votes = [places[column] for column in source.votes]
+    label = None if source.label is None else places[source.label]
+    identity = None if source.id is None else places[source.id]
+    for number, line in lines:
+        cells = line.split("\t")
+        if len(cells) not in width:
+            if not line.strip():
+                yield _Skip("blank line")
+                continue
+            expected = " or ".join(map(str, width))
+            if source.loose:
+                yield _Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
+                continue
+            message = f"{len(cells)} tab-separated columns, and {expected} are needed"
+            yield located(path, number, message)
+            continue
+        word = None if label is None else cells[label]
+        cast = tuple(cells[place].strip() for place in votes if cells[place].strip())
+        yield _raw_row(
+            "" if identity is None else cells[identity], [cells[place] for place in texts], word, cast, path, number
+        )
+
+
+def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
+    keys = [key for key in (*source.texts, source.label) if key is not None]
+    for number, line in read_lines(path):
+        if not line.strip():
+            yield _Skip("blank line")
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            yield located(path, number, f"not JSON ({error}); each line must be one object")
+            continue
+        if not isinstance(entry, dict):
+            yield located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
+            continue
+        wrong = [key for key in keys if not isinstance(entry.get(key), str)]
+        if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
+            wrong.remove(source.label)  # type: ignore[arg-type]
+        if wrong:
+            found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
+            yield located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
+            continue
+        word = None if source.label is None else entry.get(source.label) or ""
+        cast: Sequence[str] = ()
+        for key in source.votes:
+            value = entry.get(key, [])
+            if not isinstance(value, list):
+                yield located(path, number, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed")
+                break
+            cast = tuple(str(vote) for vote in value if vote)
+        else:
+            identity = "" if source.id is None else str(entry.get(source.id, ""))
+            yield _raw_row(identity, [entry[key] for key in source.texts], word, cast, path, number)
+
+
+def _raw_row(
+    identity: str, texts: Sequence[str], word: Optional[str], votes: Sequence[str], path: Path, number: int
+) -> Row:
+    # a carriage return inside a text is white space to every loader that keeps the row whole
+    clean = tuple(text.replace("\r", " ") for text in texts)
+    return Row(identity, clean, None if word is None else word.strip(), tuple(votes), str(path), number)
+
+
+def read_dev_ids(path: Path) -> Set[Tuple[str, str]]:
+    """The pairs of ids of MRPC's development part."""
+    pairs = set()
+    for number, line in read_lines(path):
+        cells = line.split("\t")
+        if len(cells) != 2:
+            raise located(path, number, f"{len(cells)} tab-separated columns, and 2 are needed: a pair of ids")
+        pairs.add((cells[0].strip(), cells[1].strip()))
+    return pairs
+
+
+def _dev_part(path: Path) -> Iterator[bool]:
+    """For each row of the MRPC file after its header: is it in the development part?"""
+    listed = source_path(path.parent, "dev_ids.tsv") or source_path(path.parent, "mrpc_dev_ids.tsv")
+    pairs = read_dev_ids(listed) if listed else set()
+    lines = read_lines(path)
+    _, first = next(lines)
+    places = _positions(path, first.split("\t"), ("#1 ID", "#2 ID"))
+    for _, line in lines:
+        cells = line.split("\t")
+        ids = tuple(cells[place] if place < len(cells) else "" for place in places.values())
+        yield ids in pairs
+
+
+def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = False) -> Tuple[List[Row], Report]:
+    """All rows of one split in one form.
+
+    Ids are the file's where it has them, otherwise positions from 0. Raises `UsageError` with file and line at the first
+    row that is not in order, unless ``skip_bad_rows``: then it is counted like the rows that the official loaders drop.
+    """
+    report, rows = Report(), []
+    for name in source.files:
+        path = source_path(folder, name)
+        if path is None:
+            raise located(folder / name, 0, "is missing; download the data again")
+        report.files.append(str(path))
+        read = _object_rows if source.form == "jsonl" else _table_rows
+        in_dev = _dev_part(path) if source.dev_ids else None
+        for item in read(task, source, path):
+            if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
+                continue
+            if isinstance(item, Row):
+                item = _finished(task, source, path, item, len(rows))
+            if isinstance(item, Row):
+                rows.append(item)
+            elif isinstance(item, _Skip):
+                report.left_out[str(item)] += 1
+            elif skip_bad_rows:
+                report.left_out["not in order (--skip-bad-rows)"] += 1
+            else:
+                _refuse(item)
+    if not rows:
+        raise located(Path(report.files[0]), 0, "holds no rows; download it again")
+    report.rows = len(rows)
+    return rows, report
+
+
+def _refuse(error: object) -> NoReturn:
+    raise UsageError(f"{error} (--skip-bad-rows leaves such rows out and counts them)")
+
+
+def _finished(task: Task, source: Source, path: Path, row: Row, position: int) -> object:
+    """The row with its id and its label in the task's words, or why it is no row of the data set."""
+    if row.label is not None and row.label in source.no_labels:
+        return _Skip(f"gold label {row.label!r}: the annotators did not agree")
+    if not all(text.strip() for text in row.texts) and source.loose:
+        return _Skip("an empty text")
+    try:
+        label = None if row.label is None else _label(task, source, path, row.line, row.label)
+    except UsageError as error:
+        return error
+    return row._replace(id=row.id or str(position), label=label)
+
+
+def available(source: Source, folder: Path) -> bool:
+    """Are all files of this form there (and for MRPC's development part, the list of its ids)?"""
+    if source.dev_ids == "dev" and not (source_path(folder, "dev_ids.tsv") or source_path(folder, "mrpc_dev_ids.tsv")):
+        return False
+    return all(source_path(folder, name) for name in source.files)
+
+
+def find_sources(task: Task, data_dir: Path) -> Dict[str, Tuple[Source, Path]]:
+    """The splits of a task that a folder holds, each in the first form that is there.
+
+    ``data_dir`` is the folder of all tasks or that of this task. A split in another form than the rest, or from another
+    folder, is not mixed in unless nothing else is there.
+    """
+    folders = [data_dir / name for name in task.folders]
+    if any(Path(name).name == data_dir.name for name in task.folders):
+        folders.append(data_dir)
+    if task.name == "AX":
+        folders.append(data_dir)  # some collections keep AX.tsv beside the folders
+    for folder in folders:
+        found = {}
+        for split, sources in task.splits.items():
+            for source in sources:
+                if available(source, folder):
+                    found[split] = (source, folder)
+                    break
+        if found:
+            return found
+    return {}
+
+
+def read_task(
+    task: Task, data_dir: Path, skip_bad_rows: bool = False
+) -> Tuple[Dict[str, List[Row]], Dict[str, Report]]:
+    """Rows and report of every split that ``data_dir`` holds. Raises `UsageError` if it holds none."""
+    found = find_sources(task, data_dir)
+    if not found:
+        if not data_dir.is_dir():
+            raise located(data_dir, 0, "--data-dir: no such folder")
+        names = sorted({name for sources in task.splits.values() for source in sources for name in source.files})
+        raise located(
+            data_dir / task.folders[0],
+            0,
+            f"--data-dir holds no files of {task.name}; expected {', '.join(names[:6])}{' ...' if names[6:] else ''} in "
+            f"{' or '.join(task.folders)}",
+        )
+    rows: Dict[str, List[Row]] = {}
+    reports: Dict[str, Report] = {}
+    for split, (source, folder) in found.items():
+        rows[split], reports[split] = read_source(task, source, folder, skip_bad_rows)
+        if split.startswith("test"):
+            _check_unique(rows[split])
+    return rows, reports
+
+
+def _check_unique(rows: Sequence[Row]) -> None:
+    seen: Dict[str, Row] = {}
+    for row in rows:
+        first = seen.setdefault(row.id, row)
+        if first is not row:
+            message = f"id {shown(row.id)} was on line {first.line} already; ids of a test part must differ"
+            raise located(Path(row.file), row.line, message)

@@ -1,0 +1,158 @@
+"""Made-up data for the tests of smart_fairseq.data, and fairseq's own route to compare with."""
+
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = Path(os.environ.get("SMART_TEST_DATA") or ROOT.parent / "shared" / "data")
+needs_real_files = pytest.mark.skipif(not (REAL / "glue_data").is_dir(), reason="no real files (SMART_TEST_DATA)")
+
+WORDS = (
+    "the a small dog cat bird river house sees likes finds old green quick 42 3.5 don't "
+    'it\'s "quoted" café naïve 東京 e-mail (so) 100% \u2028 end.'
+).split(" ")
+
+
+def sentence(generator: random.Random, most: int = 9) -> str:
+    return " ".join(generator.choice(WORDS) for _ in range(generator.randint(1, most)))
+
+
+def sentences(count: int, seed: int = 0) -> List[str]:
+    generator = random.Random(seed)
+    return [sentence(generator) for _ in range(count)]
+
+
+def write(path: Path, *lines: str, end: str = "\n", mark: bool = False) -> Path:
+    """Write lines as they are; ``mark`` puts a byte-order mark before them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + "".join(line + end for line in lines).encode())
+    return path
+
+
+def make_gpt2_bpe(folder: Path) -> Path:
+    """A byte-level BPE with a few merges, in GPT-2's two files, and a dictionary for it."""
+    import json
+
+    from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
+
+    merges = ["t h", "th e", "Ġ the", "Ġ d", "o g", "Ġd og", "Ġ c", "a t", "Ġc at", "e e", "s ee", "Ã ©"]
+    symbols = [*bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in merges)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "encoder.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
+    write(folder / "vocab.bpe", "#version: 0.2", *merges)
+    order = list(range(len(symbols)))
+    random.Random(5).shuffle(order)
+    write(folder / "dict.txt", *(f"{number} {1000 - place}" for place, number in enumerate(order)))
+    return folder
+
+
+def make_bert_bpe(folder: Path, lowercase: bool = True) -> Path:
+    """A WordPiece vocabulary as smart_fairseq.import_hf leaves it: vocab.txt, dict.txt, bpe.json."""
+    letters = [chr(code) for code in range(33, 127)] + ["é", "東", "京"]
+    words = ["the", "dog", "cat", "river", "##s", "house", "see", "like"]
+    symbols = [*letters, *(f"##{letter}" for letter in letters), *words]
+    symbols = list(dict.fromkeys(symbols))
+    write(folder / "vocab.txt", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *symbols)
+    write(folder / "dict.txt", *(f"{symbol} {len(symbols) - place}" for place, symbol in enumerate(symbols)))
+    write(folder / "bpe.json", '{"bpe": "bert", "lowercase": %s}' % str(lowercase).lower())
+    return folder
+
+
+def make_sentencepiece(folder: Path) -> Path:
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write(folder / "text", *sentences(400))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "spm"), vocab_size=120, hard_vocab_limit=False, minloglevel=3
+    )
+    symbols = [line.split("\t")[0] for line in (folder / "spm.vocab").read_text(encoding="utf-8").split("\n")]
+    write(folder / "dict.txt", *(f"{symbol} 1" for symbol in symbols if symbol and not symbol.startswith("<")))
+    return folder
+
+
+def make_pairs(folder: Path, labels: Sequence[str], rows: int = 30, seed: int = 1) -> Path:
+    """RTE's form: index, sentence1, sentence2, label, without the latter in test.tsv."""
+    generator = random.Random(seed)
+    for split, count in (("train", rows), ("dev", rows // 2), ("test", rows // 2)):
+        lines = ["index\tsentence1\tsentence2" + ("" if split == "test" else "\tlabel")]
+        for number in range(count):
+            label = "" if split == "test" else "\t" + labels[(number * number + number // 3) % len(labels)]
+            lines.append(f"{number}\t{sentence(generator)}\t{sentence(generator)}{label}")
+        write(folder / f"{split}.tsv", *lines)
+    return folder
+
+
+def fairseq_route(
+    texts: Dict[str, List[List[str]]], labels: Dict[str, List[str]], bpe: Path, out: Path, regression: bool = False
+) -> Path:
+    """fairseq's recipe: texts[split][input] and labels[split] through its BPE encoder and fairseq-preprocess.
+
+    The same calls as in examples/roberta/preprocess_GLUE_tasks.sh, but for the number of workers.
+    """
+    from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
+
+    encoder = get_encoder(str(bpe / "encoder.json"), str(bpe / "vocab.bpe"))
+    work = out / "processed"
+    work.mkdir(parents=True)
+    inputs = len(next(iter(texts.values())))
+    for split, columns in texts.items():
+        for place, column in enumerate(columns):
+            # multiprocessing_bpe_encoder.encode_lines
+            lines = (" ".join(map(str, encoder.encode(line.strip()))) for line in column)
+            write(work / f"{split}.input{place}", *lines)
+    for split, words in labels.items():
+        write(work / f"{split}.label", *words)
+    data = out / "data-bin"
+
+    def flags(name: str, splits: Sequence[str]) -> List[str]:
+        found = ["--trainpref", str(work / f"train.{name}")]
+        for kind in ("valid", "test"):
+            prefixes = [str(work / f"{split}.{name}") for split in splits if split.startswith(kind)]
+            if prefixes:
+                found += [f"--{kind}pref", ",".join(prefixes)]
+        return found
+
+    for place in range(inputs):
+        name = f"input{place}"
+        preprocess(*flags(name, list(texts)), "--destdir", str(data / name), "--srcdict", str(bpe / "dict.txt"))
+    if not regression:
+        preprocess(*flags("label", list(labels)), "--destdir", str(data / "label"))
+    else:
+        (data / "label").mkdir()
+        for split in labels:
+            with open(data / "label" / f"{split}.label", "w") as target:
+                subprocess.run(["awk", "{print $1 / 5.0 }", str(work / f"{split}.label")], stdout=target, check=True)
+    return data
+
+
+def preprocess(*flags: str) -> None:
+    """fairseq-preprocess in this process."""
+    from fairseq import options
+    from fairseq_cli.preprocess import main
+
+    main(options.get_preprocessing_parser().parse_args(["--only-source", "--workers", "1", *flags]))
+
+
+def assert_same_folder(ours: Path, fairseqs: Path) -> None:
+    """input0/, input1/ and label/ hold the same files, byte for byte (its log aside)."""
+    names = sorted(path.relative_to(fairseqs) for path in fairseqs.rglob("*") if path.is_file())
+    names = [name for name in names if name.name != "preprocess.log"]
+    for name in names:
+        assert (ours / name).read_bytes() == (fairseqs / name).read_bytes(), name
+    extra = {path.relative_to(ours) for part in ("input0", "input1", "label") for path in (ours / part).rglob("*")}
+    assert extra == set(names)
+
+
+def cut(path: Path, columns: Sequence[int], header: bool = True) -> List[List[str]]:
+    """What `tail -n +2 | cut -f` gives: the columns from 1."""
+    lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
+    lines = lines[1 if header else 0 :]
+    if not lines[-1]:
+        lines.pop()
+    return [[line.split("\t")[column - 1] for line in lines] for column in columns]
