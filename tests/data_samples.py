@@ -1,5 +1,6 @@
 """Made-up data for the tests of smart_fairseq.data, and fairseq's own route to compare with."""
 
+import json
 import os
 import random
 import subprocess
@@ -36,8 +37,6 @@ def write(path: Path, *lines: str, end: str = "\n", mark: bool = False) -> Path:
 
 def make_gpt2_bpe(folder: Path) -> Path:
     """A byte-level BPE with a few merges, in GPT-2's two files, and a dictionary for it."""
-    import json
-
     from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
     merges = ["t h", "th e", "Ġ the", "Ġ d", "o g", "Ġd og", "Ġ c", "a t", "Ġc at", "e e", "s ee", "Ã ©"]
@@ -59,7 +58,7 @@ def make_bert_bpe(folder: Path, lowercase: bool = True) -> Path:
     symbols = list(dict.fromkeys(symbols))
     write(folder / "vocab.txt", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *symbols)
     write(folder / "dict.txt", *(f"{symbol} {len(symbols) - place}" for place, symbol in enumerate(symbols)))
-    write(folder / "bpe.json", '{"bpe": "bert", "lowercase": %s}' % str(lowercase).lower())
+    write(folder / "bpe.json", json.dumps({"bpe": "bert", "lowercase": lowercase}))
     return folder
 
 

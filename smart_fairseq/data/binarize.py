@@ -29,9 +29,8 @@ PADDING_FACTOR = 8  # fairseq pads the dictionaries that it builds
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 CHUNK = 512  # rows per unit of work
 
-Encoded = Tuple[
-    List["array[int]"], List[List[int]], int, int
-]  # ids per input, sizes per input, unknown symbols, rows cut
+# ids per input, sizes per input, unknown symbols, rows shortened
+Encoded = Tuple[List["array[int]"], List[List[int]], int, int]
 
 
 @dataclass

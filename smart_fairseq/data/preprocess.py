@@ -51,7 +51,7 @@ def fractions(text: str) -> List[float]:
             value = 0.0
         if not 0.0 < value <= 1.0:
             raise UsageError(
-                f"--subsample is {shown(text)}; {shown(part)} must be a fraction above 0 and at most 1, as in 0.001,0.01,1"
+                f"--subsample is {shown(text)}; {shown(part)} must be above 0 and at most 1, as in 0.001,0.01,1"
             )
         values.append(value)
     if len(set(values)) != len(values):
@@ -86,7 +86,7 @@ def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> List[R
     return [rows[place] for place in sorted(order[:count])]
 
 
-def training_flags(task: Task, bpe: str, rows: Mapping[str, int], folder: Path) -> str:
+def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
     """The part of the fairseq-train command that follows from the data."""
     flags = [f"fairseq-train {folder} --task sentence_prediction --num-classes {task.num_classes} --init-token 0"]
     if bpe != "bert" and task.texts == 2:
@@ -113,7 +113,7 @@ def _split_order(rows: Mapping[str, object]) -> List[str]:
 def write_folder(
     data: Data, target: Path, pool: Pool, train: Optional[Sequence[Row]] = None, **facts: object
 ) -> Folder:
-    """Write all splits into ``target``, an existing empty folder; ``train`` stands for a subset of the training part."""
+    """Write all splits into ``target``, an existing empty folder; ``train`` is a subset of the training part."""
     folder = Folder(target, data.task, pool)
     folder.start(data.rows.get("train", []))
     rows = dict(data.rows)
@@ -294,7 +294,7 @@ def join(parts: Mapping[str, Dict[str, List[Row]]], extra: Sequence[str], times:
 def _anli(argv: Optional[Sequence[str]]) -> None:
     parser = argparse.ArgumentParser(
         prog="preprocess.py",
-        description="From ANLI's files, alone or with MNLI, SNLI and FEVER, to fairseq's data folder.",
+        description="From ANLI's files, alone or with others, to fairseq's data folder.",
     )
     parser.add_argument("--rounds", default="R1,R2,R3", help="which rounds (%(default)s)")
     parser.add_argument("--with", dest="extra", default="", help="more training data: MNLI, SNLI, FEVER, as a list")

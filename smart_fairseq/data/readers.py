@@ -36,7 +36,7 @@ class Report:
 
     files: List[str] = field(default_factory=list)
     rows: int = 0
-    left_out: Counter = field(default_factory=Counter)  # reason to count
+    left_out: "Counter[str]" = field(default_factory=Counter)  # reason to count
 
 
 def located(path: Path, line: int, message: str) -> UsageError:
@@ -191,7 +191,7 @@ def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
             continue
         wrong = [key for key in keys if not isinstance(entry.get(key), str)]
         if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
-            wrong.remove(source.label)  # type: ignore[arg-type]
+            wrong.remove(source.label)
         if wrong:
             found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
             yield located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
@@ -244,10 +244,12 @@ def _dev_part(path: Path) -> Iterator[bool]:
 def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = False) -> Tuple[List[Row], Report]:
     """All rows of one split in one form.
 
-    Ids are the file's where it has them, otherwise positions from 0. Raises `UsageError` with file and line at the first
-    row that is not in order, unless ``skip_bad_rows``: then it is counted like the rows that the official loaders drop.
+    Ids are the file's where it has them, otherwise positions from 0. Raises `UsageError` with file and line at the
+    first row that is not in order, unless ``skip_bad_rows``: then it is counted like the rows that the official loaders
+    drop.
     """
-    report, rows = Report(), []
+    report = Report()
+    rows: List[Row] = []
     for name in source.files:
         path = source_path(folder, name)
         if path is None:
@@ -333,8 +335,8 @@ def read_task(
         raise located(
             data_dir / task.folders[0],
             0,
-            f"--data-dir holds no files of {task.name}; expected {', '.join(names[:6])}{' ...' if names[6:] else ''} in "
-            f"{' or '.join(task.folders)}",
+            f"--data-dir holds no files of {task.name}; expected {', '.join(names[:6])}"
+            f"{' ...' if names[6:] else ''} in {' or '.join(task.folders)}",
         )
     rows: Dict[str, List[Row]] = {}
     reports: Dict[str, Report] = {}
