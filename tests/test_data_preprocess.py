@@ -1,0 +1,245 @@
+"""The command as users call it: several tasks, subsets, shortening, ANLI's mixtures, replacement of folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, sentences, write
+
+from smart_fairseq.data.binarize import read_indexed, read_manifest
+from smart_fairseq.data.preprocess import anli_main, glue_main, nested_order, subset
+from smart_fairseq.data.readers import Row
+
+RTE = ("entailment", "not_entailment")
+
+
+@pytest.fixture
+def bpe(tmp_path):
+    return make_gpt2_bpe(tmp_path / "bpe")
+
+
+def ids(folder, split):
+    return [line.split("\t")[0] for line in (folder / "ids" / f"{split}.tsv").read_text().splitlines()[1:]]
+
+
+def test_all_does_what_is_there_and_says_what_it_skipped(tmp_path, bpe, capsys):
+    make_pairs(tmp_path / "glue" / "RTE", RTE)
+    make_pairs(tmp_path / "glue" / "WNLI", ("0", "1"))
+    flags = ["--data-dir", str(tmp_path / "glue"), "--bpe-dir", str(bpe), "--out", str(tmp_path / "out")]
+    assert glue_main(["--task", "all", *flags]) == 0
+    said = capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["RTE-bin", "WNLI-bin"]
+    assert "skipped" in said and "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, AX, SNLI, SciTail" in said
+    assert "--num-classes 2 --init-token 0 --separator-token 2" in said
+    # a list writes into the same kind of folder
+    assert glue_main(["--task", "wnli,RTE", *flags]) == 0
+
+
+def test_bert_folders_need_no_separator(tmp_path, capsys):
+    make_pairs(tmp_path / "RTE", RTE)
+    bert = make_bert_bpe(tmp_path / "bert")
+    flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(bert), "--out", str(tmp_path / "RTE-bin")]
+    assert glue_main(["--task", "RTE", *flags]) == 0
+    assert "--separator-token" not in capsys.readouterr().out
+
+
+def test_fairseq_loads_the_folder(tmp_path, bpe):
+    """Through its own task: tokens in RoBERTa's form, labels by their place in label/dict.txt."""
+    from fairseq.data import Dictionary
+    from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
+
+    make_pairs(tmp_path / "RTE", RTE)
+    out = tmp_path / "RTE-bin"
+    assert glue_main(["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]) == 0
+    config = SentencePredictionConfig(data=str(out), num_classes=2, init_token=0, separator_token=2, no_shuffle=True)
+    config.regression_target, config.classification_head_name, config.seed = False, "head", 1
+    task = SentencePredictionTask.setup_task(config)
+    for split, rows in read_manifest(out)["rows"].items():
+        dataset = task.load_dataset(split)
+        assert len(dataset) == rows
+        first, second = (read_indexed(out / name / split)[3].tolist() for name in ("input0", "input1"))
+        assert dataset[3]["net_input.src_tokens"].tolist() == [0, *first, 2, *second]
+        if split != "test":
+            labels = Dictionary.load(str(out / "label" / "dict.txt"))
+            label = (tmp_path / "RTE" / {"valid": "dev.tsv"}.get(split, "train.tsv")).read_bytes().split(b"\n")[4]
+            assert labels[dataset[3]["target"].item() + labels.nspecial] == label.split(b"\t")[-1].decode()
+
+
+# Shortening -------------------------------------------------------------------------------------------------------
+
+
+def test_max_tokens_shortens_the_longer_text(tmp_path, bpe, capsys):
+    header = "index\tsentence1\tsentence2\tlabel"
+    long, short = "ab " * 40, "cd"
+    rows = [f"0\t{long}\t{short}\tentailment", f"1\t{short}\t{long}\tentailment", f"2\t{long}\t{long}\tentailment"]
+    write(tmp_path / "RTE" / "train.tsv", header, *rows, f"3\t{short}\t{short}\tentailment")
+    flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out"]
+    assert glue_main(["--task", "RTE", *flags, str(tmp_path / "whole")]) == 0
+    assert glue_main(["--task", "RTE", *flags, str(tmp_path / "cut"), "--max-tokens", "20"]) == 0
+    assert "3 rows shortened to --max-tokens" in capsys.readouterr().out
+    whole = [read_indexed(tmp_path / "whole" / name / "train") for name in ("input0", "input1")]
+    shortened = [read_indexed(tmp_path / "cut" / name / "train") for name in ("input0", "input1")]
+    # <s> and a second </s> are added in training, so 18 remain for the two texts and their ends
+    assert [len(first) + len(second) for first, second in zip(*shortened)] == [18, 18, 18, 6]
+    assert [len(part[2]) for part in shortened] == [9, 9]
+    for before, after in zip(whole, shortened):
+        for long_row, row in zip(before, after):
+            assert row[-1] == 2 and np.array_equal(row[:-1], long_row[: len(row) - 1])
+
+
+# Subsets ----------------------------------------------------------------------------------------------------------
+
+
+def test_subsets_are_nested_and_balanced():
+    labels = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
+    rows = [Row(str(number), ("t",), label) for number, label in enumerate(labels)]
+    order = nested_order(rows, seed=7)
+    assert sorted(order) == list(range(100))
+    parts = [subset(rows, fraction, order) for fraction in (0.001, 0.03, 0.3, 0.6, 0.9, 1)]
+    for smaller, larger in zip(parts, parts[1:]):
+        assert set(smaller) < set(larger)
+    assert [Counter(row.label for row in part) for part in parts[1:4]] == [
+        {"a": 1, "b": 1, "c": 1},
+        {"a": 10, "b": 10, "c": 10},
+        {"a": 20, "b": 20, "c": 20},
+    ]
+    assert Counter(row.label for row in parts[4]) == {"a": 40, "b": 30, "c": 20}  # the small classes are used up
+    assert len(parts[0]) == 1 and parts[5] == rows
+    assert nested_order(rows, seed=7) == order != nested_order(rows, seed=8)
+
+
+def test_subsample_writes_a_folder_for_each_fraction(tmp_path, bpe):
+    make_pairs(tmp_path / "RTE", RTE, rows=40)
+    out = tmp_path / "out"
+    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out"]
+    assert glue_main([*flags, str(out), "--subsample", "0.05,0.5,1", "--seed", "3"]) == 0
+    assert glue_main([*flags, str(tmp_path / "whole")]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["0.05", "0.5", "1"]
+    chosen = {name: set(ids(out / name, "train")) for name in ("0.05", "0.5", "1")}
+    assert chosen["0.05"] < chosen["0.5"] < chosen["1"] and len(chosen["0.05"]) == 2
+    # the recorded lines are the rows that were written
+    source = (tmp_path / "RTE" / "train.tsv").read_text(encoding="utf-8").split("\n")
+    recorded = [line.split("\t") for line in (out / "0.5" / "ids" / "train.tsv").read_text().splitlines()[1:]]
+    whole = read_indexed(tmp_path / "whole" / "input0" / "train")
+    for row, (identity, file, line) in zip(read_indexed(out / "0.5" / "input0" / "train"), recorded):
+        assert file == "RTE/train.tsv" and source[int(line) - 1].startswith(f"{identity}\t")
+        assert np.array_equal(row, whole[int(identity)])
+    for name in chosen:
+        # classes have the same ids everywhere, and what is not sampled is whole
+        assert (out / name / "label" / "dict.txt").read_bytes() == (tmp_path / "whole/label/dict.txt").read_bytes()
+        assert (out / name / "input1" / "valid.bin").read_bytes() == (tmp_path / "whole/input1/valid.bin").read_bytes()
+    assert read_manifest(out / "0.5")["subsample"] == 0.5
+
+
+# ANLI -------------------------------------------------------------------------------------------------------------
+
+
+def make_anli(folder: Path) -> Path:
+    texts = iter(sentences(1000, seed=2))
+
+    def nli(path, count, **names):
+        rows = []
+        for number in range(count):
+            label = "enc"[number % 3]
+            row = {"uid": f"{path.parent.name}{path.stem}{number}", "reason": "", "context": next(texts)}
+            rows.append({**row, "hypothesis": next(texts), "label": label})
+        write(path, *(json.dumps(row) for row in rows))
+
+    for place, name in enumerate(("R1", "R2", "R3")):
+        for split, count in (("train", 4 + place), ("dev", 3), ("test", 3 + place)):
+            nli(folder / "anli_v1.0" / name / f"{split}.jsonl", count)
+    pairs = [
+        {"gold_label": label, "pairID": f"s{number}", "sentence1": "the dog", "sentence2": "a cat"}
+        for number, label in enumerate(("neutral", "-", "entailment"))
+    ]
+    write(folder / "snli_1.0" / "snli_1.0_train.jsonl", *map(json.dumps, pairs))
+    claim = {"fid": "f0", "query": "dog", "context": "cat", "label": "SUPPORTS"}
+    write(folder / "nli_fever" / "train_fitems.jsonl", json.dumps(claim))
+    return folder
+
+
+def test_anli_rounds_with_others(tmp_path, bpe, capsys):
+    data, out = make_anli(tmp_path / "data"), tmp_path / "ANLI-bin"
+    flags = ["--data-dir", str(data), "--bpe-dir", str(bpe), "--out", str(out)]
+    assert anli_main([*flags, "--with", "SNLI,fever", "--weights", "R1=2"]) == 0
+    assert "read SNLI train: 2 rows; 1 left out" in capsys.readouterr().out
+    manifest = read_manifest(out)
+    assert manifest["rows"] == {"train": 8 + 5 + 6 + 2 + 1, "valid": 9, "test": 12}
+    assert manifest["parts"]["train"] == [["R1", 8], ["R2", 5], ["R3", 6], ["SNLI", 2], ["FEVER", 1]]
+    assert manifest["parts"]["test"] == [["R1", 3], ["R2", 4], ["R3", 5]]
+    assert manifest["labels"] == ["contradiction", "neutral", "entailment"]
+    assert ids(out, "train")[-3:] == ["s0", "s2", "f0"] and ids(out, "test")[3] == "R2test0"
+    assert anli_main([*flags, "--rounds", "R2"]) == 0
+    assert read_manifest(out)["parts"]["valid"] == [["R2", 3]]
+
+
+# Replacement ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_replaces_the_folder_and_a_failed_one_leaves_it(tmp_path, bpe, capsys):
+    make_pairs(tmp_path / "RTE", RTE)
+    out = tmp_path / "RTE-bin"
+    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
+    assert glue_main(flags) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    write(tmp_path / "RTE" / "dev.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tno")
+    assert glue_main(flags) == 2
+    assert "dev.tsv:2: label 'no'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    write(tmp_path / "RTE" / "dev.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tentailment")
+    assert glue_main(flags) == 0
+    assert read_manifest(out)["rows"]["valid"] == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from smart_fairseq.data import binarize, preprocess
+write = binarize.Folder.write
+def slow(self, split, *rest):
+    write(self, split, *rest)
+    print("WROTE", split, flush=True)
+    if split == "valid":
+        time.sleep(60)
+binarize.Folder.write = slow
+sys.exit(preprocess.glue_main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, bpe, number):
+    make_pairs(tmp_path / "RTE", RTE)
+    out = tmp_path / "RTE-bin"
+    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
+    assert glue_main(flags) == 0
+    before = (out / "preprocess.json").stat().st_mtime_ns
+    script = write(tmp_path / "slow.py", SLOW.format(root=str(ROOT)))
+    run = subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE, text=True)
+    while "WROTE valid" not in run.stdout.readline():
+        assert run.poll() is None
+    run.send_signal(number)
+    assert run.wait(timeout=30) not in (0, None)
+    assert (out / "preprocess.json").stat().st_mtime_ns == before
+    hidden = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    # only a kill that no program can notice leaves something, hidden, and the next run removes it
+    assert len(hidden) == (number == signal.SIGKILL)
+    time.sleep(0.1)
+    assert glue_main(flags) == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_example_scripts_run_from_anywhere(tmp_path):
+    for name in ("glue", "anli"):
+        script = ROOT / "examples" / name / "preprocess.py"
+        run = subprocess.run(
+            [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ}
+        )
+        assert run.returncode == 0 and "--subsample" in run.stdout, run.stderr
