@@ -246,7 +246,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         lines = export(args.checkpoint, args.out)
     except (UsageError, OSError) as error:
-        print(f"export: error: {error}", file=sys.stderr)
+        print("export: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     for line in lines:
         print(f"export: {line}")

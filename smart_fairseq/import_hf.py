@@ -161,7 +161,7 @@ def read_config(model_dir: Path) -> Config:
     raw = read_json(path)
 
     model_type = raw.get("model_type")
-    if model_type not in SPECIAL_TOKENS:
+    if not isinstance(model_type, str) or model_type not in SPECIAL_TOKENS:
         refuse(path, f"model_type is {model_type!r}", "allowed: 'bert', 'roberta'")
     for key, allowed in (
         ("position_embedding_type", "absolute"),
@@ -172,7 +172,7 @@ def read_config(model_dir: Path) -> Config:
             refuse(path, f"{key} is {raw[key]!r}", f"allowed: {allowed!r}")
     activations = ACTIVATIONS[model_type]
     hidden_act = raw.get("hidden_act", "gelu")
-    if hidden_act not in activations:
+    if not isinstance(hidden_act, str) or hidden_act not in activations:
         refuse(path, f"hidden_act is {hidden_act!r}", "allowed: " + ", ".join(map(repr, activations)))
 
     def number(key: str, default: Optional[int] = None, least: int = 1) -> int:
@@ -248,9 +248,12 @@ def arrange(
             f"config.json's vocab_size {row_count} allows 0 to {row_count - 1}",
         )
 
+    by_row: Dict[int, str] = {}
+    for token, row in tokens.items():
+        if row in by_row:
+            refuse(path, f"{by_row[row]!r} and {token!r} share the id {row}", "every token needs its own")
+        by_row[row] = token
     special_rows = [tokens[token] for token in special_tokens]
-    if len(set(special_rows)) != len(special_rows):
-        refuse(path, "two special tokens share an id", "each of " + " ".join(special_tokens) + " needs its own")
     names: List[Optional[str]] = [None] * row_count
     for token, row in tokens.items():
         names[row] = symbol_of.get(token, token)
@@ -286,10 +289,9 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     merges_path = model_dir / "merges.txt"
     if path.exists() or not (model_dir / "tokenizer.json").exists():
         tokens = dict(read_json(path))
-        with contextlib.suppress(FileNotFoundError):
-            added_path = model_dir / "added_tokens.json"
-            if added_path.exists():
-                tokens.update(read_json(added_path))
+        added_path = model_dir / "added_tokens.json"
+        if added_path.exists():
+            tokens.update(read_json(added_path))
         lines = read_lines(merges_path)
         merges = [
             tuple(line.split()) for line in lines[1 if lines and lines[0].startswith("#version") else 0 :] if line
@@ -720,7 +722,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         report = import_hf(args.model_dir, args.out_dir, overwrite=args.overwrite)
     except (UsageError, OSError) as error:
-        print(f"import_hf: error: {error}", file=sys.stderr)
+        print("import_hf: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     for note in report["notes"]:
         print(f"import_hf: {note}")

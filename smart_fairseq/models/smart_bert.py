@@ -7,7 +7,9 @@ heads, hub interface and flags included; `python -m smart_fairseq.export` turns 
 model into one of `--arch roberta`.
 """
 
+import argparse
 import math
+from typing import Any, Dict
 
 import torch
 from fairseq.models import register_model, register_model_architecture
@@ -26,7 +28,7 @@ def set_layer_norm_eps(model: torch.nn.Module, eps: float) -> None:
     """
     for module in model.modules():
         if hasattr(module, "normalized_shape") and hasattr(module, "eps"):
-            module.eps = eps
+            setattr(module, "eps", eps)  # noqa: B010  to mypy, a module's attributes are modules or tensors
 
 
 @register_model("smart_bert")
@@ -36,19 +38,19 @@ class SmartBertModel(RobertaModel):
     Raises `UsageError` for an epsilon that is not a positive number.
     """
 
-    def __init__(self, args, encoder):
+    def __init__(self, args: Any, encoder: torch.nn.Module) -> None:
         super().__init__(args, encoder)
-        eps = args.smart_layer_norm_eps
+        eps = safe_getattr(args, "smart_layer_norm_eps", BERT_LAYER_NORM_EPS)
         require(math.isfinite(eps) and eps > 0, "--smart-layer-norm-eps", eps, "a positive number, such as 1e-12")
         set_layer_norm_eps(self.encoder, eps)
 
     @classmethod
-    def hub_models(cls):
+    def hub_models(cls) -> Dict[str, str]:
         # RobertaModel's archives hold checkpoints of arch roberta
         return {}
 
     @staticmethod
-    def add_args(parser):
+    def add_args(parser: argparse.ArgumentParser) -> None:
         RobertaModel.add_args(parser)
         parser.add_argument(
             "--smart-layer-norm-eps",
@@ -59,19 +61,19 @@ class SmartBertModel(RobertaModel):
 
 
 @register_model_architecture("smart_bert", "smart_bert")
-def smart_bert_architecture(args):
+def smart_bert_architecture(args: Any) -> None:
     args.smart_layer_norm_eps = safe_getattr(args, "smart_layer_norm_eps", BERT_LAYER_NORM_EPS)
     base_architecture(args)
 
 
 @register_model_architecture("smart_bert", "smart_bert_large")
-def smart_bert_large_architecture(args):
+def smart_bert_large_architecture(args: Any) -> None:
     roberta_large_architecture(args)
     smart_bert_architecture(args)
 
 
 @register_model_architecture("smart_bert", "smart_bert_minilm_l6")
-def smart_bert_minilm_l6_architecture(args):
+def smart_bert_minilm_l6_architecture(args: Any) -> None:
     args.encoder_layers = safe_getattr(args, "encoder_layers", 6)
     args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 384)
     args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 1536)

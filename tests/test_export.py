@@ -1,0 +1,244 @@
+"""export: plain fairseq, in a process that never imports this package, predicts the same."""
+
+import argparse
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from test_import_hf import write_hf, write_task_data
+from toolkit import USER_DIR, train
+
+from smart_fairseq.export import main, plain, scale_residual_stream, stream_scale
+from smart_fairseq.import_hf import import_hf
+
+TOKENS = [[0, 5, 9, 12, 7, 2], [0, 6, 2, 1, 1, 1], [0, 8, 8, 10, 2, 1]]
+
+# what a user of plain fairseq runs; prints features, and the logits of the head or of the LM head
+PLAIN_FAIRSEQ = """
+import json, sys, logging
+logging.disable(logging.CRITICAL)
+import torch
+from fairseq.models.roberta import RobertaModel
+folder, file, data, head, tokens = json.loads(sys.argv[1])
+hub = RobertaModel.from_pretrained(folder, checkpoint_file=file, data_name_or_path=data, bpe=None)
+hub.eval()
+tokens = torch.tensor(tokens)
+with torch.no_grad():
+    features = hub.extract_features(tokens)
+    logits = hub.predict(head, tokens, return_logits=True) if head else hub.model(tokens)[0]
+assert not any(name.split(".")[0] == "smart_fairseq" for name in sys.modules)
+assert type(hub.model) is RobertaModel
+print("RESULT" + json.dumps([features.tolist(), logits.tolist()]))
+"""
+
+
+def in_plain_fairseq(file: Path, data: Path, head: str = "") -> List[torch.Tensor]:
+    arguments = json.dumps([str(file.parent), file.name, str(data), head, TOKENS])
+    done = subprocess.run([sys.executable, "-c", PLAIN_FAIRSEQ, arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.tensor(part) for part in json.loads(done.stdout.split("RESULT")[1])]
+
+
+def here(file: Path, head: str = "", **overrides: Any) -> List[torch.Tensor]:
+    models, _ = checkpoint_utils.load_model_ensemble([str(file)], {"load_checkpoint_heads": True, **overrides})
+    model = models[0].eval()
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        features = model(tokens, features_only=True)[0]
+        logits = model.classification_heads[head](features) if head else model(tokens)[0]
+    return [features, logits]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    import_hf(write_hf(folder / "hf", "bert", head=True), folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def trained(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
+    """A few updates of SMART on the imported model, and the data it saw."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_task_data(folder / "data", imported / "dict.txt")
+    arguments = [str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", "2"]
+    arguments += [
+        "--restore-file",
+        str(imported / "model.pt"),
+        *json.loads((imported / "import.json").read_text())["flags"],
+    ]
+    arguments += ["--reset-optimizer", "--reset-dataloader", "--reset-meters"]
+    arguments += ["--criterion", "smart_sentence_prediction", "--optimizer", "mbpp", "--lr", "1e-3"]
+    arguments += ["--batch-size", "4", "--max-update", "4", "--cpu", "--num-workers", "0", "--disable-validation"]
+    arguments += ["--save-dir", str(folder / "run"), "--no-epoch-checkpoints", "--log-format", "json"]
+    train(arguments)
+    return {"checkpoint": folder / "run" / "checkpoint_last.pt", "data": data}
+
+
+HEAD = "sentence_classification_head"
+
+
+def test_trained_model_predicts_the_same_without_this_package(trained: Dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "plain.pt"
+    assert main([str(trained["checkpoint"]), str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
+    expected = here(trained["checkpoint"], HEAD)
+    for actual, wanted in zip(in_plain_fairseq(out, trained["data"], HEAD), expected):
+        assert (actual - wanted).abs().max() < 1e-5
+
+
+def test_without_the_scale_it_would_not(trained: Dict[str, Path], tmp_path: Path) -> None:
+    """The effect that the test above rests on: fairseq's epsilon moves these logits by far more than 1e-5."""
+    state = torch.load(trained["checkpoint"], weights_only=True)
+    vars(state["cfg"]["model"])["smart_layer_norm_eps"] = 1e-5
+    torch.save(state, tmp_path / "naive.pt")
+    _, expected = here(trained["checkpoint"], HEAD)
+    _, naive = here(tmp_path / "naive.pt", HEAD)
+    assert (naive - expected).abs().max() > 1e-4
+
+
+def test_nothing_of_this_package_remains(trained: Dict[str, Path], tmp_path: Path) -> None:
+    """The pickle names no class, flag or component of ours, and holds no optimizer state."""
+    out = tmp_path / "plain.pt"
+    main([str(trained["checkpoint"]), str(out)])
+    with zipfile.ZipFile(out) as archive:
+        (pickle,) = (archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+    for word in (b"smart_", b"mbpp", b"SmartS", b"MBPP", b"argparse", b"omegaconf"):
+        assert word not in pickle, word
+    state = torch.load(out, weights_only=True)
+    assert state["last_optimizer_state"] is None
+    assert state["optimizer_history"][-1]["num_updates"] == 4
+    assert state["cfg"]["model"]["arch"] == state["cfg"]["model"]["_name"] == "roberta"
+    assert state["cfg"]["criterion"]["_name"] == "sentence_prediction"
+    assert state["cfg"]["criterion"]["classification_head_name"] == HEAD
+    assert state["cfg"]["optimizer"]["_name"] == "adam"
+
+
+def test_imported_model_keeps_features_and_nearly_the_lm_head(imported: Path, tmp_path: Path) -> None:
+    """Features within 1e-5. The LM head's LayerNorm keeps fairseq's epsilon, no more than that changes."""
+    assert main([str(imported / "model.pt"), str(tmp_path / "plain.pt")]) == 0
+    features, logits = in_plain_fairseq(tmp_path / "plain.pt", imported)
+    data = {"data": str(imported)}
+    expected_features, expected_logits = here(imported / "model.pt", **data)
+    assert (features - expected_features).abs().max() < 1e-5
+
+    models, _ = checkpoint_utils.load_model_ensemble([str(imported / "model.pt")], data)
+    models[0].encoder.lm_head.layer_norm.eps = 1e-5
+    with torch.no_grad():
+        with_fairseqs_epsilon = models[0].eval()(torch.tensor(TOKENS))[0]
+    assert (logits - with_fairseqs_epsilon).abs().max() < 1e-4
+    assert (logits - expected_logits).abs().max() < 1e-2
+
+
+def test_roberta_keeps_its_weights(tmp_path: Path) -> None:
+    import_hf(write_hf(tmp_path / "hf", "roberta"), tmp_path / "in")
+    assert main([str(tmp_path / "in" / "model.pt"), str(tmp_path / "plain.pt")]) == 0
+    before, after = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("in/model.pt", "plain.pt"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_half_precision_weights_become_float32(imported: Path, tmp_path: Path) -> None:
+    state = torch.load(imported / "model.pt", weights_only=True)
+    state["model"] = {key: tensor.half() for key, tensor in state["model"].items()}
+    torch.save(state, tmp_path / "half.pt")
+    assert main([str(tmp_path / "half.pt"), str(tmp_path / "plain.pt")]) == 0
+    written = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    features, _ = in_plain_fairseq(tmp_path / "plain.pt", imported)
+    expected, _ = here(tmp_path / "half.pt", data=str(imported))
+    assert (features - expected).abs().max() < 1e-5
+
+
+def test_scale() -> None:
+    """sqrt(1e-5 / 1e-12) = 3162 = 2^11.6: 2^12, and 1e-5 / 2^24 = 6.0e-13. Larger epsilons are met exactly."""
+    assert stream_scale(1e-12) == 4096
+    assert stream_scale(1e-5) == 1
+    for eps in (1e-6, 1e-8, 1e-3):
+        assert 1e-5 / stream_scale(eps) ** 2 == pytest.approx(eps)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_other_epsilons(tmp_path: Path, eps: float) -> None:
+    import_hf(write_hf(tmp_path / "hf", "bert", layer_norm_eps=eps), tmp_path / "in")
+    assert main([str(tmp_path / "in" / "model.pt"), str(tmp_path / "plain.pt")]) == 0
+    features, _ = here(tmp_path / "plain.pt", data=str(tmp_path / "in"))
+    expected, _ = here(tmp_path / "in" / "model.pt", data=str(tmp_path / "in"))
+    assert (features - expected).abs().max() < 1e-5
+
+
+def test_scaling_is_exact_and_leaves_its_input(imported: Path) -> None:
+    """Powers of two: scaling by s and then by 1/s gives back every bit."""
+    model = torch.load(imported / "model.pt", weights_only=True)["model"]
+    before = {key: tensor.clone() for key, tensor in model.items()}
+    scaled = scale_residual_stream(model, 4096.0)
+    changed = [key for key in model if not torch.equal(scaled[key], model[key])]
+    assert all("layers.1.final_layer_norm" not in key for key in changed)
+    # 2 tables, 2 of the first LayerNorm, per layer 4 + 2 weights and 2 biases, 4 and 2 of LayerNorms, 3 of the LM head
+    assert len(changed) == 2 + 2 + 2 * (4 + 2 + 2) + 4 + 2 + 3
+    back = scale_residual_stream(scaled, 1 / 4096)
+    for key, tensor in before.items():
+        assert torch.equal(model[key], tensor) and torch.equal(back[key], tensor), key
+
+
+def test_plain_containers() -> None:
+    from fairseq.dataclass import ChoiceEnum
+
+    choice = ChoiceEnum(["no_c10d", "other"])
+    given = argparse.Namespace(a=(1, 2.5), b={"c": None, 3: True}, d=choice("other"))
+    assert plain(given) == {"a": [1, 2.5], "b": {"c": None, "3": True}, "d": "other"}
+    assert type(plain(given)["d"]) is str
+
+
+# Errors
+
+
+def run_refused(arguments: List[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("export: error: ")
+    return line
+
+
+def test_errors_are_one_line_and_leave_nothing(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = imported / "model.pt", str(tmp_path / "out.pt")
+    assert "no such file" in run_refused([str(tmp_path / "none.pt"), out], capsys)
+    (tmp_path / "cut.pt").write_bytes(source.read_bytes()[:1000])
+    assert "cut.pt: not a readable checkpoint" in run_refused([str(tmp_path / "cut.pt"), out], capsys)
+    torch.save({"model": {}}, tmp_path / "bare.pt")
+    assert "no configuration" in run_refused([str(tmp_path / "bare.pt"), out], capsys)
+
+    state = torch.load(source, weights_only=True)
+    state["cfg"]["model"].update(_name="bart_large", arch="bart_large")
+    torch.save(state, tmp_path / "bart.pt")
+    line = run_refused([str(tmp_path / "bart.pt"), out], capsys)
+    assert "architecture is bart_large; allowed: those of smart_bert and roberta" in line
+    state["cfg"]["model"].update(_name="smart_bert", encoder_normalize_before=True)
+    torch.save(state, tmp_path / "prenorm.pt")
+    assert "--encoder-normalize-before" in run_refused([str(tmp_path / "prenorm.pt"), out], capsys)
+
+    assert "is CHECKPOINT itself" in run_refused([str(source), str(source)], capsys)
+    assert "existing folder" in run_refused([str(source), str(tmp_path / "none" / "out.pt")], capsys)
+    assert "existing folder" in run_refused([str(source), str(tmp_path)], capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"cut.pt", "bare.pt", "bart.pt", "prenorm.pt"}
+
+
+def test_interrupted_writing_keeps_the_old_file(
+    imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "out.pt").write_text("old")
+    monkeypatch.setattr("smart_fairseq.export.torch.save", full)
+    assert "No space left" in run_refused([str(imported / "model.pt"), str(tmp_path / "out.pt")], capsys)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.pt", "old")]
