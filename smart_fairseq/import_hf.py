@@ -7,8 +7,8 @@ or tokenizer.json). OUT_DIR receives
 
     model.pt      the weights and a fairseq configuration, plain containers and tensors only
     dict.txt      fairseq's dictionary. Its counts are not known to Hugging Face: 1 for every symbol, 0 for the
-                  fillers of rows that have no token (fairseq uses counts to choose random replacements in masked
-                  language modelling with --freq-weighted-replacement, and nowhere else in training)
+                  fillers of rows that have no token (masked language modelling uses counts with
+                  --freq-weighted-replacement; fine-tuning for sentences does not)
     bpe.json      {"bpe": "gpt2"} or {"bpe": "bert", "lowercase": true}
     encoder.json, vocab.bpe (gpt2) or vocab.txt (bert)
     import.json   sizes, the source file's SHA-256, and fairseq-train's architecture flags as a list
