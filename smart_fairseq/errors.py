@@ -58,7 +58,11 @@ def _explain_checkpoint(error: BaseException) -> Optional[str]:
         details = [line.strip() for line in "\n".join(reasons[1:]).splitlines() if line.startswith("\t")]
         return (
             f"--restore-file {unfit[1]}: its weights do not fit the model of this run"
-            + (f" ({details[0].rstrip('.')}" + (f", and {len(details) - 1} more)" if details[1:] else ")") if details else "")
+            + (
+                f" ({details[0].rstrip('.')}" + (f", and {len(details) - 1} more)" if details[1:] else ")")
+                if details
+                else ""
+            )
             + "; choose the --arch and sizes that the checkpoint was made with"
         )
     for frame, _ in traceback.walk_tb(error.__traceback__):

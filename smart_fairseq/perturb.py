@@ -25,14 +25,14 @@ __all__ = ["Forward", "bare", "embedding_weight", "perturbed", "token_mask"]
 _MODULES = {"token": "embed_tokens", "input": "dropout_module"}
 
 
-def bare(model: nn.Module) -> nn.Module:
+def bare(model: Any) -> nn.Module:
     """The model inside fairseq's distributed wrappers, which all keep it as ``module``."""
     while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
         model = model.module
     return model
 
 
-def _encoder(model: nn.Module) -> nn.Module:
+def _encoder(model: nn.Module) -> Any:
     encoder = getattr(getattr(bare(model), "encoder", None), "sentence_encoder", None)
     if encoder is None or not all(hasattr(encoder, name) for name in _MODULES.values()):
         raise UsageError(
@@ -44,8 +44,7 @@ def _encoder(model: nn.Module) -> nn.Module:
 
 def embedding_weight(model: nn.Module) -> Tensor:
     """The table [V, C] whose rows are perturbed; raises `UsageError` for a model that is not RoBERTa's kind."""
-    weight: Tensor = _encoder(model).embed_tokens.weight
-    return weight
+    return _encoder(model).embed_tokens.weight
 
 
 def token_mask(model: nn.Module, src_tokens: Tensor) -> Tensor:
@@ -93,9 +92,7 @@ class Forward:
         self.inputs = {**net_input, "features_only": True, "classification_head_name": head}
         self.place = place
 
-    def __call__(
-        self, weights: Optional[Dict[str, Tensor]] = None, perturbation: Optional[Tensor] = None
-    ) -> Tensor:
+    def __call__(self, weights: Optional[Dict[str, Tensor]] = None, perturbation: Optional[Tensor] = None) -> Tensor:
         """The logits [B, K].
 
         Args:

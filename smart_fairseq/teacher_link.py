@@ -91,7 +91,9 @@ class TeacherLink:
         model = bare(model)
         mbpp = _unwrap(self._optimizer)
         if not isinstance(mbpp, MBPP):
-            raise RuntimeError("the Bregman term needs --optimizer mbpp, and no such optimizer has taken part in a step")
+            raise RuntimeError(
+                "the Bregman term needs --optimizer mbpp, and no such optimizer has taken part in a step"
+            )
         mbpp.teacher_is_read = True
         if mbpp.teacher is None:  # no update yet
             return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -112,4 +114,3 @@ class TeacherLink:
             flat = {tensor.device: _split(tensor, updated) for tensor in teacher}
             teacher = [next(flat[parameter.device]) for parameter in updated]
         return {name: t.to(parameter.dtype) for name, parameter, t in zip(self._names, updated, teacher)}
-

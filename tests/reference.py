@@ -30,8 +30,18 @@ def pieces(tensor: Tensor, length: int, scope: str) -> List[Tensor]:
 
 
 def perturb(
-    f: Callable[[Tensor], Tensor], x: Tensor, length: int, noise: Tensor, *, radius: float, step_size: float,
-    steps: int, norm: str, scope: str, projection: str, regression: bool,
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    length: int,
+    noise: Tensor,
+    *,
+    radius: float,
+    step_size: float,
+    steps: int,
+    norm: str,
+    scope: str,
+    projection: str,
+    regression: bool,
 ) -> Tensor:
     """Lines 3 to 8 for one example: x [T, C] with ``length`` real tokens -> x~ [T, C]."""
     clean = f(x).detach()
@@ -57,8 +67,12 @@ def perturb(
 
 
 def objective(
-    student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], embeddings: List[Tensor],
-    perturbed: List[Tensor], targets: Tensor, regression: bool,
+    student: Callable[[Tensor], Tensor],
+    teacher: Callable[[Tensor], Tensor],
+    embeddings: List[Tensor],
+    perturbed: List[Tensor],
+    targets: Tensor,
+    regression: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """L, R_s and D_Breg, each a mean over the examples."""
     task, smooth, bregman = [], [], []

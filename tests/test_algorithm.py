@@ -14,7 +14,9 @@ from toolkit import NO_DROPOUT, assert_close, batch, build, command
 
 from smart_fairseq.method.noise import example_noise
 
-SETTINGS = list(itertools.product(["classes", "regression"], [1, 3], ["inf", "l2"], ["example", "token"], ["ball", "normalize"]))
+SETTINGS = list(
+    itertools.product(["classes", "regression"], [1, 3], ["inf", "l2"], ["example", "token"], ["ball", "normalize"])
+)
 
 
 def as_function_of_embeddings(model: Any, tokens: torch.Tensor, place: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -46,7 +48,16 @@ def prepared(data: Path, kind: str, *flags: str) -> Tuple[Any, ...]:
     regression = ["--regression-target"] if kind == "regression" else []
     arguments = command(
         # not gelu, which fairseq computes in float32 whatever the model's precision
-        data, *NO_DROPOUT, "--activation-fn", "tanh", *regression, *flags, "--mbpp-warmup-ratio", "0", "--mbpp-momentum", "0.7",
+        data,
+        *NO_DROPOUT,
+        "--activation-fn",
+        "tanh",
+        *regression,
+        *flags,
+        "--mbpp-warmup-ratio",
+        "0",
+        "--mbpp-momentum",
+        "0.7",
         num_classes=1 if regression else 2,
     )
     cfg, task, model, criterion = build(arguments)
@@ -75,16 +86,32 @@ def prepared(data: Path, kind: str, *flags: str) -> Tuple[Any, ...]:
 @pytest.mark.parametrize("place", ["token", "input"])
 @pytest.mark.parametrize(("kind", "steps", "norm", "scope", "projection"), SETTINGS)
 def test_against_the_literal_algorithm(
-    kind: str, steps: int, norm: str, scope: str, projection: str, place: str,
-    class_data: Path, regression_data: Path,
+    kind: str,
+    steps: int,
+    norm: str,
+    scope: str,
+    projection: str,
+    place: str,
+    class_data: Path,
+    regression_data: Path,
 ) -> None:
     """x~, R_s, D_Breg and all gradients; a ball small enough to bind and a noise that partly leaves it."""
     settings = dict(radius=2e-2, step_size=3e-2, steps=steps, norm=norm, scope=scope, projection=projection)
     criterion, model, teacher, sample = prepared(
-        class_data if kind == "classes" else regression_data, kind,
+        class_data if kind == "classes" else regression_data,
+        kind,
         *("--smart-weight", "3", "--smart-bregman-weight", "2", "--smart-embedding", place),
         *("--smart-epsilon", "2e-2", "--smart-step-size", "3e-2", "--smart-noise-std", "1e-2"),
-        *("--smart-steps", str(steps), "--smart-norm", norm, "--smart-norm-scope", scope, "--smart-projection", projection),
+        *(
+            "--smart-steps",
+            str(steps),
+            "--smart-norm",
+            norm,
+            "--smart-norm-scope",
+            scope,
+            "--smart-projection",
+            projection,
+        ),
     )
     regression = kind == "regression"
     tokens = sample["net_input"]["src_tokens"]
@@ -116,8 +143,14 @@ def test_against_the_literal_algorithm(
     ]
     rows = range(len(tokens))
     terms = [
-        reference.objective(students[i], lambda _, i=i: teachers[i](teacher_xs[i]), [xs[i]], [x_tildes[i]],
-                            sample["target"].view(-1)[i : i + 1], regression)
+        reference.objective(
+            students[i],
+            lambda _, i=i: teachers[i](teacher_xs[i]),
+            [xs[i]],
+            [x_tildes[i]],
+            sample["target"].view(-1)[i : i + 1],
+            regression,
+        )
         for i in rows
     ]
     task_loss, smooth, bregman = (torch.stack(column).mean() for column in zip(*terms))

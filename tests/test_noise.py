@@ -45,4 +45,6 @@ def test_it_depends_on_seed_and_example_alone() -> None:
 def test_any_seed_is_accepted() -> None:
     for seed in (0, -1, 2**64 - 1, 2**63):
         assert torch.isfinite(example_noise(torch.tensor([0]), 3, 4, seed=seed)).all()
-    assert_close(example_noise(torch.tensor([0]), 3, 4, seed=-1), example_noise(torch.tensor([0]), 3, 4, seed=2**64 - 1))
+    assert_close(
+        example_noise(torch.tensor([0]), 3, 4, seed=-1), example_noise(torch.tensor([0]), 3, 4, seed=2**64 - 1)
+    )

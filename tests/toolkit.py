@@ -1,7 +1,6 @@
 """What several tests share: tolerances, tiny data, tiny models, fairseq's programs in this process."""
 
 import contextlib
-import io
 import json
 import random
 import sys
@@ -29,9 +28,7 @@ TOLERANCE = {
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, **overrides: float) -> None:
     """Equal within the tolerance of the coarser of the two dtypes; `assert_equal` is the exact word."""
     dtype = min(actual.dtype, expected.dtype, key=lambda d: torch.finfo(d).bits)
-    torch.testing.assert_close(
-        actual.double(), expected.double(), **{**TOLERANCE[dtype], **overrides}
-    )
+    torch.testing.assert_close(actual.double(), expected.double(), **{**TOLERANCE[dtype], **overrides})
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -83,8 +80,15 @@ def _write_indexed(path: Path, lines: Sequence[str], dictionary: Dictionary) -> 
     builder.finalize(f"{path}.idx")
 
 
-def command(data: Path, *flags: str, criterion: str = "smart_sentence_prediction", save_dir: Optional[Path] = None,
-            num_classes: int = 2, optimizer: str = "mbpp", max_update: Optional[int] = 6) -> List[str]:
+def command(
+    data: Path,
+    *flags: str,
+    criterion: str = "smart_sentence_prediction",
+    save_dir: Optional[Path] = None,
+    num_classes: int = 2,
+    optimizer: str = "mbpp",
+    max_update: Optional[int] = 6,
+) -> List[str]:
     """Arguments for fairseq-train on a tiny model; later flags win over these."""
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
@@ -106,9 +110,8 @@ def parse(arguments: Sequence[str]) -> Any:
 
 def train(arguments: Sequence[str]) -> Dict[str, List[Dict[str, Any]]]:
     """Run fairseq-train in this process; its log lines by kind: train_inner, train, valid."""
-    from fairseq_cli import train as fairseq_train
-
     from fairseq import checkpoint_utils
+    from fairseq_cli import train as fairseq_train
 
     # fairseq keeps the best metric of a run in a function's attribute
     vars(checkpoint_utils.save_checkpoint).pop("best", None)

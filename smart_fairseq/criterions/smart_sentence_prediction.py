@@ -70,7 +70,9 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
     )
     smart_projection: ChoiceEnum(["ball", "normalize"]) = field(  # type: ignore[valid-type]
         default="ball",
-        metadata={"help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"},
+        metadata={
+            "help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"
+        },
     )
     smart_embedding: ChoiceEnum(["token", "input"]) = field(  # type: ignore[valid-type]
         default="token",
@@ -134,9 +136,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         if self.smart_weight:
             check_model(model, self.cfg.smart_epsilon if self.cfg.smart_projection == "ball" else 1.0)
         self._checked = True
-        logger.info(
-            f"SMART: weight {self.smart_weight:g}, {self.adversary}, Bregman weight {self.bregman_weight:g}"
-        )
+        logger.info(f"SMART: weight {self.smart_weight:g}, {self.adversary}, Bregman weight {self.bregman_weight:g}")
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Any:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
@@ -299,7 +299,9 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
         f"{lowest} or more (--smart-weight 0 switches the term off)",
     )
     if cfg.smart_mode == "tangent":
-        raise UsageError("--smart-mode is tangent, which is not available yet; use finite (or auto, which is the same now)")
+        raise UsageError(
+            "--smart-mode is tangent, which is not available yet; use finite (or auto, which is the same now)"
+        )
     num_classes = task.cfg.num_classes
     if cfg.regression_target:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")

@@ -115,6 +115,6 @@ def find_perturbation(
             # a sum, not a mean: each example's gradient is its own, and the scale cancels below
             gain = divergence(logits_fn(perturbation), clean_logits).sum()
         (gradient,) = torch.autograd.grad(gain, perturbation)
-        ascended = perturbation.detach() + adversary.step_size * normalize(gradient, adversary)
-        perturbation = project(ascended, adversary) * mask
+        ascended = perturbation.detach() + adversary.step_size * normalize(gradient * mask, adversary)
+        perturbation = project(ascended, adversary)
     return perturbation

@@ -16,7 +16,15 @@ from typing import Callable, Dict, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ["DIVERGENCES", "Divergence", "jensen_shannon", "kl", "squared_error", "squared_error_of_classes", "symmetric_kl"]
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "jensen_shannon",
+    "kl",
+    "squared_error",
+    "squared_error_of_classes",
+    "symmetric_kl",
+]
 
 # (outputs, reference outputs), both [B, K] -> [B]
 Divergence = Callable[[Tensor, Tensor], Tensor]

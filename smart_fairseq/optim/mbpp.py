@@ -7,7 +7,6 @@ teacher through `smart_fairseq.teacher_link`.
 
 import argparse
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
@@ -62,7 +61,7 @@ class _RAdam(FairseqOptimizer):
             betas = OmegaConf.to_container(OmegaConf.create(betas.strip().replace("(", "[").replace(")", "]")))
         self._optimizer = torch.optim.RAdam(
             params,
-            lr=cfg.lr[0] if isinstance(cfg.lr, Collection) else cfg.lr,
+            lr=cfg.lr[0],
             betas=tuple(betas),
             eps=cfg.adam_eps,
             weight_decay=cfg.weight_decay,
