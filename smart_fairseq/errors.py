@@ -71,8 +71,8 @@ def _explain_checkpoint(error: BaseException) -> Optional[str]:
             foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             if foreign:
                 return (
-                    f"--restore-file {path}: it holds a {foreign[1]}, which torch's safe loader refuses; if you trust the "
-                    f"file, load it once and save it without that object"
+                    f"--restore-file {path}: it holds a {foreign[1]}, which torch's safe loader refuses; if you "
+                    "trust the file, load it once and save it without that object"
                 )
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             return (

@@ -64,8 +64,8 @@ def check_labels(task: Any, regression: bool) -> None:
         dictionary = task.label_dictionary
         word = repr(dictionary[value + dictionary.nspecial]) if value >= 0 else "that label/dict.txt does not hold"
         raise UsageError(
-            f"{where} has a label {word} (number {value}), outside the {task.cfg.num_classes} classes of --num-classes; "
-            "give the right number, or prepare the data again"
+            f"{where} has a label {word} (number {value}), outside the {task.cfg.num_classes} classes of "
+            "--num-classes; give the right number, or prepare the data again"
         )
 
 
@@ -74,8 +74,8 @@ def check_model(model: nn.Module, radius: float) -> None:
     arguments = getattr(model, "args", None)
     if getattr(arguments, "checkpoint_activations", False) or getattr(arguments, "offload_activations", False):
         raise UsageError(
-            "--checkpoint-activations is on; with --smart-weight above 0 it must be off, because fairseq's checkpointing "
-            "allows no gradient with respect to the embeddings"
+            "--checkpoint-activations is on; with --smart-weight above 0 it must be off, because fairseq's "
+            "checkpointing allows no gradient with respect to the embeddings"
         )
     weight = embedding_weight(model).detach()
     resolution = torch.finfo(weight.dtype).eps * float(weight.abs().float().median())

@@ -327,7 +327,7 @@ def test_two_runs_in_one_process_keep_their_teachers_apart(class_data: Path) -> 
     for task, model, criterion, optimizer in runs:
         task.train_step(batch(task, 4), model, criterion, optimizer, 0)
         optimizer.step()
-    for task, model, criterion, optimizer in runs:
+    for _, model, criterion, optimizer in runs:
         held = criterion.teacher.weights(model)
         for (name, _), average in zip(model.named_parameters(), optimizer.teacher):
             assert held[name].data_ptr() == average.data_ptr()

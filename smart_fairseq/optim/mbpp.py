@@ -213,7 +213,7 @@ def _total_updates(cfg: MBPPConfig) -> int:
     total = cfg.mbpp_max_update or getattr(scheduler, "total_num_update", 0) or 0
     if not total and cfg.mbpp_warmup_ratio > 0 and cfg.mbpp_momentum not in (0, 1):
         raise UsageError(
-            f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, but their number is not known: "
-            "give --max-update (or --total-num-update), or --mbpp-warmup-ratio 0"
+            f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, but their number is not "
+            "known: give --max-update (or --total-num-update), or --mbpp-warmup-ratio 0"
         )
     return int(total)
