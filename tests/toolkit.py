@@ -73,6 +73,15 @@ def write_data(folder: Path, *, kind: str = "classes", train: int = 24, valid: i
     return folder
 
 
+def write_labels(folder: Path, split: str, labels: List[str], *, last: str, words: Sequence[str]) -> None:
+    """Write other labels for a split of a class folder: ``labels`` with the last one replaced by ``last``."""
+    dictionary = Dictionary()
+    for word in words:
+        dictionary.add_symbol(word, n=10)
+    dictionary.save(str(folder / "label" / "dict.txt"))
+    _write_indexed(folder / "label" / split, [*labels[:-1], last], dictionary)
+
+
 def _write_indexed(path: Path, lines: Sequence[str], dictionary: Dictionary) -> None:
     builder = indexed_dataset.make_builder(f"{path}.bin", impl="mmap", vocab_size=len(dictionary))
     for line in lines:

@@ -98,7 +98,7 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
         metadata={"help": "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"},
     )
     # what the checks need to see; bare interpolations, so that they do not become flags
-    smart_optimizer: str = II("optimizer._name")
+    smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
 
@@ -258,19 +258,20 @@ def _output_of(model: nn.Module) -> Iterator[List[Tensor]]:
 
 
 def _bregman_weight(cfg: SmartSentencePredictionConfig) -> float:
-    has_teacher = cfg.smart_optimizer == "mbpp"
+    optimizer = getattr(cfg.smart_optimizer, "_name", None)
+    has_teacher = optimizer == "mbpp"
     weight = cfg.smart_bregman_weight
     if weight is None:
-        if not has_teacher:
+        if optimizer is not None and not has_teacher:
             logger.info(
-                f"--smart-bregman-weight is not set and --optimizer is {cfg.smart_optimizer}: no Bregman term "
+                f"--smart-bregman-weight is not set and --optimizer is {optimizer}: no Bregman term "
                 "(--optimizer mbpp brings it, with weight 1)"
             )
         return 1.0 if has_teacher else 0.0
     require(weight >= 0 and math.isfinite(weight), "--smart-bregman-weight", weight, "0 or above")
-    if weight > 0 and not has_teacher:
+    if weight > 0 and optimizer is not None and not has_teacher:
         raise UsageError(
-            f"--smart-bregman-weight is {weight:g} but --optimizer is {cfg.smart_optimizer}; "
+            f"--smart-bregman-weight is {weight:g} but --optimizer is {optimizer}; "
             "a value above 0 needs --optimizer mbpp, which keeps the teacher"
         )
     return weight

@@ -1,0 +1,231 @@
+"""Bad input: one clear line that names the flag or file, the value and what is allowed, before training starts.
+
+Each case runs the real program, so that what is tested is what a user sees and the exit status.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+import torch
+from toolkit import command, parse, train, write_labels
+
+from smart_fairseq.errors import UsageError, explain
+
+FAIRSEQ_TRAIN = Path(sys.executable).parent / "fairseq-train"
+
+
+def refusal(arguments: List[str]) -> str:
+    """Run fairseq-train, which must stop before the first update with status 1 or 2; its last line on stderr."""
+    run = subprocess.run([str(FAIRSEQ_TRAIN), *arguments], capture_output=True, text=True)
+    assert run.returncode in (1, 2), run.stdout + run.stderr
+    assert "train_inner" not in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr, run.stderr
+    return run.stderr.strip().splitlines()[-1]
+
+
+def library_refusal(arguments: List[str]) -> str:
+    """The same in this process, which is faster: the message that the program would print."""
+    with pytest.raises(Exception) as caught:
+        train(arguments)
+    line = explain(caught.value)
+    assert line is not None and "\n" not in line, caught.value
+    return line
+
+
+CASES = [
+    (["--smart-epsilon", "0"], "--smart-epsilon is 0.0; it must be above 0"),
+    (["--smart-epsilon=-1e-5"], "--smart-epsilon is -1e-05; it must be above 0"),
+    (["--smart-epsilon", "nan"], "--smart-epsilon is nan; it must be above 0"),
+    (["--smart-noise-std", "0"], "--smart-noise-std is 0.0; it must be above 0"),
+    (["--smart-step-size", "-1"], "--smart-step-size is -1.0; it must be above 0"),
+    (["--smart-steps", "0"], "--smart-steps is 0; it must be 1 or more"),
+    (["--smart-weight", "-1"], "--smart-weight is -1.0; it must be 0 or above"),
+    (["--smart-mode", "tangent"], "--smart-mode is tangent, which is not available yet"),
+    (["--smart-bregman-weight", "-1"], "--smart-bregman-weight is -1.0; it must be 0 or above"),
+    (
+        ["--optimizer", "adam", "--smart-bregman-weight", "1"],
+        "--smart-bregman-weight is 1 but --optimizer is adam; a value above 0 needs --optimizer mbpp",
+    ),
+    (["--mbpp-momentum", "1.1"], "--mbpp-momentum is 1.1; it must be a number from 0 to 1"),
+    (["--mbpp-momentum", "-0.1"], "--mbpp-momentum is -0.1; it must be a number from 0 to 1"),
+    (["--mbpp-warmup-momentum", "2"], "--mbpp-warmup-momentum is 2.0; it must be a number from 0 to 1"),
+    (["--mbpp-warmup-ratio", "-1"], "--mbpp-warmup-ratio is -1.0; it must be a number from 0 to 1"),
+    (["--mbpp-inner-steps", "0"], "--mbpp-inner-steps is 0; it must be a whole number from 1"),
+    (["--mbpp-base", "adamm"], "--mbpp-base is adamm; it must be one of adadelta"),
+    (["--zero-sharding", "os"], "--zero-sharding is os; it must be none with --optimizer mbpp"),
+    (["--max-update", "0", "--max-epoch", "1"], "--mbpp-warmup-ratio is 0.1, a fraction of the updates, but their number"),
+    (["--regression-target", "--num-classes", "2"], "--num-classes is 2; it must be 1 with --regression-target"),
+    (["--regression-target", "--num-classes", "1", "--smart-divergence", "kl"], "--smart-divergence is kl with --regr"),
+    (["--num-classes", "1"], "--num-classes is 1; it must be 2 or more"),
+    (["--restore-file", "no/such/model.pt"], "--restore-file no/such/model.pt: no such file"),
+    (["--best-checkpoint-metric", "mcc"], "--best-checkpoint-metric is mcc, which needs --report-mcc"),
+    (["--best-checkpoint-metric", "acuracy"], "--best-checkpoint-metric is acuracy; it must be one of loss, nll_loss"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "line"), CASES, ids=lambda case: " ".join(case) if isinstance(case, list) else "")
+def test_flags(flags: List[str], line: str, class_data: Path) -> None:
+    assert library_refusal(command(class_data, *flags)).startswith(line)
+
+
+@pytest.mark.parametrize("index", [0, 9, 21])
+def test_the_program_prints_that_line_alone(index: int, class_data: Path) -> None:
+    flags, line = CASES[index]
+    assert refusal(command(class_data, *flags)).startswith("smart_fairseq: error: " + line)
+
+
+@pytest.mark.parametrize(
+    ("flag", "choices"),
+    [
+        ("--smart-norm", "'inf', 'l2'"),
+        ("--smart-norm-scope", "'example', 'token'"),
+        ("--smart-projection", "'ball', 'normalize'"),
+        ("--smart-embedding", "'token', 'input'"),
+        ("--smart-dropout", "'shared', 'independent', 'off'"),
+        ("--smart-divergence", "'auto', 'sym_kl', 'kl', 'js', 'squared'"),
+    ],
+)
+def test_unknown_choices(flag: str, choices: str, class_data: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(command(class_data, flag, "l3"))
+    assert caught.value.code == 2
+    assert f"argument {flag}: invalid choice: 'l3' (choose from {choices})" in capsys.readouterr().err
+
+
+def test_checkpoint_activations(class_data: Path) -> None:
+    """RoBERTa's command line has no such flag and argparse says so; a config file can still set it."""
+    assert "unrecognized arguments: --checkpoint-activations" in refusal(
+        command(class_data, "--checkpoint-activations")
+    )
+    from smart_fairseq.training_checks import check_model
+
+    class Model:
+        class args:
+            checkpoint_activations = True
+
+    with pytest.raises(UsageError, match="--checkpoint-activations is on; with --smart-weight above 0 it must be off"):
+        check_model(Model(), 1.0)  # type: ignore[arg-type]
+
+
+def test_a_model_without_classification_heads(class_data: Path) -> None:
+    arguments = command(class_data)
+    arguments[arguments.index("roberta")] = "transformer"
+    for flag in ("--max-positions",):
+        del arguments[arguments.index(flag) : arguments.index(flag) + 2]
+    line = refusal(arguments)
+    assert line.startswith("smart_fairseq: error: --arch: ") and "has no classification heads" in line
+
+
+@pytest.mark.parametrize("where", ["train", "valid"])
+def test_labels_outside_the_classes(where: str, class_data: Path, tmp_path: Path) -> None:
+    """Three labels for two classes: fairseq would fail in the middle of an epoch, on a GPU without a message."""
+    data = tmp_path / "data"
+    shutil.copytree(class_data, data)
+    write_labels(data, where, ["1", "0"] * (12 if where == "train" else 5), last="2", words=("1", "0", "2"))
+    arguments = command(data)
+    arguments.remove("--disable-validation")
+    line = library_refusal(arguments)
+    count = 24 if where == "train" else 10
+    assert line.startswith(f"{data}/label/{where}: example {count} has a label '2' (number 2), outside the 2 classes")
+
+
+def test_a_label_that_the_dictionary_does_not_hold(class_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(class_data, data)
+    write_labels(data, "train", ["1", "0"] * 12, last="maybe", words=("1", "0"))
+    assert "has a label that label/dict.txt does not hold (number -1)" in library_refusal(command(data))
+
+
+def test_a_target_that_is_no_number(regression_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(regression_data, data)
+    labels = (data / "label" / "train.label").read_text().splitlines()
+    (data / "label" / "train.label").write_text("\n".join([*labels[:-1], "nan"]) + "\n")
+    line = library_refusal(command(data, "--regression-target", num_classes=1))
+    assert line.startswith(f"{data}/label/train: example 24 has the target nan")
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(class_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    train(command(class_data, save_dir=folder, max_update=1))
+    return folder / "checkpoint_last.pt"
+
+
+def start_from(checkpoint: Path, data: Path, *flags: str) -> List[str]:
+    reset = ["--reset-optimizer", "--reset-dataloader", "--reset-meters"]
+    return command(data, "--restore-file", str(checkpoint), *reset, *flags)
+
+
+def test_a_missing_checkpoint_never_trains_from_scratch(class_data: Path) -> None:
+    assert "--restore-file gone.pt: no such file" in refusal(start_from(Path("gone.pt"), class_data))
+
+
+@pytest.mark.parametrize("size", [0, 10, 0.5, 0.99])
+def test_a_truncated_checkpoint(size: float, checkpoint: Path, class_data: Path, tmp_path: Path) -> None:
+    content = checkpoint.read_bytes()
+    short = tmp_path / "short.pt"
+    short.write_bytes(content[: int(size * len(content)) if size < 1 else int(size)])
+    line = library_refusal(start_from(short, class_data))
+    assert line.startswith(f"--restore-file {short}: not a readable checkpoint")
+
+
+def test_a_truncated_checkpoint_in_the_program(checkpoint: Path, class_data: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.pt"
+    short.write_bytes(checkpoint.read_bytes()[:1000])
+    assert f"--restore-file {short}: not a readable checkpoint" in refusal(start_from(short, class_data))
+
+
+def test_a_checkpoint_of_another_shape(checkpoint: Path, class_data: Path) -> None:
+    line = refusal(start_from(checkpoint, class_data, "--encoder-embed-dim", "32"))
+    assert f"--restore-file {checkpoint}: its weights do not fit the model of this run" in line
+    assert "size mismatch" in line and "choose the --arch and sizes" in line
+
+
+def test_a_checkpoint_of_another_depth(checkpoint: Path, class_data: Path) -> None:
+    line = library_refusal(start_from(checkpoint, class_data, "--encoder-layers", "3"))
+    assert line.startswith(f"--restore-file {checkpoint}: its weights do not fit the model of this run")
+
+
+class Foreign:
+    """Something that the safe loader does not know."""
+
+
+def test_a_checkpoint_with_a_foreign_object(checkpoint: Path, class_data: Path, tmp_path: Path) -> None:
+    state = torch.load(checkpoint)
+    state["extra_state"]["foreign"] = Foreign()
+    torch.save(state, tmp_path / "foreign.pt")
+    line = library_refusal(start_from(tmp_path / "foreign.pt", class_data))
+    assert "it holds a" in line and "Foreign" in line and "safe loader refuses" in line
+
+
+def test_resuming_with_another_precision(checkpoint: Path, class_data: Path) -> None:
+    """The teacher is one tensor per parameter here, and there one per parameter of another model."""
+    from fairseq import optim
+
+    optimizer = optim.build_optimizer(parse(command(class_data)).optimizer, [torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(UsageError, match="do not fit the 1 of this run"):
+        optimizer.load_state_dict(torch.load(checkpoint)["last_optimizer_state"])
+    with pytest.raises(UsageError, match="holds no teacher; start anew with --reset-optimizer"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert explain(RuntimeError("something else")) is None
+    assert explain(AttributeError("no such thing")) is None
+
+
+def test_an_error_from_a_worker_process_is_one_line_too() -> None:
+    error = RuntimeError("\n\n-- Process 0 terminated:\nTraceback ...\nsmart_fairseq.errors.UsageError: --flag is 1\n")
+    assert explain(error) == "--flag is 1"
+
+
+def test_the_same_command_without_a_mistake_trains(class_data: Path) -> None:
+    assert train(command(class_data, max_update=1))["train_inner"][0]["loss"] > 0
