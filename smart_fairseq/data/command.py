@@ -1,5 +1,6 @@
 """What the commands share: one-line errors with exit status 2, clean-up when asked to stop, progress."""
 
+import logging
 import signal
 import sys
 from types import FrameType
@@ -16,6 +17,9 @@ def _stop(number: int, _: Optional[FrameType]) -> None:
 def run(name: str, command: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
     """Call a command; its exit status. Bad input and a failing disk give one line on standard error and status 2."""
     before = signal.signal(signal.SIGTERM, _stop)
+    fairseq = logging.getLogger("fairseq")
+    level = fairseq.level
+    fairseq.setLevel(logging.WARNING)  # what it says while it loads is not for the reader of a table
     try:
         command(argv)
     except UsageError as error:
@@ -30,6 +34,7 @@ def run(name: str, command: Callable[[Optional[Sequence[str]]], None], argv: Opt
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+        fairseq.setLevel(level)
     return 0
 
 

@@ -214,6 +214,7 @@ def _raw_row(
 ) -> Row:
     # a carriage return inside a text is white space to every loader that keeps the row whole
     clean = tuple(text.replace("\r", " ") for text in texts)
+    identity = " ".join(identity.split())  # ids are written into tables
     return Row(identity, clean, None if word is None else word.strip(), tuple(votes), str(path), number)
 
 

@@ -1,0 +1,210 @@
+"""The command behind evaluate.py: official metrics of checkpoints or prediction files on a labelled split."""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..errors import UsageError
+from . import command
+from .binarize import read_indexed, read_manifest
+from .metrics import score
+from .predict import (
+    LETTERS,
+    Model,
+    add_model_options,
+    chosen_splits,
+    data_folders,
+    label_order,
+    read_ids,
+    replace_file,
+    task_of,
+)
+from .preprocess import whole_number
+from .readers import located, read_lines, shown
+from .tasks import Task
+
+Scores = Dict[str, float]
+
+
+def gold_labels(folder: Path, split: str, task: Task) -> List[str]:
+    """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
+    if task.regression:
+        path = folder / "label" / f"{split}.label"
+        if not path.is_file():
+            raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
+        return [str(float(line) * task.divisor) for _, line in read_lines(path)]
+    if not (folder / "label" / f"{split}.idx").is_file():
+        raise located(
+            folder / "label" / f"{split}.idx", 0, f"is missing: {split} has no labels; choose another --split"
+        )
+    order = label_order(folder, task.num_classes)
+    return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
+
+
+def read_predictions(path: Path, task: Task) -> Dict[str, str]:
+    """Id to label, from a file that predict wrote (TSV, or ANLI's JSON lines). Raises with file and line."""
+    found: Dict[str, str] = {}
+    words = {letter: word for word, letter in LETTERS.items()}
+    for number, line in read_lines(path):
+        if path.suffix == ".jsonl":
+            try:
+                entry = json.loads(line)
+                identity, label = str(entry["uid"]), str(entry["label"])
+            except (ValueError, KeyError, TypeError):
+                raise located(
+                    path, number, 'each line must be an object such as {"uid": "...", "label": "e"}'
+                ) from None
+            label = words.get(label, label)
+        else:
+            cells = line.split("\t")
+            if number == 1:
+                if cells[:2] != ["index", "prediction"]:
+                    raise located(path, 1, f"the header is {shown(line)}; it must begin with index<TAB>prediction")
+                continue
+            if len(cells) < 2:
+                raise located(path, number, f"{len(cells)} column, and 2 are needed: index<TAB>prediction")
+            identity, label = cells[0], cells[1]
+        if identity in found:
+            raise located(path, number, f"id {shown(identity)} was there already")
+        found[identity] = _checked(task, label, path, number)
+    return found
+
+
+def _checked(task: Task, label: str, path: Path, number: int) -> str:
+    if task.regression:
+        try:
+            if math.isfinite(float(label)):
+                return label
+        except ValueError:
+            pass
+        raise located(path, number, f"prediction {shown(label)} is not a number")
+    if label not in task.labels:
+        raise located(path, number, f"prediction {shown(label)} is not one of {', '.join(task.labels)}")
+    return label
+
+
+def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], gold: Sequence[str]) -> Scores:
+    """The task's metrics; for joined rounds of ANLI the accuracy of each, then of all."""
+    parts = read_manifest(folder).get("parts", {}).get(split, [])
+    scores: Scores = {}
+    start = 0
+    if len(parts) > 1:
+        for name, rows in parts:
+            found = score(("accuracy",), predicted[start : start + rows], gold[start : start + rows], False)
+            scores[f"accuracy {name}"] = found["accuracy"]
+            start += rows
+    return {**scores, **score(task.metrics, predicted, gold, task.regression)}
+
+
+def summary(runs: Sequence[Scores]) -> Dict[str, Scores]:
+    """Mean, median and standard deviation (with n - 1) over the runs."""
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    return {
+        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "median": {name: statistics.median(values) for name, values in columns.items()},
+        "standard deviation": {
+            name: statistics.stdev(values) if len(values) > 1 else float("nan") for name, values in columns.items()
+        },
+    }
+
+
+def table(rows: Sequence[Tuple[str, Scores]]) -> str:
+    """Aligned columns, two decimals."""
+    names = list(rows[0][1])
+    cells = [["", *names]]
+    cells += [[name, *("-" if math.isnan(s[metric]) else f"{s[metric]:.2f}" for metric in names)] for name, s in rows]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in cells
+    )
+
+
+def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> List[str]:
+    """The predictions of one run, from one file or one for each round, in the order of the ids."""
+    found: Dict[str, str] = {}
+    for path in paths:
+        found.update(read_predictions(path, task))
+    lacking = [identity for identity in ids if identity not in found]
+    if lacking or len(found) != len(ids):
+        raise located(
+            paths[0],
+            0,
+            f"holds {len(found)} predictions, and the split has {len(ids)} rows"
+            + (f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""),
+        )
+    return [found[identity] for identity in ids]
+
+
+def evaluate(options: argparse.Namespace) -> Dict[str, Any]:
+    """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
+    folders = data_folders(Path(options.data_dir))
+    if len(folders) != 1:
+        raise located(Path(options.data_dir), 0, f"--data-dir must be one data folder, and holds {len(folders)}")
+    folder = next(iter(folders.values()))
+    task = task_of(read_manifest(folder), folder)
+    splits = chosen_splits(folder, options.split, "valid")
+    if not splits:
+        raise located(folder, 0, "has no valid split; name another with --split")
+    gold = {split: gold_labels(folder, split, task) for split in splits}
+    runs: Dict[str, Dict[str, Scores]] = {split: {} for split in splits}
+    if options.predictions:
+        if len(splits) != 1:
+            raise UsageError(f"--predictions needs one split; say --split with one of {', '.join(splits)}")
+        ids = read_ids(folder, splits[0])
+        for text in options.predictions:
+            predicted = _from_files([Path(part) for part in text.split(",")], task, ids)
+            runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
+    for checkpoint in options.checkpoint or []:
+        model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
+        for split in splits:
+            predicted = model.predict(split, options.max_tokens).labels
+            runs[split][checkpoint] = metrics_of(task, folder, split, predicted, gold[split])
+    return {
+        "task": task.name,
+        "splits": {
+            split: {"rows": len(gold[split]), "runs": found, "summary": summary(list(found.values()))}
+            for split, found in runs.items()
+        },
+    }
+
+
+def _main(argv: Optional[Sequence[str]]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="A task's official metrics for one or several checkpoints or prediction files."
+    )
+    parser.add_argument("--data-dir", required=True, help="the data folder that preprocess wrote")
+    parser.add_argument("--checkpoint", nargs="+", action="extend", help="one or several, e.g. of several seeds")
+    parser.add_argument("--predictions", nargs="+", action="extend", help="files of predict; ANLI's rounds with commas")
+    parser.add_argument("--split", help="labelled splits (all whose name begins with valid)")
+    parser.add_argument("--json", help="write the same there")
+    add_model_options(parser)
+    options = parser.parse_args(argv)
+    if not options.checkpoint and not options.predictions:
+        raise UsageError("--checkpoint or --predictions must be given")
+    options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
+    result = evaluate(options)
+    for split, found in result["splits"].items():
+        print(f"{result['task']} {split}, {found['rows']} rows")
+        rows = list(found["runs"].items())
+        print(table(rows + (list(found["summary"].items()) if len(rows) > 1 else [])))
+    if options.json:
+        replace_file(Path(options.json), json.dumps(_finite(result), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """examples/glue/evaluate.py and examples/anli/evaluate.py."""
+    return command.run("evaluate", _main, argv)
