@@ -17,6 +17,7 @@ __all__ = ["allow_fairseq_checkpoints"]
 
 
 def _what_checkpoints_hold() -> List[Any]:
+    from fairseq.distributed.utils import _TensorPlaceholder
     from omegaconf import DictConfig, ListConfig, nodes
     from omegaconf.base import ContainerMetadata, Metadata
 
@@ -29,6 +30,7 @@ def _what_checkpoints_hold() -> List[Any]:
     ]
     return [
         argparse.Namespace,
+        _TensorPlaceholder,  # where a tensor stood, in a checkpoint on its way from one worker to the others
         scalar,
         *number_types,
         *configuration,

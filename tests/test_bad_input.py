@@ -57,7 +57,7 @@ CASES = [
     (["--mbpp-inner-steps", "0"], "--mbpp-inner-steps is 0; it must be a whole number from 1"),
     (["--mbpp-base", "adamm"], "--mbpp-base is adamm; it must be one of adadelta"),
     (["--zero-sharding", "os"], "--zero-sharding is os; it must be none with --optimizer mbpp"),
-    (["--max-update", "0", "--max-epoch", "1"], "--mbpp-warmup-ratio is 0.1, a fraction of the updates, but their number"),
+    (["--max-update", "0", "--max-epoch", "1"], "--mbpp-warmup-ratio is 0.1, a fraction of the updates"),
     (["--regression-target", "--num-classes", "2"], "--num-classes is 2; it must be 1 with --regression-target"),
     (["--regression-target", "--num-classes", "1", "--smart-divergence", "kl"], "--smart-divergence is kl with --regr"),
     (["--num-classes", "1"], "--num-classes is 1; it must be 2 or more"),

@@ -26,6 +26,7 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from ..errors import UsageError, require
+from ..glue_metrics import cover_validation_sets, log_glue_metrics, place_predictions
 from ..method.adversary import Adversary, find_perturbation, norm
 from ..method.divergence import DIVERGENCES, squared_error
 from ..method.dropout import RandomState, without_dropout
@@ -101,6 +102,7 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
     smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
+    smart_train_subset: str = II("dataset.train_subset")
 
 
 @register_criterion("smart_sentence_prediction", dataclass=SmartSentencePredictionConfig)
@@ -126,6 +128,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         self._checked = False
         self.teacher = TeacherLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
+        cover_validation_sets(task, cfg.smart_train_subset)
 
     def _check_before_training(self, model: nn.Module) -> None:
         if self._checked:
@@ -141,7 +144,9 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Any:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
         if not model.training or not (self.smart_weight or self.bregman_weight):
-            return super().forward(model, sample, reduce)
+            result = super().forward(model, sample, reduce)
+            place_predictions(result[2], sample["id"], self.task)
+            return result
 
         masks = RandomState(sample["net_input"]["src_tokens"].device)
         with _output_of(model) as output:
@@ -213,14 +218,11 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             sizes = (sizes * mask).sum(dim=1) / mask.sum(dim=1)
         return sizes.sum()
 
-    def logging_outputs_can_be_summed(self) -> bool:  # type: ignore[override]
-        """Yes, but for the lists of predictions that GLUE's metrics need during evaluation."""
-        return self.training or not self.keep_pred_and_targ
-
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
         """Those of `sentence_prediction`, and while training the terms in nats per example, unweighted."""
         SentencePredictionCriterion.reduce_metrics(logging_outputs)
+        log_glue_metrics(logging_outputs)
         sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
         for key in ("task_loss", "smart_loss", "bregman_loss", "smart_delta"):
             if logging_outputs and key in logging_outputs[0]:
