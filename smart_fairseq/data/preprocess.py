@@ -134,7 +134,7 @@ def _note(data: Data, folder: Folder, split: str) -> str:
     count, report = folder.counts[split], data.reports.get(split, Report())
     notes = [f"{count.tokens} symbols, longest row {count.longest}"]
     official = data.task.rows.get(split)
-    if official is not None and official != count.rows + sum(report.left_out.values()):
+    if official is not None and official not in (count.rows, count.rows + sum(report.left_out.values())):
         notes.append(f"the official file has {official} rows")
     notes += [f"{number} left out ({reason})" for reason, number in report.left_out.items()]
     if count.unknown:

@@ -156,7 +156,7 @@ def _fever(split: str) -> Tuple[Source, ...]:
             "fid",
             "jsonl",
             label_words=words,
-            hidden_labels=("hidden",),
+            hidden_labels=("hidden", ""),
         ),
     )
 
@@ -253,7 +253,7 @@ _ROWS: Tuple[Task, ...] = (
         labels=("0", "1"),
         metrics=("acc_and_f1", "accuracy", "f1"),
         submission={"test": "QQP.tsv"},
-        rows={"train": 363849, "valid": 40430, "test": 390965},
+        rows={"train": 363846, "valid": 40430, "test": 390965},
     ),
     Task(
         "MNLI",
