@@ -378,3 +378,13 @@ def test_data_folders_that_are_damaged(place, tmp_path, capsys):
     assert "preprocess.json: cannot be read" in refused(evaluate.main, capsys, *model)
     (damaged / "preprocess.json").write_text('{"task": "RTF", "rows": {}}')
     assert "task 'RTF' is not one of" in refused(evaluate.main, capsys, *model)
+
+
+def test_probabilities_feed_the_analysis_of_agreement(place, tmp_path, capsys):
+    from smart_fairseq.data import agreement
+
+    flags = ["--data-dir", str(place / "bins" / "MNLI-bin"), "--out", str(tmp_path), "--cpu", "--split", "valid"]
+    assert predict.main(["--checkpoint", checkpoint(place, "MNLI"), *flags, "--probabilities"]) == 0
+    file = tmp_path / "MNLI.valid.tsv"
+    assert agreement.main(["--data-dir", str(place / "glue"), "--predictions", str(file)]) == 0
+    assert re.search(r"^MNLI.valid +4/1/0 +20 ", capsys.readouterr().out, re.MULTILINE)

@@ -1,0 +1,242 @@
+"""The command behind agreement.py: accuracy and cross entropy by the annotators' agreement.
+
+Paper: Jiang et al. (2020), section 5.2 and figure 2: rows of MNLI's development parts, which five people labelled, are
+grouped by how their votes fall, and a model is compared with the annotators' distribution. The paper's figure calls its
+second number KL; a divergence is the cross entropy less the annotators' own entropy, so both are given here.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import UsageError
+from . import command
+from .predict import replace_file
+from .readers import Row, find_sources, located, read_lines, read_source, shown
+from .tasks import TASKS, Task
+
+GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
+ALL = "all"
+
+# figure 2, read off by the group order (all, *GROUPS): accuracy, then the divergence
+PAPER: Dict[str, Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...]]]] = {
+    "valid": {
+        "paper: RoBERTa": ((90.6, 97.2, 89.5, 68.0, 69.7), (0.36, 0.08, 0.61, 0.97, 1.12)),
+        "paper: SMART": ((91.1, 97.7, 90.7, 67.4, 70.7), (0.26, 0.08, 0.41, 0.66, 0.76)),
+    },
+    "valid1": {
+        "paper: RoBERTa": ((90.1, 97.4, 87.1, 63.4, 72.1), (0.35, 0.08, 0.62, 0.94, 1.15)),
+        "paper: SMART": ((91.3, 97.9, 89.2, 65.4, 76.1), (0.25, 0.08, 0.43, 0.64, 0.77)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a model does on the rows whose votes fall alike; cross entropy and divergence in nats."""
+
+    rows: int
+    accuracy: float  # percent, against the gold label
+    cross_entropy: float
+    divergence: float  # KL(annotators, model)
+
+
+def group_of(votes: Sequence[str]) -> str:
+    """How five votes fall, as in ``4/1/0``; other numbers of votes give names that are in no group."""
+    counts = sorted(Counter(votes).values(), reverse=True)
+    return "/".join(map(str, [*counts, 0, 0][: max(3, len(counts))]))
+
+
+def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarray) -> Dict[str, Group]:
+    """Groups in the figure's order, empty ones left out, then all rows that are in one.
+
+    ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
+    """
+    annotators = np.zeros_like(probabilities)
+    for place, row in enumerate(rows):
+        for vote in row.votes:
+            if vote not in labels:
+                raise located(
+                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
+                )
+            annotators[place, labels.index(vote)] += 1 / len(row.votes)
+    logs = np.log(np.maximum(probabilities, 1e-12))
+    cross = -(annotators * logs).sum(1)
+    own = -(annotators * np.log(np.where(annotators > 0, annotators, 1))).sum(1)
+    right = np.array([labels[best] == row.label for best, row in zip(probabilities.argmax(1), rows)], dtype=bool)
+    names = np.array([group_of(row.votes) for row in rows])
+    found = {}
+    for name in (ALL, *GROUPS):
+        chosen = np.isin(names, GROUPS) if name == ALL else names == name
+        if chosen.any():
+            found[name] = Group(
+                int(chosen.sum()),
+                100.0 * float(right[chosen].mean()),
+                float(cross[chosen].mean()),
+                float((cross - own)[chosen].mean()),
+            )
+    return found
+
+
+def read_probabilities(path: Path) -> Tuple[Dict[str, List[float]], Tuple[str, ...]]:
+    """Id to probabilities, and their labels, from a file that ``predict --probabilities`` wrote."""
+    labels: Tuple[str, ...] = ()
+    places: List[int] = []
+    found: Dict[str, List[float]] = {}
+    for number, line in read_lines(path):
+        cells = line.split("\t")
+        if number == 1:
+            places = [place for place, name in enumerate(cells) if name.startswith("probability of ")]
+            labels = tuple(cells[place][len("probability of ") :] for place in places)
+            if not labels or cells[0] != "index":
+                raise located(path, 1, "holds no probabilities; write it with predict.py --split ... --probabilities")
+            continue
+        try:
+            values = [float(cells[place]) for place in places]
+        except (IndexError, ValueError):
+            values = []
+        if not values or not abs(sum(values) - 1) < 1e-3:
+            raise located(path, number, f"{len(labels)} probabilities with the sum 1 are needed")
+        if cells[0] in found:
+            raise located(path, number, f"id {shown(cells[0])} was there already")
+        found[cells[0]] = values
+    return found, labels
+
+
+def annotated_rows(task: Task, data_dir: Path, split: str) -> List[Row]:
+    """The official rows of a split with the annotators' labels."""
+    found = find_sources(task, data_dir)
+    if split not in found:
+        raise located(data_dir, 0, f"--data-dir holds no {split} of {task.name}")
+    source, folder = found[split]
+    rows, _ = read_source(task, source, folder)
+    if not any(row.votes for row in rows):
+        raise located(Path(rows[0].file), 0, "holds no annotators' labels; another form of the data set has them")
+    return rows
+
+
+def analyse(task: Task, rows: Sequence[Row], path: Path) -> Dict[str, Group]:
+    """One file of probabilities against the annotators."""
+    probabilities, labels = read_probabilities(path)
+    if set(labels) != set(task.labels):
+        raise located(path, 1, f"has the classes {', '.join(labels)}, and {task.name} has {', '.join(task.labels)}")
+    lacking = [row.id for row in rows if row.id not in probabilities]
+    if lacking or len(probabilities) != len(rows):
+        raise located(
+            path,
+            0,
+            f"holds {len(probabilities)} rows, and the official file {len(rows)}"
+            + (f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""),
+        )
+    return compare(labels, rows, np.array([probabilities[row.id] for row in rows]))
+
+
+def table(models: Dict[str, Dict[str, Group]], paper: Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...]]]) -> str:
+    """A line for each model and group, then the paper's."""
+    lines = [f"{'':24} {'votes':>6} {'rows':>6} {'accuracy':>9} {'cross entropy':>14} {'divergence':>11}"]
+    for name, groups in models.items():
+        for group, numbers in groups.items():
+            lines.append(
+                f"{name:24} {group:>6} {numbers.rows:6d} {numbers.accuracy:9.2f} {numbers.cross_entropy:14.4f} "
+                f"{numbers.divergence:11.4f}"
+            )
+    for name, (accuracies, divergences) in paper.items():
+        for group, accuracy, divergence in zip((ALL, *GROUPS), accuracies, divergences):
+            lines.append(f"{name:24} {group:>6} {'':6} {accuracy:9.1f} {'':14} {divergence:11.2f}")
+    return "\n".join(lines)
+
+
+def draw(
+    models: Dict[str, Dict[str, Group]], paper: Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...]]], path: Path
+) -> None:
+    """The figure: accuracy and divergence by group, a bar for each model and for the paper's."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("--picture needs matplotlib; install it with pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = (ALL, *GROUPS)
+    bars: Dict[str, Tuple[Sequence[float], Sequence[float]]] = {
+        name: (
+            [groups[group].accuracy if group in groups else math.nan for group in names],
+            [groups[group].divergence if group in groups else math.nan for group in names],
+        )
+        for name, groups in models.items()
+    }
+    bars.update(paper)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    width = 0.8 / len(bars)
+    for number, (name, pair) in enumerate(bars.items()):
+        for axis, values in zip(axes, pair):
+            hatch = "//" if name in paper else None
+            places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(names))]
+            axis.bar(places, values, width, label=name, hatch=hatch, alpha=0.6 if name in paper else 1.0)
+    for axis, title in zip(axes, ("accuracy (%)", "divergence from the annotators (nats)")):
+        axis.set_xticks(range(len(names)), names)
+        axis.set_xlabel("annotators' votes")
+        axis.set_title(title)
+    axes[0].legend(fontsize="small", loc="lower left")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _named(texts: Sequence[str]) -> Dict[str, Path]:
+    found: Dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        key = name if equals else Path(text).stem
+        if key in found:
+            raise UsageError(f"--predictions names {shown(key)} twice; write NAME=FILE with different names")
+        found[key] = Path(path if equals else text)
+    return found
+
+
+def _main(argv: Optional[Sequence[str]]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="agreement.py", description="Accuracy and cross entropy of predictions by the annotators' agreement."
+    )
+    parser.add_argument(
+        "--data-dir", required=True, help="the folder of the official files, for the annotators' labels"
+    )
+    parser.add_argument(
+        "--predictions", required=True, nargs="+", metavar="[NAME=]FILE", help="of predict --probabilities"
+    )
+    parser.add_argument("--task", default="MNLI", choices=["MNLI", "SNLI"], help="(%(default)s)")
+    parser.add_argument("--split", default="valid", help="valid, valid1 (MNLI mismatched), test (SNLI); (%(default)s)")
+    parser.add_argument("--json", help="write the numbers there")
+    parser.add_argument("--picture", help="draw them there (PNG), beside the paper's for MNLI; needs matplotlib")
+    options = parser.parse_args(argv)
+    task = TASKS[options.task]
+    if options.split not in task.splits:
+        raise UsageError(f"--split is {shown(options.split)}; it must be one of {', '.join(task.splits)}")
+    rows = annotated_rows(task, Path(options.data_dir), options.split)
+    models = {name: analyse(task, rows, path) for name, path in _named(options.predictions).items()}
+    paper = PAPER.get(options.split, {}) if options.task == "MNLI" else {}
+    others = Counter(group_of(row.votes) for row in rows if group_of(row.votes) not in GROUPS)
+    print(f"{options.task} {options.split}, {len(rows)} rows")
+    print(table(models, paper))
+    if others:
+        print(
+            f"in no group: {', '.join(f'{number} rows with votes {name}' for name, number in sorted(others.items()))}"
+        )
+    if options.json:
+        numbers = {name: {group: vars(found) for group, found in groups.items()} for name, groups in models.items()}
+        replace_file(Path(options.json), json.dumps(numbers, indent=1) + "\n")
+    if options.picture:
+        draw(models, paper, Path(options.picture))
+        print(f"drew {options.picture}")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """examples/glue/agreement.py."""
+    return command.run("agreement", _main, argv)

@@ -1,0 +1,137 @@
+"""The analysis by annotators' agreement, with numbers worked out by hand."""
+
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+from data_samples import REAL, needs_real_files, write
+
+from smart_fairseq.data import agreement
+from smart_fairseq.data.agreement import GROUPS, compare, group_of
+from smart_fairseq.data.readers import Row
+from smart_fairseq.data.tasks import NLI_LABELS
+
+C, N, E = NLI_LABELS
+HEADER = "index\tsentence1\tsentence2\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label"
+VOTES = [[E] * 5, [N, N, N, N, C], [E, E, E, N, N], [C, C, C, E, N], [E, E, N, N, C]]
+GOLD = [E, N, E, C, E]
+
+
+def make_mnli(folder):
+    rows = ("\t".join([str(n), "a", "b", *votes, gold]) for n, (votes, gold) in enumerate(zip(VOTES, GOLD)))
+    write(folder / "MNLI" / "dev_matched.tsv", HEADER, *rows)
+    return folder
+
+
+def make_file(path, probabilities, labels=NLI_LABELS):
+    header = "\t".join(["index", "prediction", *(f"probability of {label}" for label in labels)])
+    lines = (f"{n}\tx\t" + "\t".join(map(str, row)) for n, row in enumerate(probabilities))
+    return write(path, header, *lines)
+
+
+UNIFORM = [[1 / 3, 1 / 3, 1 / 3]] * 5
+
+
+def test_groups():
+    assert [group_of(votes) for votes in VOTES] == [*GROUPS, "2/2/1"]
+    assert group_of([E, E, N, N]) == "2/2/0"
+
+
+def test_numbers_by_hand():
+    """Against a model that says (c, n, e) = (0.2, 0.3, 0.5) to everything.
+
+    5/0/0, all entailment: cross entropy -log 0.5, annotators' entropy 0, so the divergence is the same; right.
+    4/1/0, neutral and contradiction: -(0.8 log 0.3 + 0.2 log 0.2), entropy -(0.8 log 0.8 + 0.2 log 0.2); wrong.
+    """
+    rows = [Row(str(n), ("a", "b"), gold, tuple(votes)) for n, (votes, gold) in enumerate(zip(VOTES, GOLD))]
+    found = compare(NLI_LABELS, rows, np.array([[0.2, 0.3, 0.5]] * 5))
+    assert list(found) == ["all", *GROUPS]
+    assert [found[group].rows for group in found] == [4, 1, 1, 1, 1]  # two against two against one is in no group
+    assert found["5/0/0"].accuracy == 100 and found["4/1/0"].accuracy == 0 and found["all"].accuracy == 50
+    assert found["5/0/0"].cross_entropy == pytest.approx(-math.log(0.5))
+    assert found["5/0/0"].divergence == pytest.approx(-math.log(0.5))
+    cross = -(0.8 * math.log(0.3) + 0.2 * math.log(0.2))
+    assert found["4/1/0"].cross_entropy == pytest.approx(cross)
+    assert found["4/1/0"].divergence == pytest.approx(cross + 0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    four = [found[group].cross_entropy for group in GROUPS]
+    assert found["all"].cross_entropy == pytest.approx(sum(four) / 4)
+
+
+def test_a_model_that_is_the_annotators_has_no_divergence():
+    rows = [Row(str(n), ("a", "b"), gold, tuple(votes)) for n, (votes, gold) in enumerate(zip(VOTES, GOLD))]
+    exact = np.array([[votes.count(label) / 5 for label in NLI_LABELS] for votes in VOTES])
+    assert all(abs(group.divergence) < 1e-12 for group in compare(NLI_LABELS, rows, exact).values())
+
+
+def test_command(tmp_path, capsys):
+    data = make_mnli(tmp_path / "glue")
+    # the order of the classes in the file counts, not the table's
+    shuffled = make_file(tmp_path / "b.tsv", [[0.5, 0.2, 0.3]] * 5, labels=(E, C, N))
+    plain = make_file(tmp_path / "a.tsv", [[0.2, 0.3, 0.5]] * 5)
+    out = tmp_path / "numbers.json"
+    flags = ["--data-dir", str(data), "--predictions", f"ours={plain}", str(shuffled), "--json", str(out)]
+    assert agreement.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "in no group: 1 rows with votes 2/2/1" in said
+    assert re.search(r"^ours +4/1/0 +1 +0\.00 +1\.2851", said, re.MULTILINE)
+    assert re.search(r"^paper: SMART +3/2/0 +67\.4 +0\.66$", said, re.MULTILINE)
+    numbers = json.loads(out.read_text())
+    assert numbers["ours"] == numbers["b"]
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
+    picture = tmp_path / "figures" / "agreement.png"
+    flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(picture)]
+    assert agreement.main(flags) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_picture_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
+    flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(tmp_path / "x.png")]
+    assert agreement.main(flags) == 2
+    assert "agreement: error: --picture needs matplotlib" in capsys.readouterr().err
+
+
+def refused(capsys, data, *flags):
+    capsys.readouterr()
+    assert agreement.main(["--data-dir", str(data), *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("agreement: error: "), lines
+    return lines[0]
+
+
+def test_broken_input(tmp_path, capsys):
+    data = make_mnli(tmp_path / "glue")
+    good = make_file(tmp_path / "a.tsv", UNIFORM)
+    bare = write(tmp_path / "bare.tsv", "index\tprediction", "0\tneutral")
+    assert "bare.tsv:1: holds no probabilities" in refused(capsys, data, "--predictions", str(bare))
+    short = make_file(tmp_path / "short.tsv", UNIFORM[:3])
+    line = refused(capsys, data, "--predictions", str(short))
+    assert "short.tsv: holds 3 rows, and the official file 5; 2 are missing, the first for id '3'" in line
+    wrong = make_file(tmp_path / "wrong.tsv", [[0.5, 0.5, 0.5]])
+    assert "wrong.tsv:2: 3 probabilities with the sum 1" in refused(capsys, data, "--predictions", str(wrong))
+    two = make_file(tmp_path / "two.tsv", [[0.5, 0.5]], labels=("0", "1"))
+    assert "two.tsv:1: has the classes 0, 1, and MNLI has" in refused(capsys, data, "--predictions", str(two))
+    twice = ["--predictions", f"x={good}", f"x={good}"]
+    assert "names 'x' twice" in refused(capsys, data, *twice)
+    assert "--split is 'dev'" in refused(capsys, data, "--predictions", str(good), "--split", "dev")
+    line = refused(capsys, data, "--predictions", str(good), "--split", "valid1")
+    assert "--data-dir holds no valid1 of MNLI" in line
+    rows = "\t".join(["0", "a", "b", "perhaps", E, E, E, E, E])
+    write(data / "MNLI" / "dev_matched.tsv", HEADER, rows)
+    one = make_file(tmp_path / "one.tsv", UNIFORM[:1])
+    assert "dev_matched.tsv:2: annotator's label 'perhaps'" in refused(capsys, data, "--predictions", str(one))
+
+
+@needs_real_files
+def test_real_snli_annotations(tmp_path, capsys):
+    rows = agreement.annotated_rows(agreement.TASKS["SNLI"], REAL, "valid")
+    groups = [group_of(row.votes) for row in rows]
+    assert sum(group in GROUPS for group in groups) > 0.95 * len(rows)
