@@ -7,6 +7,7 @@ second number KL; a divergence is the cross entropy less the annotators' own ent
 
 import argparse
 import json
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ def draw(
         import matplotlib
     except ImportError:
         raise UsageError("--picture needs matplotlib; install it with pip install matplotlib") from None
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -183,7 +185,7 @@ def draw(
         axis.set_xticks(range(len(names)), names)
         axis.set_xlabel("annotators' votes")
         axis.set_title(title)
-    axes[0].legend(fontsize="small", loc="lower left")
+    axes[1].legend(fontsize="small", loc="upper left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

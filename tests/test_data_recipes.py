@@ -1,0 +1,108 @@
+"""The hydra recipes say what the table of tasks and the paper say, and run."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import ROOT, make_gpt2_bpe
+from omegaconf import OmegaConf
+from test_data_predict import make_glue, train
+
+from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
+from smart_fairseq.data.preprocess import glue_main
+from smart_fairseq.data.tasks import ANLI, GLUE, TASKS
+from smart_fairseq.optim.mbpp import MBPPConfig
+
+RECIPES = sorted((ROOT / "examples").glob("*/config/*.yaml"))
+LABELLED_ROWS = {"SNLI": 549367, "anli": sum(TASKS[name].rows["train"] for name in ANLI)}
+LABELLED_ROWS["anli_mnli_snli_fever"] = LABELLED_ROWS["anli"] + 392702 + 549367 + 208346
+
+
+def task_of(path):
+    by_name = {name.lower().replace("-", "_"): task for name, task in TASKS.items()}
+    return TASKS["ANLI-R1"] if path.stem.startswith("anli") else by_name[path.stem]
+
+
+def test_every_task_that_trains_has_a_recipe():
+    expected = {name.lower().replace("-", "_") for name in (*GLUE, "SNLI", "SciTail") if name != "AX"}
+    assert {path.stem for path in RECIPES if path.parts[-3] == "glue"} == expected
+    assert {path.stem for path in RECIPES if path.parts[-3] == "anli"} == {"anli", "anli_mnli_snli_fever"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe(path):
+    recipe, task = OmegaConf.load(path), task_of(path)
+    assert recipe.task.num_classes == task.num_classes
+    assert ("separator_token" in recipe.task) == (task.texts == 2)
+    assert recipe.criterion.regression_target == task.regression
+    assert recipe.criterion.classification_head_name == "sentence_classification_head"
+    assert recipe.checkpoint.best_checkpoint_metric == task.metrics[0]
+    metric = task.metrics[0]
+    assert metric == "accuracy" or recipe.criterion[f"report_{metric}"] is True
+    assert recipe.dataset.required_batch_size_multiple == 1
+    assert ("valid1" in task.splits) == (recipe.dataset.get("valid_subset") == "valid,valid1")
+    # the paper's section 4.1
+    assert recipe.optimization.max_epoch <= 6 and recipe.optimization.clip_norm == 1
+    assert recipe.dataset.batch_size in (16, 32, 64) and recipe.optimization.lr[0] in (1e-5, 2e-5, 3e-5, 5e-5)
+    assert recipe.criterion.smart_weight in (1, 3, 5)
+    assert recipe.model.pooler_dropout == {"MNLI": 0.3, "CoLA": 0.05}.get(task.name, 0.1)
+    rows = LABELLED_ROWS.get(task.name) or LABELLED_ROWS.get(path.stem) or task.rows["train"]
+    updates = recipe.optimization.max_epoch * math.ceil(rows / recipe.dataset.batch_size)
+    assert recipe.optimization.max_update == updates
+    assert recipe.lr_scheduler.warmup_updates == round(updates / 10)
+    # keys that the plugin does not know would only be found at the start of a run
+    for section, config in (("criterion", SmartSentencePredictionConfig), ("optimizer", MBPPConfig)):
+        assert set(recipe[section]) <= {"_name", *config.__dataclass_fields__}, section
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_launch_line_names_the_recipe(path):
+    lines = path.read_text().splitlines()
+    launch = " ".join(line.lstrip("# ").rstrip("\\") for line in lines[1:3])
+    assert lines[0] == "# @package _group_"
+    folder = f"examples/{path.parts[-3]}/config"
+    assert launch.startswith(f"fairseq-hydra-train --config-dir {folder} --config-name {path.stem} task.data=")
+    assert re.search(r"checkpoint.restore_file=\S+ common.user_dir=\$PWD/smart_fairseq", launch)
+    name = "ANLI" if path.stem.startswith("anli") else task_of(path).name
+    assert f"task.data=$PWD/{name}-bin " in launch
+
+
+@pytest.mark.parametrize(
+    "name", ["rte", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cola", "mrpc", "sts_b", "mnli"))]
+)
+def test_recipe_runs(tmp_path, name):
+    """Through fairseq-hydra-train, with a tiny model in the place of RoBERTa-large."""
+    task = task_of(Path(name))
+    make_gpt2_bpe(tmp_path / "bpe")
+    make_glue(tmp_path / "glue")
+    data = tmp_path / "bin"
+    flags = ["--data-dir", str(tmp_path / "glue"), "--bpe-dir", str(tmp_path / "bpe"), "--out", str(data)]
+    assert glue_main(["--task", task.name, *flags]) == 0
+    regression = ["--regression-target"] if task.regression else []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = train(data, tmp_path / "start", task.num_classes, *regression)
+    torch.set_num_threads(threads)
+    tiny = ["encoder_layers=2", "encoder_embed_dim=16", "encoder_ffn_embed_dim=32", "encoder_attention_heads=2"]
+    command = [
+        *(sys.executable, "-c", "from fairseq_cli.hydra_train import cli_main; cli_main()"),
+        *("--config-dir", str(ROOT / "examples" / "glue" / "config"), "--config-name", name),
+        *(f"task.data={data}", f"checkpoint.restore_file={start}", f"common.user_dir={ROOT / 'smart_fairseq'}"),
+        *("model._name=roberta", *(f"+model.{size}" for size in tiny), "+model.max_positions=256"),
+        *("task.max_positions=256", "common.cpu=true", "dataset.num_workers=0", "common.log_interval=1"),
+        *("optimization.max_update=4", "lr_scheduler.warmup_updates=1", f"checkpoint.save_dir={tmp_path / 'out'}"),
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    # on matrices this small several threads only stand in each other's way
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=one_thread)
+    assert run.returncode == 0, run.stderr[-3000:]
+    log = run.stdout + run.stderr + "".join(path.read_text() for path in (tmp_path / "run").rglob("*.log"))
+    assert '"train_smart_loss"' in log and '"train_bregman_loss"' in log
+    assert f"best_{task.metrics[0]}" in log
+    assert (tmp_path / "out" / "checkpoint_best.pt").is_file()
