@@ -71,5 +71,5 @@ def test_row_counts_in_the_text():
 
 
 def test_downloads_in_the_text():
-    listed = re.search(r"`--tasks` names some of\s+(.*?);", READMES["glue"], re.DOTALL)[1]
+    listed = re.search(r"`--tasks`\s+names\s+some\s+of\s+(.*?);", READMES["glue"], re.DOTALL)[1]
     assert set(re.split(r",\s+", listed)) == set(RESOURCES)

@@ -317,6 +317,9 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys):
     assert "names RTE twice" in refused(predict.main, capsys, *twice, *bins, *out)
     line = refused(predict.main, capsys, "--checkpoint", f"QNLI={model}", *bins, *out)
     assert "--checkpoint names QNLI, and --data-dir has" in line
+    both = ["--checkpoint", f"RTE={model}", f"MRPC={checkpoint(place, 'MRPC')}"]
+    assert "MRPC-bin: has no test split of MRPC" in refused(predict.main, capsys, *both, *bins, *out)
+    assert not (tmp_path / "out").exists()  # found before RTE was predicted
     line = refused(predict.main, capsys, "--checkpoint", model, "--data-dir", str(place / "bpe"), *out)
     assert "holds no data folder, and no official files" in line
     line = refused(predict.main, capsys, "--checkpoint", model, "--data-dir", "nowhere", *out)

@@ -353,13 +353,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp16", action="store_true", help="half precision (GPU)")
 
 
+def _splits(name: str, folder: Path, options: argparse.Namespace) -> List[str]:
+    splits = chosen_splits(folder, options.split, "test")
+    if not splits:
+        raise located(folder, 0, f"has no test split of {name}; leave the task out, or name another with --split")
+    return splits
+
+
 def predict_task(
     name: str, checkpoint: Path, folder: Path, out: Path, options: argparse.Namespace
 ) -> List[Tuple[str, Path]]:
     """All chosen splits of one task; (split, file) of each file written."""
-    splits = chosen_splits(folder, options.split, "test")
-    if not splits:
-        raise located(folder, 0, f"has no test split of {name}; name another with --split")
+    splits = _splits(name, folder, options)
     model = Model(checkpoint, folder, options.cpu, options.fp16)
     written: List[Tuple[str, Path]] = []
     for split in splits:
@@ -413,6 +418,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
         for name in checkpoints:
             if name not in folders:
                 raise UsageError(f"--checkpoint names {name}, and --data-dir has {', '.join(folders)}")
+            _splits(name, folders[name], options)  # before the first model takes its time
         for name, checkpoint in checkpoints.items():
             for split, path in predict_task(name, checkpoint, folders[name], out, options):
                 print(f"wrote {path} ({split})")
