@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, write
 
+from smart_fairseq.data import binarize
 from smart_fairseq.data.preprocess import anli_main, glue_main
 
 HEADER = "index\tsentence1\tsentence2\tlabel"
@@ -257,6 +259,16 @@ def test_sentencepiece_model_of_another_kind(place, capsys):
     assert "spm.model: is not a sentencepiece model" in line
 
 
+def die(rows):
+    os._exit(9)
+
+
+def test_worker_that_is_killed(place, capsys, monkeypatch):
+    make_pairs(place / "glue" / "RTE", ("entailment", "not_entailment"), rows=1100)
+    monkeypatch.setattr(binarize, "_encode_chunk", die)
+    assert "--workers is 2; one of them was killed" in refused(place, capsys, "--workers", "2")
+
+
 # Where it is written ----------------------------------------------------------------------------------------------
 
 
@@ -268,6 +280,11 @@ def test_out_is_a_file(place, capsys):
 def test_out_holds_other_things(place, capsys):
     line = refused(place, capsys, "--out", str(place / "glue"))
     assert re.search(r"glue: --out: this folder holds other things", line)
+
+
+def test_folder_for_several_that_is_not_there_yet(place, capsys):
+    write(train(place), "nothing of use")
+    refused(place, capsys, "--task", "RTE,WNLI", "--out", str(place / "new" / "folder"))
 
 
 def run_limited(place: Path, limit, *flags: str) -> str:

@@ -209,6 +209,25 @@ def test_official_files_give_the_same_predictions(place, tmp_path):
     assert (out / "bins" / "RTE.tsv").read_bytes() == (out / "official" / "RTE.tsv").read_bytes()
 
 
+def test_official_files_give_the_same_scores(place, tmp_path):
+    model, scores = ["--checkpoint", checkpoint(place, "MNLI"), "--cpu"], []
+    official = ["--data-dir", str(place / "glue"), "--bpe-dir", str(place / "bpe"), "--task", "MNLI"]
+    for number, flags in enumerate((["--data-dir", str(place / "bins"), "--task", "MNLI"], official)):
+        file = tmp_path / f"{number}.json"
+        assert evaluate.main([*model, *flags, "--json", str(file)]) == 0
+        scores.append(json.loads(file.read_text()))
+    assert scores[0] == scores[1] and list(scores[0]["splits"]) == ["valid", "valid1"]
+
+
+def test_a_checkpoint_that_diverged(place, tmp_path, capsys):
+    state = torch.load(checkpoint(place, "RTE"))
+    state["model"]["classification_heads.sentence_classification_head.out_proj.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    flags = ["--data-dir", str(place / "bins" / "RTE-bin"), "--out", str(tmp_path / "out"), "--cpu"]
+    line = refused(predict.main, capsys, "--checkpoint", str(tmp_path / "nan.pt"), *flags)
+    assert "nan.pt: gives no finite numbers for 15 of 15 rows" in line
+
+
 def test_scores_for_the_server_are_clipped_and_others_are_not(tmp_path):
     found = Predictions(TASKS["STS-B"], "test", ["1", "0"], ["5.200000", "-0.100000"], np.zeros((2, 1)))
     assert table(predict.write_submission(found, tmp_path))[1:] == [["0", "0.000"], ["1", "5.000"]]
@@ -327,7 +346,7 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys):
     line = refused(evaluate.main, capsys, "--data-dir", str(place / "bins" / "RTE-bin"))
     assert "--checkpoint or --predictions must be given" in line
     line = refused(evaluate.main, capsys, "--data-dir", str(place / "bins"), "--checkpoint", model)
-    assert "must be one data folder, and holds 6" in line
+    assert "holds 6 data folders; name one, or say which --task" in line
     test = ["--split", "test", "--data-dir", str(place / "bins" / "RTE-bin")]
     assert "test has no labels" in refused(evaluate.main, capsys, *test, "--checkpoint", model)
 

@@ -236,6 +236,31 @@ def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, bpe, number):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_old_folder_that_a_killed_run_had_moved_aside_comes_back(tmp_path, bpe):
+    make_pairs(tmp_path / "RTE", RTE)
+    out = tmp_path / "RTE-bin"
+    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
+    assert glue_main(flags) == 0
+    number = max(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()) + 10**6
+    out.rename(tmp_path / f".RTE-bin.old-{number}")
+    write(tmp_path / "RTE" / "dev.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tno")
+    assert glue_main(flags) == 2  # before anything is looked for beside the folder
+    (tmp_path / "RTE" / "dev.tsv").unlink()
+    bad = make_bert_bpe(tmp_path / "bad")
+    write(bad / "dict.txt", "nothing 1")
+    assert glue_main([*flags, "--bpe-dir", str(bad)]) == 2
+    assert read_manifest(out)["rows"]["train"] == 30
+
+
+def test_behind_a_link(tmp_path, bpe):
+    make_pairs(tmp_path / "RTE", RTE)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "RTE-bin").symlink_to(tmp_path / "other")
+    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(tmp_path / "RTE-bin")]
+    assert glue_main(flags) == 0 and glue_main(flags) == 0
+    assert (tmp_path / "RTE-bin").is_symlink() and read_manifest(tmp_path / "other")["task"] == "RTE"
+
+
 def test_example_scripts_run_from_anywhere(tmp_path):
     for name in ("glue", "anli"):
         script = ROOT / "examples" / name / "preprocess.py"

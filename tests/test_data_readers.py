@@ -238,6 +238,16 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path):
     assert sum(reports["train"].left_out.values()) == 2
 
 
+def test_ids_and_votes_are_read_where_they_are(tmp_path):
+    header = ("sentence1", "sentence2", "gold_label")
+    columns(
+        tmp_path / "MNLI" / "dev_matched.tsv", header, ("a", "b", "neutral"), ("c", "d", "-"), ("e", "f", "neutral")
+    )
+    rows, _ = read("MNLI", tmp_path)
+    assert essence(rows["valid"]) == [("0", "a", "b", "neutral"), ("1", "e", "f", "neutral")]
+    assert rows["valid"][0].votes == ()
+
+
 # The table ---------------------------------------------------------------------------------------------------------
 
 

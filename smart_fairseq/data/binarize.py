@@ -7,15 +7,16 @@ other, and a header, the sizes as int32 and the offsets in bytes as int64.
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import struct
 from array import array
 from collections import Counter
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -131,30 +132,42 @@ class Pool:
         _start_worker(files, max_tokens, self.extra)
         self.vocabulary = _worker.vocabulary if _worker else Vocabulary()
         self._workers, self._arguments = workers, (files, max_tokens, self.extra)
-        self._pool: Any = None
+        self._pool: Optional[ProcessPoolExecutor] = None
+        self._waiting: List[Future[Encoded]] = []
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
+            for future in self._waiting:
+                future.cancel()
+            self._pool.shutdown()
 
     def encode(self, rows: Sequence[Row]) -> Iterator[Tuple[Encoded, int]]:
         """(result, number of rows) of each chunk, in order."""
         chunks = [[row.texts for row in rows[start : start + CHUNK]] for start in range(0, len(rows), CHUNK)]
         if self._workers > 1 and len(chunks) > 1 and self._pool is None:
-            self._pool = multiprocessing.Pool(self._workers, _start_worker, self._arguments)
-        results: Iterable[Encoded] = (
-            self._pool.imap(_encode_chunk, chunks) if self._pool and len(chunks) > 1 else map(_encode_chunk, chunks)
-        )
-        for chunk, result in zip(chunks, results):
-            yield result, len(chunk)
+            self._pool = ProcessPoolExecutor(self._workers, initializer=_start_worker, initargs=self._arguments)
+        if self._pool is None or len(chunks) <= 1:
+            for chunk in chunks:
+                yield _encode_chunk(chunk), len(chunk)
+            return
+        try:
+            self._waiting = [self._pool.submit(_encode_chunk, chunk) for chunk in chunks]
+            for chunk, future in zip(chunks, self._waiting):
+                yield future.result(), len(chunk)
+        except BrokenProcessPool:
+            raise UsageError(
+                f"--workers is {self._workers}; one of them was killed, perhaps for want of memory: try fewer"
+            ) from None
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin as the ids come and PREFIX.idx at the end, as `MMapIndexedDatasetBuilder` does."""
+    """Writes PREFIX.bin as the ids come and PREFIX.idx at the end, as `MMapIndexedDatasetBuilder` does.
+
+    Use as a context manager.
+    """
 
     def __init__(self, prefix: Path, typecode: str) -> None:
         self._prefix, self._typecode = prefix, typecode
@@ -165,8 +178,15 @@ class IndexedWriter:
         ids.tofile(self._data)
         self._sizes.extend(sizes)
 
-    def close(self) -> None:
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
         self._data.close()
+        if kind is None:
+            self._write_index()
+
+    def _write_index(self) -> None:
         width = array(self._typecode).itemsize
         sizes = np.array(self._sizes, dtype=np.int32)
         pointers = np.zeros(len(sizes), dtype=np.int64)
@@ -254,7 +274,16 @@ class Folder:
         """Write one split; ``advance`` is told how many rows are done."""
         typecode = integer_typecode(self.pool.vocabulary.size)
         count = self.counts[split] = SplitCount(rows=len(rows))
-        writers = [IndexedWriter(self.path / f"input{place}" / split, typecode) for place in range(self.task.texts)]
+        prefixes = [self.path / f"input{place}" / split for place in range(self.task.texts)]
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(IndexedWriter(prefix, typecode)) for prefix in prefixes]
+            self._encode(writers, rows, count, advance)
+        if all(row.label is not None for row in rows):
+            self._write_labels(split, [str(row.label) for row in rows])
+
+    def _encode(
+        self, writers: Sequence["IndexedWriter"], rows: Sequence[Row], count: SplitCount, advance: Callable[[int], None]
+    ) -> None:
         for (ids, sizes, unknown, shortened), done in self.pool.encode(rows):
             for writer, part, part_sizes in zip(writers, ids, sizes):
                 writer.add(part, part_sizes)
@@ -265,10 +294,6 @@ class Folder:
             count.longest = max(count.longest, int(lengths.max()))
             count.over_512 += int((lengths > 512).sum())
             advance(done)
-        for writer in writers:
-            writer.close()
-        if all(row.label is not None for row in rows):
-            self._write_labels(split, [str(row.label) for row in rows])
 
     def _write_labels(self, split: str, labels: Sequence[str]) -> None:
         prefix = self.path / "label" / split
@@ -277,12 +302,11 @@ class Folder:
             Path(f"{prefix}.label").write_text(lines, encoding="utf-8")
             return
         place = {label: len(SPECIAL_SYMBOLS) + number for number, (label, _) in enumerate(self.labels)}
-        writer = IndexedWriter(prefix, integer_typecode(len(SPECIAL_SYMBOLS) + len(self.labels)))
         ids = array("H")
         for label in labels:
             ids.extend((place[label], END))
-        writer.add(ids, [2] * len(labels))
-        writer.close()
+        with IndexedWriter(prefix, "H") as writer:
+            writer.add(ids, [2] * len(labels))
 
     def write_ids(self, split: str, rows: Sequence[Row]) -> None:
         """Which row of which file each example is: ids/SPLIT.tsv with the columns id, file, line."""
@@ -344,18 +368,16 @@ def complete_folder(target: Path) -> Iterator[Path]:
     A process that is killed without notice leaves a hidden folder .NAME.partial-PID; the next call removes it. Raises
     `UsageError` if ``target`` holds anything that preprocess did not write.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # behind a link, its folder is what is replaced
     if target.exists() and not target.is_dir():
         raise located(target, 0, "--out: a file is there; choose another name")
     if target.is_dir() and not _ours(target):
         raise located(
             target, 0, "--out: this folder holds other things than preprocess.py writes; choose another or remove it"
         )
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*-*"):
-        kind, _, number = stale.name[len(target.name) + 2 :].rpartition("-")
-        if kind in ("partial", "old") and number.isdigit() and not _process_runs(int(number)):
-            shutil.rmtree(stale, ignore_errors=True)
+    _clear_up(target)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
@@ -364,7 +386,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
             old = target.parent / f".{target.name}.old-{os.getpid()}"
             target.rename(old)
             partial.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(target)
     except OSError as error:
@@ -374,3 +396,18 @@ def complete_folder(target: Path) -> Iterator[Path]:
         raise located(target, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # goes only while it is empty
+
+
+def _clear_up(target: Path) -> None:
+    """What runs that were killed have left beside ``target``; an old folder that lost its name gets it back."""
+    for stale in list(target.parent.iterdir()):
+        kind, _, number = stale.name[len(target.name) + 2 :].rpartition("-")
+        if not stale.name.startswith(f".{target.name}.") or not number.isdigit() or _process_runs(int(number)):
+            continue
+        if kind == "old" and not target.exists():
+            stale.rename(target)
+        elif kind in ("partial", "old"):
+            shutil.rmtree(stale, ignore_errors=True)

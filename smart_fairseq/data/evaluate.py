@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -14,17 +15,19 @@ from .metrics import score
 from .predict import (
     LETTERS,
     Model,
+    add_encoder_options,
     add_model_options,
     chosen_splits,
     data_folders,
     label_order,
+    official_folder,
     read_ids,
     replace_file,
     task_of,
 )
 from .preprocess import whole_number
 from .readers import located, read_lines, shown
-from .tasks import Task
+from .tasks import TASKS, Task
 
 Scores = Dict[str, float]
 
@@ -144,10 +147,34 @@ def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> List[s
 
 def evaluate(options: argparse.Namespace) -> Dict[str, Any]:
     """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _evaluate(_data_folder(options, Path(scratch)), options)
+
+
+def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
+    """The data folder that --data-dir is or holds, or one made of the official files of --task."""
     folders = data_folders(Path(options.data_dir))
-    if len(folders) != 1:
-        raise located(Path(options.data_dir), 0, f"--data-dir must be one data folder, and holds {len(folders)}")
-    folder = next(iter(folders.values()))
+    if options.task is None:
+        if len(folders) != 1:
+            raise located(
+                Path(options.data_dir),
+                0,
+                f"--data-dir holds {len(folders)} data folders; name one, or say which --task",
+            )
+        return next(iter(folders.values()))
+    if options.task in folders:
+        return folders[options.task]
+    if options.task not in TASKS:
+        raise UsageError(f"--task is {shown(options.task)}; it must be one of {', '.join(TASKS)}")
+    splits = (
+        options.split.split(",")
+        if options.split
+        else [split for split in TASKS[options.task].splits if "valid" in split]
+    )
+    return official_folder(TASKS[options.task], splits, scratch / "data", options)
+
+
+def _evaluate(folder: Path, options: argparse.Namespace) -> Dict[str, Any]:
     task = task_of(read_manifest(folder), folder)
     splits = chosen_splits(folder, options.split, "valid")
     if not splits:
@@ -179,11 +206,13 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description="A task's official metrics for one or several checkpoints or prediction files."
     )
-    parser.add_argument("--data-dir", required=True, help="the data folder that preprocess wrote")
+    parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
+    parser.add_argument("--task", help="which, if --data-dir holds several data folders or the official files")
     parser.add_argument("--checkpoint", nargs="+", action="extend", help="one or several, e.g. of several seeds")
     parser.add_argument("--predictions", nargs="+", action="extend", help="files of predict; ANLI's rounds with commas")
     parser.add_argument("--split", help="labelled splits (all whose name begins with valid)")
     parser.add_argument("--json", help="write the same there")
+    add_encoder_options(parser)
     add_model_options(parser)
     options = parser.parse_args(argv)
     if not options.checkpoint and not options.predictions:

@@ -90,7 +90,7 @@ class Model:
         if not checkpoint.is_file():
             raise located(checkpoint, 0, "--checkpoint: no such file")
         self.folder, self.task = folder, task_of(read_manifest(folder), folder)
-        self._torch = torch
+        self._torch, self._path = torch, checkpoint
         self._model, self._config, self._fairseq_task = self._load(checkpoint)
         self.classes: Tuple[str, ...] = ()
         self._check(checkpoint)
@@ -165,6 +165,11 @@ class Model:
                 scores[batch] = self._scores(dataset, batch)
                 progress.advance(len(batch))
         progress.close(" predicted")
+        wrong = int((~np.isfinite(scores)).any(1).sum())
+        if wrong:
+            raise located(
+                self._path, 0, f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged"
+            )
         return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes)
 
     def _scores(self, dataset: Any, batch: Sequence[int]) -> np.ndarray:
@@ -346,6 +351,14 @@ def chosen_splits(folder: Path, text: Optional[str], kind: str) -> List[str]:
     return splits
 
 
+def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """The options that official files need, which preprocess has too."""
+    parser.add_argument("--bpe", help="with official files: gpt2, sentencepiece or bert")
+    parser.add_argument("--bpe-dir", help="with official files: the encoder's folder (gpt2_bpe in --data-dir)")
+    workers = str(min(8, os.cpu_count() or 1))
+    parser.add_argument("--workers", default=workers, help="processes that encode official files (%(default)s)")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of all commands that run a model."""
     parser.add_argument("--max-tokens", default="8192", help="in a batch, padding counted (%(default)s)")
@@ -390,11 +403,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     parser.add_argument("--split", help="instead of the test splits; as in valid,valid1")
     parser.add_argument("--probabilities", action="store_true", help="write these too (not in files for the server)")
     parser.add_argument("--fill-missing", choices=["majority"], help="baseline for tasks without a file, for the zip")
-    parser.add_argument("--bpe", help="with official files: gpt2, sentencepiece or bert")
-    parser.add_argument("--bpe-dir", help="with official files: the encoder's folder (gpt2_bpe in --data-dir)")
-    parser.add_argument(
-        "--workers", default=str(min(8, os.cpu_count() or 1)), help="processes that encode (%(default)s)"
-    )
+    add_encoder_options(parser)
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)

@@ -141,20 +141,22 @@ class _Skip(Exception):
 
 def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     lines = read_lines(path)
-    columns: List[Column] = [*source.texts, *source.votes]
-    columns += [column for column in (source.label, source.id) if column is not None]
+    columns: List[Column] = [*source.texts, *([] if source.label is None else [source.label])]
+    extra: List[Column] = [*source.votes, *([] if source.id is None else [source.id])]
     width: Tuple[int, ...] = source.columns
     if source.form == "plain":
-        places = {column: int(column) for column in columns}
+        places = {column: int(column) for column in [*columns, *extra]}
     else:
         _, first = next(lines)
         header = first.split("\t")
-        places = _positions(path, header, columns)
+        # annotators' labels and ids are read where they are
+        extra = [column for column in extra if str(column).lower() in {name.strip().lower() for name in header}]
+        places = _positions(path, header, [*columns, *extra])
         width = (len(header),)
     texts = [places[column] for column in source.texts]
-    votes = [places[column] for column in source.votes]
+    votes = [places[column] for column in source.votes if column in places]
     label = None if source.label is None else places[source.label]
-    identity = None if source.id is None else places[source.id]
+    identity = None if source.id is None else places.get(source.id)
     for number, line in lines:
         cells = line.split("\t")
         if len(cells) not in width:
