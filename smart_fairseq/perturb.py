@@ -11,16 +11,19 @@ perturbation did not reach is an error, never a regulariser that does nothing.
 | input | encoder.sentence_encoder.dropout_module | what enters the first layer, after LayerNorm and dropout |
 """
 
+import functools
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.models import BaseFairseqModel
+from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .errors import UsageError
 
-__all__ = ["Forward", "bare", "embedding_weight", "perturbed", "token_mask"]
+__all__ = ["Forward", "bare", "embedding_weight", "perturbed", "tangent", "token_mask"]
 
 _MODULES = {"token": "embed_tokens", "input": "dropout_module"}
 
@@ -79,6 +82,114 @@ def perturbed(model: nn.Module, perturbation: Tensor, place: str) -> Iterator[No
         raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
 
 
+# --- to first order --------------------------------------------------------------------------------
+#
+# In half precision the difference of two outputs is rounding when the perturbation is small. Forward-mode
+# differentiation gives the change J d itself. Three of torch's kernels do not go along: LayerNorm's tangent
+# overflows in float16 and cannot be differentiated once more (its formula holds mean and deviation fixed),
+# neither can the softmax inside attention, and a linear layer's tangent also multiplies by the weights'
+# tangent, which is 0. All are therefore written out, with sums in float32.
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    value, change = forward_ad.unpack_dual(x)
+    result = nn.functional.linear(value, module.weight, module.bias)
+    return result if change is None else forward_ad.make_dual(result, nn.functional.linear(change, module.weight))
+
+
+def _layer_norm(module: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + module.eps)
+    return (normal * module.weight + module.bias).to(x.dtype)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    shares = (wide - wide.amax(dim=-1, keepdim=True).detach()).exp()
+    return (shares / shares.sum(dim=-1, keepdim=True)).to(scores.dtype)
+
+
+def _self_attention(
+    module: Any, query: Tensor, key: Any = None, value: Any = None, key_padding_mask: Optional[Tensor] = None, **_: Any
+) -> Tuple[Tensor, None]:
+    """Self-attention as in fairseq's MultiheadAttention; [T, B, C] -> [T, B, C]."""
+    length, batch, channels = query.shape
+
+    def heads(x: Tensor) -> Tensor:  # [T, B, C] -> [B, H, T, C / H]
+        return x.reshape(length, batch, module.num_heads, -1).permute(1, 2, 0, 3)
+
+    q, k, v = (heads(project(query)) for project in (module.q_proj, module.k_proj, module.v_proj))
+    scores = (q * module.scaling) @ k.transpose(-2, -1)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
+    shares = nn.functional.dropout(_softmax(scores), module.dropout_module.p, module.training)
+    return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
+
+
+@contextmanager
+def _written_out(model: nn.Module) -> Iterator[None]:
+    """Run a block with every linear layer, LayerNorm and self-attention of the model written out."""
+    replaced: List[Tuple[Any, Callable[..., Any]]] = []
+    for module in bare(model).modules():
+        if isinstance(module, MultiheadAttention):
+            if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
+                raise UsageError("--smart-mode tangent does not know this model's attention; use --smart-mode finite")
+            replaced.append((module, functools.partial(_self_attention, module)))
+        elif type(module) is nn.Linear:
+            replaced.append((module, functools.partial(_linear, module)))
+        elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
+            replaced.append((module, functools.partial(_layer_norm, module)))
+    for module, forward in replaced:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in replaced:
+            del module.forward
+
+
+@contextmanager
+def tangent(
+    model: nn.Module, direction: Tensor, place: str, leaf: Optional[List[Tensor]] = None
+) -> Iterator[List[Tensor]]:
+    """Within the block, one forward of the model also yields the change of its output along ``direction``.
+
+    The forward returns the ordinary logits; the change, differentiable like they are, is in the yielded list.
+
+    Args:
+        direction: [B, T, C]; of size 1 or so, whatever the perturbation's size: the change is linear in it.
+        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
+            in this list as a leaf [B, T, C] that requires a gradient.
+    """
+    changes: List[Tensor] = []
+
+    def enter(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> Tensor:
+        if leaf is not None:
+            output = output.detach().requires_grad_()
+            leaf.append(output)
+        return forward_ad.make_dual(output, direction.to(output.dtype))
+
+    def leave(module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
+        # taken apart here, inside a distributed wrapper, which would not let the change through
+        logits, change = forward_ad.unpack_dual(output[0])
+        changes.append(change)
+        return (logits, *output[1:])
+
+    handles = [
+        getattr(_encoder(model), _MODULES[place]).register_forward_hook(enter),
+        bare(model).register_forward_hook(leave),
+    ]
+    try:
+        with _written_out(model), forward_ad.dual_level():
+            yield changes
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(changes) != 1 or changes[0] is None:
+        raise RuntimeError("the direction did not reach the output of one forward")
+
+
 class Forward:
     """The classification forward of one batch, under weights and with a perturbation of one's choice.
 
@@ -108,6 +219,25 @@ class Forward:
         else:
             logits, _ = torch.func.functional_call(bare(self.model), weights, kwargs=self.inputs)
         return logits
+
+    def products(
+        self, weights: Dict[str, Tensor], direction: Tensor
+    ) -> Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Outputs, their change along ``direction`` (J d), and the way back (cotangent -> J' cotangent).
+
+        Args:
+            direction: [B, T, C].
+        Returns:
+            [B, K], [B, K], and a function from [B, K] to [B, T, C]; dtypes of the model.
+        """
+        leaf: List[Tensor] = []
+        with torch.enable_grad(), tangent(self.model, direction, self.place, leaf) as change:
+            logits = self(weights)
+
+        def pull_back(cotangent: Tensor) -> Tensor:
+            return torch.autograd.grad(logits, leaf[0], cotangent.to(logits.dtype))[0]
+
+        return logits, change[0], pull_back
 
     def frozen_weights(self) -> Dict[str, Tensor]:
         """The model's own weights without their gradients: a pass under them keeps no activation for them."""

@@ -3,7 +3,6 @@
 Each raises `UsageError` with one line, or returns.
 """
 
-import logging
 import os
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import nn
 from .errors import UsageError, require
 from .perturb import embedding_weight
 
-logger = logging.getLogger(__name__)
-
-__all__ = ["check_best_metric", "check_labels", "check_model", "check_restore_file"]
+__all__ = ["check_best_metric", "check_labels", "check_model", "check_restore_file", "resolution"]
 
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
@@ -69,19 +66,18 @@ def check_labels(task: Any, regression: bool) -> None:
         )
 
 
-def check_model(model: nn.Module, radius: float) -> None:
-    """The model must take a perturbation and a gradient of it; warn when its precision cannot hold the radius."""
+def check_model(model: nn.Module) -> None:
+    """The model must take a perturbation of its embeddings and a gradient with respect to it."""
     arguments = getattr(model, "args", None)
     if getattr(arguments, "checkpoint_activations", False) or getattr(arguments, "offload_activations", False):
         raise UsageError(
             "--checkpoint-activations is on; with --smart-weight above 0 it must be off, because fairseq's "
             "checkpointing allows no gradient with respect to the embeddings"
         )
-    weight = embedding_weight(model).detach()
-    resolution = torch.finfo(weight.dtype).eps * float(weight.abs().float().median())
-    if radius < resolution:
-        logger.warning(
-            f"--smart-epsilon {radius:g} is below the resolution of {str(weight.dtype).split('.')[1]} at this model's "
-            f"embeddings (about {resolution:.0e}): the perturbation is lost in rounding and smart_loss measures noise; "
-            f"use --smart-epsilon {10 * resolution:.0e} or more, or train in float32"
-        )
+    embedding_weight(model)
+
+
+def resolution(model: nn.Module, dtype: torch.dtype) -> float:
+    """The smallest perturbation of the embeddings that ``dtype`` resolves: rounding of their median entry."""
+    median = float(embedding_weight(model).detach().float().abs().median())
+    return torch.finfo(dtype).eps * median

@@ -1,7 +1,11 @@
 """Fixtures; what tests import stands in toolkit.py."""
 
+import os
 import sys
 from pathlib import Path
+
+# tiny tensors: a second thread costs more than it saves, and many times as much on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

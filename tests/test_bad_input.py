@@ -44,7 +44,7 @@ CASES = [
     (["--smart-step-size", "-1"], "--smart-step-size is -1.0; it must be above 0"),
     (["--smart-steps", "0"], "--smart-steps is 0; it must be 1 or more"),
     (["--smart-weight", "-1"], "--smart-weight is -1.0; it must be 0 or above"),
-    (["--smart-mode", "tangent"], "--smart-mode is tangent, which is not available yet"),
+    (["--smart-mode", "tangent", "--smart-dropout", "off"], "--smart-mode is tangent, which is not def"),
     (["--smart-bregman-weight", "-1"], "--smart-bregman-weight is -1.0; it must be 0 or above"),
     (
         ["--optimizer", "adam", "--smart-bregman-weight", "1"],
@@ -108,7 +108,7 @@ def test_checkpoint_activations(class_data: Path) -> None:
             checkpoint_activations = True
 
     with pytest.raises(UsageError, match="--checkpoint-activations is on; with --smart-weight above 0 it must be off"):
-        check_model(Model(), 1.0)  # type: ignore[arg-type]
+        check_model(Model())  # type: ignore[arg-type]
 
 
 def test_a_model_without_classification_heads(class_data: Path) -> None:

@@ -11,6 +11,7 @@ from fairseq import optim
 from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, command, train
 
 from smart_fairseq.criterions import smart_sentence_prediction as module
+from smart_fairseq.errors import UsageError
 from smart_fairseq.perturb import perturbed, token_mask
 
 BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
@@ -438,8 +439,27 @@ def test_the_start_says_what_is_on(class_data: Path) -> None:
     assert "Bregman weight 0" in without
 
 
-def test_a_radius_below_the_precision_is_said_at_the_start(class_data: Path) -> None:
-    half = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4", "--smart-epsilon", "1e-6"]
-    text = "\n".join(train(command(class_data, *half, max_update=1))["text"])
-    assert "--smart-epsilon 1e-06 is below the resolution of float16" in text
-    assert "below the resolution" not in "\n".join(train(command(class_data, max_update=1))["text"])
+HALF = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"]
+
+
+def test_below_the_precision_the_term_is_taken_to_first_order(class_data: Path) -> None:
+    """And the log says so; in float32 the same radius takes two forwards."""
+    log = train(command(class_data, *HALF, "--smart-epsilon", "1e-6", max_update=2))
+    text = "\n".join(log["text"])
+    assert "--smart-epsilon 1e-06 is below what float16 resolves here" in text and "to first order (tangent)" in text
+    assert all(0 < line["smart_loss"] < 1e-8 for line in log["train_inner"])
+    assert "first order" not in "\n".join(train(command(class_data, max_update=1))["text"])
+    assert "first order" not in "\n".join(train(command(class_data, *HALF, *BOLD, max_update=1))["text"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--smart-mode", "finite"], "--smart-mode is finite but --smart-epsilon 1e-05 is below what float16 resolves"),
+        (["--smart-dropout", "independent"], "not defined for --smart-dropout independent"),
+        (["--smart-divergence", "js"], "not there for --smart-divergence js"),
+    ],
+)
+def test_what_half_precision_cannot_hold_is_refused(flags: List[str], line: str, class_data: Path) -> None:
+    with pytest.raises(UsageError, match=line):
+        train(command(class_data, *HALF, *flags, max_update=1))

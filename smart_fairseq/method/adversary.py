@@ -26,7 +26,15 @@ from torch import Tensor
 
 from .divergence import Divergence
 
-__all__ = ["Adversary", "find_perturbation", "norm", "normalize", "project"]
+__all__ = [
+    "Adversary",
+    "ascend",
+    "find_perturbation",
+    "find_perturbation_to_first_order",
+    "norm",
+    "normalize",
+    "project",
+]
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,41 @@ def project(perturbation: Tensor, adversary: Adversary) -> Tensor:
     return perturbation * (adversary.radius / size).clamp_max(1.0)
 
 
+def ascend(gradient_fn: Callable[[Tensor], Tensor], noise: Tensor, mask: Tensor, adversary: Adversary) -> Tensor:
+    """Algorithm 1, lines 4 to 8: from the noise, one projected gradient step at a time.
+
+    Args:
+        gradient_fn: perturbation [B, T, C] -> gradient of the divergence with respect to it, up to a positive
+            factor for each example, which the normalisation takes out.
+        noise: [B, T, C], float32 or wider: the starting point nu ~ N(0, sigma^2 I).
+        mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
+    Returns:
+        [B, T, C], dtype of ``noise``. Not finite where a gradient was not.
+    """
+    perturbation = noise * mask
+    for _ in range(adversary.steps):
+        gradient = gradient_fn(perturbation).to(noise.dtype)
+        perturbation = project(perturbation + adversary.step_size * normalize(gradient * mask, adversary), adversary)
+    return perturbation
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """Each example divided by its largest entry."""
+    over = tuple(range(1, tensor.dim()))
+    return tensor / tensor.abs().amax(dim=over, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
+
+
+def _cotangent(divergence: Divergence, first: Tensor, second: Tensor, *, of: int) -> Tensor:
+    """The divergence's gradient in one of its arguments, [B, K] at size 1: so that it cannot underflow on its way."""
+    wide = torch.promote_types(first.dtype, torch.float32)
+    pair = [first.detach().to(wide), second.detach().to(wide)]
+    pair[of].requires_grad_()
+    with torch.enable_grad():
+        # a sum, not a mean: each example's gradient is its own
+        value = divergence(*pair).sum()
+    return _unit(torch.autograd.grad(value, pair[of])[0])
+
+
 def find_perturbation(
     logits_fn: Callable[[Tensor], Tensor],
     clean_logits: Tensor,
@@ -94,27 +137,60 @@ def find_perturbation(
     mask: Tensor,
     divergence: Divergence,
     adversary: Adversary,
+    probe: float = 0.0,
 ) -> Tensor:
-    """Algorithm 1, lines 4 to 8: ascend from the noise, one projected gradient step at a time.
+    """`ascend` along the gradient of the divergence between two outputs.
 
     Args:
         logits_fn: perturbation [B, T, C] -> outputs [B, K]; differentiable in the perturbation. To spend
             nothing on weight gradients, its weights must not require gradients.
         clean_logits: [B, K], outputs without perturbation; held fixed.
-        noise: [B, T, C], float32 or wider: the starting point nu ~ N(0, sigma^2 I).
-        mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
         divergence: l_s, one number per example.
+        probe: least size (largest entry) of a perturbation at which a gradient is taken; a smaller one is
+            enlarged for that. Near the clean point the direction stays, while in half precision the
+            difference of the outputs emerges from rounding.
     Returns:
-        [B, T, C], dtype of ``noise``, detached. Not finite where a gradient was not.
+        [B, T, C], dtype of ``noise``, detached.
     """
-    clean_logits = clean_logits.detach()
-    perturbation = noise * mask
-    for _ in range(adversary.steps):
-        perturbation.requires_grad_()
+
+    def gradient(perturbation: Tensor) -> Tensor:
+        if probe:
+            size = perturbation.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(perturbation.dtype).tiny)
+            perturbation = perturbation * (probe / size).clamp_min(1.0)
+        perturbation = perturbation.detach().requires_grad_()
         with torch.enable_grad():
-            # a sum, not a mean: each example's gradient is its own, and the scale cancels below
-            gain = divergence(logits_fn(perturbation), clean_logits).sum()
-        (gradient,) = torch.autograd.grad(gain, perturbation)
-        ascended = perturbation.detach() + adversary.step_size * normalize(gradient * mask, adversary)
-        perturbation = project(ascended, adversary)
-    return perturbation
+            logits = logits_fn(perturbation)
+        cotangent = _cotangent(divergence, logits, clean_logits, of=0)
+        return torch.autograd.grad(logits, perturbation, cotangent.to(logits.dtype))[0]
+
+    return ascend(gradient, noise, mask, adversary)
+
+
+def find_perturbation_to_first_order(
+    products_fn: Callable[[Tensor], Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
+    noise: Tensor,
+    mask: Tensor,
+    divergence_of_change: Divergence,
+    adversary: Adversary,
+) -> Tensor:
+    """`ascend` along the gradient of the divergence's second-order form, right in any precision.
+
+    Near the clean point f(x + d) = f(x) + J d, and the gradient of the divergence is J' H J d with its
+    curvature H in the output (for the symmetric KL, 2 (diag p - p p')). It is linear in d, so d is handed
+    over at size 1 and the cotangent likewise: nothing comes near the edge of the number format.
+
+    Args:
+        products_fn: direction d [B, T, C] -> outputs [B, K], change J d [B, K], and the function from a
+            cotangent [B, K] to J' cotangent [B, T, C].
+        divergence_of_change: of (outputs, change), one number per example.
+    Returns:
+        [B, T, C], dtype of ``noise``, detached.
+    """
+
+    def gradient(perturbation: Tensor) -> Tensor:
+        outputs, change, pull_back = products_fn(_unit(perturbation))
+        # small enough for the second order to hold, large enough for float32
+        small = _unit(change.detach().to(perturbation.dtype)) * 1e-3
+        return pull_back(_cotangent(divergence_of_change, outputs, small, of=1))
+
+    return ascend(gradient, noise, mask, adversary)

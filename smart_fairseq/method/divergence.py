@@ -21,9 +21,11 @@ __all__ = [
     "Divergence",
     "jensen_shannon",
     "kl",
+    "squared_change",
     "squared_error",
     "squared_error_of_classes",
     "symmetric_kl",
+    "symmetric_kl_of_change",
 ]
 
 # (outputs, reference outputs), both [B, K] -> [B]
@@ -94,6 +96,30 @@ def squared_error_of_classes(logits: Tensor, reference_logits: Tensor) -> Tensor
     """Squared error between class probabilities; shapes and errors as `symmetric_kl`."""
     log_p, log_q = _log_probabilities(logits, reference_logits)
     return (log_p.exp() - log_q.exp()).square().sum(dim=-1)
+
+
+def symmetric_kl_of_change(logits: Tensor, change: Tensor) -> Tensor:
+    """KL(P, Q) + KL(Q, P) for P of ``logits + change`` and Q of ``logits``, however small the change.
+
+    With d = log P - log Q = change - log sum_k Q_k exp(change_k), the value is sum_k Q_k expm1(d_k) d_k: no
+    difference of nearly equal numbers is taken, so it is right where ``logits + change`` would round to ``logits``.
+
+    Args:
+        logits, change: [B, K], any float dtype.
+    Returns:
+        [B], float32 or wider, nats.
+    """
+    logits, change = _pair(logits, change)
+    q = torch.softmax(logits, dim=-1)
+    change = change - (q * change).sum(dim=-1, keepdim=True)
+    log_ratio = change - torch.log1p((q * torch.expm1(change)).sum(dim=-1, keepdim=True))
+    return (q * torch.expm1(log_ratio) * log_ratio).sum(dim=-1)
+
+
+def squared_change(outputs: Tensor, change: Tensor) -> Tensor:
+    """`squared_error` of ``outputs + change`` and ``outputs``; shapes as `symmetric_kl_of_change`."""
+    _, change = _pair(outputs, change)
+    return change.square().sum(dim=-1)
 
 
 DIVERGENCES: Dict[str, Divergence] = {

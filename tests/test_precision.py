@@ -1,0 +1,185 @@
+"""The first-order form: in half precision, against plain finite perturbations in float64."""
+
+import copy
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import pytest
+import torch
+from toolkit import NO_DROPOUT, assert_close, batch, build, command
+
+from smart_fairseq.method.divergence import squared_change, squared_error, symmetric_kl, symmetric_kl_of_change
+from smart_fairseq.perturb import Forward
+
+WIDER = ["--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128", "--encoder-layers", "3"]
+
+
+def set_up(data: Path, kind: str, *flags: str, **options: Any) -> Tuple[Any, Any, Any]:
+    """Task, model and criterion with weights of the size that trained encoders have."""
+    regression = ["--regression-target"] if kind == "regression" else []
+    arguments = command(
+        data, *WIDER, *regression, *flags, optimizer="adam", num_classes=1 if regression else 2, **options
+    )
+    _, task, model, criterion = build(arguments)
+    generator = torch.Generator().manual_seed(4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.08, generator=generator)
+    torch.nn.init.normal_(model.encoder.sentence_encoder.embed_tokens.weight, std=0.1, generator=generator)
+    return task, model.train(), criterion
+
+
+def term_and_gradient(
+    model: Any, criterion: Any, sample: Any, seed: int = 3
+) -> Tuple[float, Dict[str, torch.Tensor], Any]:
+    """R_s per example, and the gradient of R_s over the squared radius, which every precision can hold."""
+    found: Dict[str, Any] = {}
+    original = criterion.divergence_of_change, criterion.divergence
+
+    def catch(divergence: Any) -> Any:
+        def watched(*arguments: torch.Tensor) -> torch.Tensor:
+            value = divergence(*arguments)
+            if value.requires_grad:
+                found["term"] = value
+            return value
+
+        return watched
+
+    criterion.divergence_of_change, criterion.divergence = (catch(divergence) for divergence in original)
+    torch.manual_seed(seed)
+    _, size, log = criterion(model, sample)
+    criterion.divergence_of_change, criterion.divergence = original
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scaled = found["term"].sum() / criterion.size**2
+    gradients = torch.autograd.grad(scaled, [p for _, p in parameters], allow_unused=True)
+    kept = {name: g.double() for (name, _), g in zip(parameters, gradients) if g is not None}
+    return float(log["smart_loss"]) / size, kept, log
+
+
+def cosine(a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]) -> float:
+    names = sorted(set(a) & set(b))
+    first, second = (torch.cat([gradients[name].flatten() for name in names]) for gradients in (a, b))
+    return float(first @ second / first.norm() / second.norm())
+
+
+@pytest.mark.parametrize("kind", ["classes", "regression"])
+@pytest.mark.parametrize("radius", ["1e-5", "1e-4", "1e-3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_against_finite_perturbations_in_float64(
+    dtype: torch.dtype, radius: str, kind: str, class_data: Path, regression_data: Path
+) -> None:
+    """R_s within 5 %, its parameter gradient at cosine 0.99 and within 5 % in norm."""
+    data = class_data if kind == "classes" else regression_data
+    flags = [*NO_DROPOUT, "--smart-epsilon", radius, "--smart-step-size", "1"]
+    task, model, criterion = set_up(data, kind, *flags, "--smart-mode", "tangent")
+    model.to(dtype)
+    sample = batch(task, 8)
+    term, gradient, log = term_and_gradient(model, criterion, sample)
+    _, _, exact_criterion = set_up(data, kind, *flags, "--smart-mode", "finite")
+    exact, exact_gradient, _ = term_and_gradient(copy.deepcopy(model).double(), exact_criterion, sample)
+    assert exact > 0
+    assert term == pytest.approx(exact, rel=0.05)
+    assert cosine(gradient, exact_gradient) > 0.99
+    norms = [torch.cat([g.flatten() for g in gs.values()]).norm() for gs in (gradient, exact_gradient)]
+    assert float(norms[0] / norms[1]) == pytest.approx(1, abs=0.05)
+    assert float(log["smart_delta"]) == pytest.approx(8 * float(radius), rel=1e-3)
+
+
+@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("flags", [["--smart-steps", "3"], ["--smart-norm", "l2", "--smart-norm-scope", "token"]])
+def test_steps_norms_and_places(flags: List[str], place: str, class_data: Path) -> None:
+    """In float64 both forms agree to second order for every way to ascend."""
+    shared = [*NO_DROPOUT, "--smart-epsilon", "1e-5", "--smart-step-size", "1e-5", "--smart-embedding", place, *flags]
+    results = []
+    for mode in ("tangent", "finite"):
+        task, model, criterion = set_up(class_data, "classes", *shared, "--smart-mode", mode)
+        results.append(term_and_gradient(model.double(), criterion, batch(task, 6)))
+    (term, gradient, _), (exact, exact_gradient, _) = results
+    assert term == pytest.approx(exact, rel=1e-3)
+    # a token with next to no gradient may go either way
+    assert cosine(gradient, exact_gradient) > 0.999
+
+
+def test_with_dropout_the_masks_are_those_of_the_clean_pass(class_data: Path) -> None:
+    """In float32, dropout on: the finite form with shared masks gives the same number."""
+    heavy = ["--dropout", "0.2", "--attention-dropout", "0.2", "--pooler-dropout", "0.2", "--smart-epsilon", "1e-3"]
+    results = []
+    for mode in ("tangent", "finite"):
+        task, model, criterion = set_up(class_data, "classes", *heavy, "--smart-mode", mode)
+        # the two forms draw attention's masks in another order, so attention keeps none here
+        for layer in model.encoder.sentence_encoder.layers:
+            layer.self_attn.dropout_module.p = 0.0
+        results.append(term_and_gradient(model, criterion, batch(task, 6)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.02)
+    assert cosine(results[0][1], results[1][1]) > 0.999
+
+
+def test_the_task_loss_and_its_gradient_stay(class_data: Path) -> None:
+    """Written-out attention and LayerNorm compute what fairseq's do."""
+    outputs = []
+    for mode in ("tangent", "finite"):
+        task, model, criterion = set_up(class_data, "classes", *NO_DROPOUT, "--smart-mode", mode)
+        before = [(module, "forward" in vars(module)) for module in model.modules()]
+        torch.manual_seed(1)
+        loss, _, log = criterion(model, batch(task, 6))
+        loss.backward()
+        outputs.append((log["task_loss"], [p.grad for p in model.parameters() if p.grad is not None]))
+        assert before == [(module, "forward" in vars(module)) for module in model.modules()]
+    assert_close(outputs[0][0], outputs[1][0])
+    assert len(outputs[0][1]) == len(outputs[1][1])
+    for ours, theirs in zip(outputs[0][1], outputs[1][1]):
+        assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_cost(class_data: Path) -> None:
+    """9 forward-equivalents without the teacher's one: 3 for the direction, 2 and 4 for the pass with its change."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(*flags: str, **options: Any) -> int:
+        wide = ["--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512"]
+        task, model, criterion = set_up(class_data, "classes", *wide, *flags, **options)
+        with FlopCounterMode(display=False) as counter:
+            criterion(model, batch(task, 4))[0].backward()
+        return counter.get_total_flops()
+
+    forward = flops(criterion="sentence_prediction") / 3
+    assert 8 < flops("--smart-mode", "tangent") / forward < 9.25
+
+
+def test_products_are_the_jacobian_and_its_transpose(class_data: Path) -> None:
+    """<c, J d> = <J' c, d>, and J d is the central difference."""
+    task, model, _ = set_up(class_data, "classes", *NO_DROPOUT, "--activation-fn", "tanh")
+    model.double()
+    sample = batch(task, 4)
+    forward = Forward(model, sample["net_input"], "sentence_classification_head", "token")
+    weights = forward.frozen_weights()
+    direction = torch.randn(*sample["net_input"]["src_tokens"].shape, 64, dtype=torch.float64)
+    logits, change, pull_back = forward.products(weights, direction)
+    assert_close(logits, forward(weights))
+    cotangent = torch.randn_like(logits)
+    assert_close((cotangent * change).sum(), (pull_back(cotangent) * direction).sum())
+    difference = (forward(weights, 1e-6 * direction) - forward(weights, -1e-6 * direction)) / 2e-6
+    assert_close(change, difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_divergences_of_a_change(size: float) -> None:
+    logits, change = torch.randn(2, 20, 4, dtype=torch.float64)
+    expected = symmetric_kl(logits + size * change, logits)
+    assert_close(symmetric_kl_of_change(logits, size * change), expected, rtol=1e-6, atol=1e-22)
+    # in float32 too, where logits + change rounds to logits
+    assert_close(symmetric_kl_of_change(logits.float(), size * change.float()), expected, rtol=1e-4, atol=1e-22)
+    assert_close(squared_change(logits, size * change), squared_error(logits + size * change, logits), rtol=1e-6)
+
+
+def test_sensitivity_and_signal_in_the_log(class_data: Path) -> None:
+    """smart_sensitivity is the term over the squared radius; the signal is far above 1 where the form is right."""
+    from toolkit import train
+
+    bold = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
+    line = train(command(class_data, *NO_DROPOUT, *bold, max_update=1))["train_inner"][0]
+    assert line["smart_sensitivity"] == pytest.approx(line["smart_loss"] / 1e-4, rel=0.01)
+    assert line["smart_signal"] > 1e4
+    half = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"]
+    line = train(command(class_data, *NO_DROPOUT, *half, max_update=1))["train_inner"][0]
+    assert line["smart_signal"] > 1e4 and line["smart_loss"] > 0
