@@ -9,6 +9,7 @@ All that is written stays in .demo/. The encoder is fetched and imported once; e
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -20,6 +21,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[2]
 # so that it runs from a checkout without installation
 sys.path.insert(0, str(ROOT))
+
+# a remark on tensorboardX, which nothing here uses
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 import encoder  # noqa: E402
 import generate  # noqa: E402
