@@ -38,6 +38,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["pytest", "ruff==0.17.5", "mypy==2.4.1"],
+        "plot": ["matplotlib"],  # the picture of examples/glue/agreement.py
+        "dev": ["matplotlib", "pytest", "ruff==0.17.5", "mypy==2.4.1"],
     },
 )
