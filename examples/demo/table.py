@@ -105,7 +105,7 @@ def in_words(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     gains = [last["smart"][seed] - last["plain"][seed] for seed in last["plain"]]
     if not all(map(math.isfinite, gains)):
         return f"{name} is undefined for a run (all predictions equal?), so the two cannot be compared."
-    digits = 1 if abs(max(gains, key=abs)) >= 1 else 3
+    digits = 1 if max(last["plain"].values()) > 1 else 3
     start = f"SMART + MBPP changes the last epoch's {name} by {mean(gains):+.{digits}f}"
     if len(gains) == 1:
         return f"{start}; one seed does not show which of the two is better."
