@@ -56,5 +56,12 @@ style: $(READY)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# MODEL, BATCH, LENGTH, DTYPE as the options of the benchmark
+BENCH_FLAGS = $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) \
+    $(if $(LENGTH),--length $(LENGTH)) $(if $(DTYPE),--dtype $(DTYPE))
+
+bench: $(READY)
+	$(RUN) benchmarks/update_cost.py $(BENCH_FLAGS)
+
 clean:
 	rm -rf $(VENV) .cache .demo build dist *.egg-info

@@ -1,0 +1,264 @@
+"""The cost of an update: SMART and MBPP beside plain fine-tuning, interleaved in one process over the same batches.
+
+    python benchmarks/update_cost.py --model minilm --batch 16 --length 64 --dtype fp32 --out cost.json
+
+Per variant: arithmetic in forward-equivalents (torch's FlopCounterMode; a third of plain fine-tuning's is one), time
+per update with the optimizer's step as the median over rounds of the ratio to plain in the same round, and on CUDA
+the peak of memory beyond weights, gradients, optimizer state and teacher. Weights are random: the cost does not depend
+on them. "literal" is how public code does it: weight gradients in the inner step, a second clean forward, a cloned
+and swapped teacher, a check on the host.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import logging
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import torch
+from fairseq import optim, options, tasks
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import smart_fairseq
+from smart_fairseq.method.divergence import symmetric_kl
+from smart_fairseq.perturb import bare, perturbed
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = "sentence_classification_head"
+MODELS = {
+    "minilm": (["--arch", "smart_bert_minilm_l6"], 30522),
+    "roberta_base": (["--arch", "roberta_base"], 50265),
+    "roberta_large": (["--arch", "roberta_large"], 50265),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMART = ["--criterion", "smart_sentence_prediction", "--smart-epsilon", "1e-2", "--smart-step-size", "1e-2"]
+# name, flags, forward-equivalents that it should cost
+VARIANTS = [
+    ("plain", ["--criterion", "sentence_prediction", "--optimizer", "adam"], 3),
+    ("MBPP alone", [*SMART, "--smart-weight", "0", "--optimizer", "mbpp"], 4),
+    ("SMART, 1 step, no teacher", [*SMART, "--optimizer", "adam"], 8),
+    ("SMART + MBPP, 1 step", [*SMART, "--optimizer", "mbpp"], 9),
+    ("SMART + MBPP, 2 steps", [*SMART, "--smart-steps", "2", "--optimizer", "mbpp"], 11),
+    ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"], 13),
+    ("SMART + MBPP, first order", [*SMART, "--smart-mode", "tangent", "--optimizer", "mbpp"], 10),
+]
+
+
+class Variant:
+    """A model with its optimizer and a way to take one update."""
+
+    def __init__(self, flags: List[str], args: argparse.Namespace, folder: Path) -> None:
+        model_flags, _ = MODELS[args.model]
+        parser = options.get_training_parser()
+        arguments = [
+            *(
+                str(folder),
+                "--task",
+                "sentence_prediction",
+                "--num-classes",
+                "2",
+                *model_flags,
+                "--max-positions",
+                "512",
+            ),
+            *("--user-dir", str(ROOT / "smart_fairseq"), "--lr", "1e-5", "--max-update", "100", *flags),
+        ]
+        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=arguments))
+        torch.manual_seed(1)
+        task = tasks.setup_task(cfg.task)
+        self.model = task.build_model(cfg.model).to(args.device, DTYPES[args.dtype]).train()
+        self.criterion = task.build_criterion(cfg.criterion)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if args.dtype == "fp32":
+            self.optimizer = optim.build_optimizer(cfg.optimizer, parameters)
+        else:
+            self.optimizer = optim.MemoryEfficientFP16Optimizer.build_optimizer(cfg, parameters)
+            self.optimizer.scaler = None
+        if hasattr(self.criterion, "teacher"):
+            self.criterion.teacher.connect(self.optimizer)
+
+    def loss(self, sample: Dict[str, Any]) -> torch.Tensor:
+        return self.criterion(self.model, sample)[0]
+
+    def update(self, sample: Dict[str, Any]) -> None:
+        self.optimizer.zero_grad()
+        (self.loss(sample) / len(sample["id"])).backward()
+        self.optimizer.step()
+
+
+class Literal(Variant):
+    """SMART + MBPP with one step, as public code computes it."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        super().__init__(["--criterion", "sentence_prediction", "--optimizer", "adam"], args, folder)
+        self.teacher = copy.deepcopy(self.model.state_dict())
+
+    def logits(self, sample: Dict[str, Any]) -> torch.Tensor:
+        return self.model(**sample["net_input"], features_only=True, classification_head_name=HEAD)[0]
+
+    def loss(self, sample: Dict[str, Any]) -> torch.Tensor:
+        task_loss = self.criterion(self.model, sample)[0]
+        clean = self.logits(sample)  # once more: the criterion kept its own
+        tokens = sample["net_input"]["src_tokens"]
+        embedding = bare(self.model).encoder.sentence_encoder.embed_tokens
+        noise = 1e-5 * torch.randn(*tokens.shape, embedding.embedding_dim, device=tokens.device)
+        noise.requires_grad_()
+        held = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        with perturbed(self.model, noise, "token"):
+            symmetric_kl(self.logits(sample), clean.detach()).sum().backward()
+        for parameter, gradient in zip(self.model.parameters(), held):
+            parameter.grad = gradient
+        gradient = noise.grad
+        if not bool(torch.isfinite(gradient).all()):
+            return task_loss
+        step = noise.detach() + 1e-2 * gradient / gradient.abs().amax(dim=(1, 2), keepdim=True)
+        with perturbed(self.model, step.clamp(-1e-2, 1e-2), "token"):
+            adversarial = self.logits(sample)
+        student = copy.deepcopy(self.model.state_dict())
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.data.copy_(self.teacher[name])
+            target = self.logits(sample)
+            for name, tensor in self.model.state_dict().items():
+                tensor.data.copy_(student[name])
+        return task_loss + symmetric_kl(adversarial, clean).sum() + symmetric_kl(clean, target).sum()
+
+    def update(self, sample: Dict[str, Any]) -> None:
+        super().update(sample)
+        for name, tensor in self.model.state_dict().items():
+            self.teacher[name] = 0.99 * self.teacher[name] + 0.01 * tensor
+
+
+def write_dictionaries(folder: Path, words: int) -> None:
+    """What the task reads at its set-up: a vocabulary of the model's size and two labels."""
+    (folder / "input0").mkdir()
+    (folder / "label").mkdir()
+    vocabulary, labels = Dictionary(), Dictionary()
+    for index in range(words - 5):  # the four special symbols and the mask are added by fairseq
+        vocabulary.add_symbol(f"w{index}")
+    for label in "01":
+        labels.add_symbol(label)
+    vocabulary.save(str(folder / "input0" / "dict.txt"))
+    labels.save(str(folder / "label" / "dict.txt"))
+
+
+def batches(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Random full-length batches, one per round."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for index in range(args.rounds + 1):
+        tokens = torch.randint(4, MODELS[args.model][1] - 5, (args.batch, args.length), generator=generator)
+        tokens[:, 0] = 0
+        net_input = {"src_tokens": tokens.to(args.device)}
+        target = torch.randint(0, 2, (args.batch, 1), generator=generator).to(args.device)
+        ids = torch.arange(args.batch, device=args.device) + index * args.batch
+        found.append({"id": ids, "net_input": net_input, "target": target, "ntokens": tokens.numel()})
+    return found
+
+
+def timed(action: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_activations(variant: Variant, sample: Dict[str, Any]) -> float:
+    """GiB beyond what is there before the update (weights, optimizer state, teacher) and the gradients."""
+    variant.optimizer.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    (variant.loss(sample) / len(sample["id"])).backward()
+    gradients = sum(p.grad.nbytes for p in variant.model.parameters() if p.grad is not None)
+    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
+
+
+def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dictionaries(folder, MODELS[args.model][1])
+        variants: Dict[str, Variant] = {label: Variant(flags, args, folder) for label, flags, _ in VARIANTS}
+        variants["literal"] = Literal(args, folder)
+    samples = batches(args)
+    rows = {label: {"variant": label} for label in variants}
+    for label, variant in variants.items():
+        with FlopCounterMode(display=False) as counter:
+            variant.update(samples[0])  # also the warm-up
+        rows[label]["flops"] = counter.get_total_flops()
+        if args.device == "cuda":
+            rows[label]["activations_gib"] = peak_activations(variant, samples[0])
+    times: Dict[str, List[float]] = {label: [] for label in variants}
+    rounds = tqdm(samples[1:], desc="rounds", disable=not sys.stderr.isatty())
+    for sample in rounds:
+        for label, variant in variants.items():
+            times[label].append(timed(lambda v=variant, s=sample: v.update(s), args.device))
+    for label, row in rows.items():
+        row["forward_equivalents"] = row["flops"] / (rows["plain"]["flops"] / 3)
+        row["seconds"] = statistics.median(times[label])
+        row["time_over_plain"] = statistics.median(own / plain for own, plain in zip(times[label], times["plain"]))
+        if "activations_gib" in row:
+            row["activations_over_plain"] = row["activations_gib"] / rows["plain"]["activations_gib"]
+    return list(rows.values())
+
+
+def where(args: argparse.Namespace) -> Dict[str, Any]:
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    return {
+        "command": " ".join(["python", "benchmarks/update_cost.py", *sys.argv[1:]]),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "smart_fairseq": smart_fairseq.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else ""),
+        "date": datetime.date.today().isoformat(),
+        **{name: getattr(args, name) for name in ("model", "batch", "length", "dtype", "rounds")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="minilm")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # of hydra and fairseq about each other
+    rows = measure(args)
+    facts = where(args)
+    print(", ".join(f"{key}: {value}" for key, value in facts.items()))
+    columns = ["variant", "forward_equivalents", "seconds", "time_over_plain"]
+    columns += ["activations_gib", "activations_over_plain"] if args.device == "cuda" else []
+    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        cells = [row[c] if c == "variant" else f"{row[c]:.2f}" for c in columns]
+        print("| " + " | ".join(cells) + " |")
+    if args.out:
+        args.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
