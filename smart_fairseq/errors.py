@@ -15,6 +15,11 @@ from typing import Any, Iterator, Optional, Type
 __all__ = ["UsageError", "excepthook", "explain", "require"]
 
 
+NOT_SHARDED = (
+    "--ddp-backend is fully_sharded; this plugin needs whole weights on each worker: use legacy_ddp or pytorch_ddp"
+)
+
+
 class UsageError(ValueError):
     """Bad input: the message is one line that names the flag or file, the value, what is allowed, what to do."""
 
@@ -47,6 +52,8 @@ def explain(error: BaseException) -> Optional[str]:
             f"--arch: {type(error.obj).__name__} has no classification heads, which --task sentence_prediction needs; "
             "use a RoBERTa-style model (roberta, roberta_large, smart_bert, ...)"
         )
+    if isinstance(error, ImportError) and "FullyShardedDataParallel" in str(error):
+        return NOT_SHARDED  # fairseq asks for fairscale before the criterion can say so
     return _explain_checkpoint(error)
 
 

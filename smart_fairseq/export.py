@@ -1,6 +1,8 @@
 """Turn a checkpoint of this plugin into one that plain fairseq loads, with the same predictions.
 
-    python -m smart_fairseq.export CHECKPOINT OUT.pt
+    python -m smart_fairseq.export CHECKPOINT OUT.pt [--teacher]
+
+With ``--teacher`` the weights are those of the teacher that --optimizer mbpp keeps, instead of the model's.
 
 The result has `--arch roberta`, criterion `sentence_prediction`, optimizer `adam`, no optimizer state, and no
 object, name or setting of this package; it holds plain containers and tensors only, which torch's safe loader
@@ -58,6 +60,45 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
         raise UsageError(f"{path}: holds no model or no configuration; a checkpoint written by fairseq-train is needed")
     return state
+
+
+def teacher_weights(path: Path, state: Dict[str, Any]) -> Dict[str, Tensor]:
+    """The model's state with the teacher's weights in the place of those that were trained.
+
+    The teacher is a list without names, in the order of the model's parameters, or one flat tensor (--fp16).
+
+    Args:
+        path: where `state` is from, for messages
+        state: a checkpoint as `load_checkpoint` returns it; not changed
+
+    Raises:
+        UsageError: there is no teacher, or it does not fit the model's parameters
+    """
+    teacher = ((state.get("last_optimizer_state") or {}).get("mbpp") or {}).get("teacher")
+    if not teacher:
+        raise UsageError(
+            f"{path}: holds no teacher; a checkpoint of a run with --optimizer mbpp is needed, saved after an update "
+            "and without --no-save-optimizer-state"
+        )
+    model: Dict[str, Tensor] = dict(state["model"])
+    embeddings, tied = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+    if tied in model and embeddings in model and torch.equal(model[tied], model[embeddings]):
+        del model[tied]
+    names = [name for name in model if not name.endswith((".version", "._float_tensor"))]  # fairseq's buffers
+    shapes = [model[name].shape for name in names]
+    if len(teacher) == 1 and teacher[0].dim() == 1 and len(names) > 1:
+        sizes = [shape.numel() for shape in shapes]
+        if sum(sizes) == teacher[0].numel():
+            teacher = [piece.view(shape) for piece, shape in zip(teacher[0].split(sizes), shapes)]
+    if [weight.shape for weight in teacher] != shapes:
+        raise UsageError(
+            f"{path}: its teacher's {len(teacher)} tensors do not fit the model's {len(names)}; allowed: models all of "
+            "whose parameters were trained, on one device"
+        )
+    model.update(zip(names, teacher))
+    if tied in state["model"] and tied not in model:
+        model[tied] = model[embeddings]
+    return {name: model[name] for name in state["model"]}
 
 
 def plain(value: Any) -> Any:
@@ -220,8 +261,8 @@ def save_checkpoint(state: Dict[str, Any], path: Path) -> None:
             part.unlink()
 
 
-def export(checkpoint: Path, out: Path) -> List[str]:
-    """Write `checkpoint` to `out` for plain fairseq; returns lines for the user.
+def export(checkpoint: Path, out: Path, teacher: bool = False) -> List[str]:
+    """Write `checkpoint`, or the teacher in it, to `out` for plain fairseq; returns lines for the user.
 
     Raises:
         UsageError: for what is no checkpoint of smart_bert or RoBERTa, and for impossible places
@@ -230,9 +271,12 @@ def export(checkpoint: Path, out: Path) -> List[str]:
         raise UsageError(f"{out}: cannot be written; OUT.pt must be a file in an existing folder")
     if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
         raise UsageError(f"{out}: is CHECKPOINT itself; choose another file")
-    state = to_plain_roberta(checkpoint, load_checkpoint(checkpoint))
-    save_checkpoint(state, out)
-    return [f"wrote {out}: arch roberta, loads without this plugin (float32 or bfloat16)"]
+    state = load_checkpoint(checkpoint)
+    if teacher:
+        state["model"] = teacher_weights(checkpoint, state)
+    save_checkpoint(to_plain_roberta(checkpoint, state), out)
+    whose = "the teacher's weights, " if teacher else ""
+    return [f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -242,9 +286,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="written by fairseq-train or import_hf")
     parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
+    parser.add_argument(
+        "--teacher", action="store_true", help="write the teacher's weights, which --optimizer mbpp keeps"
+    )
     args = parser.parse_args(argv)
     try:
-        lines = export(args.checkpoint, args.out)
+        lines = export(args.checkpoint, args.out, args.teacher)
     except (UsageError, OSError) as error:
         print("export: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2

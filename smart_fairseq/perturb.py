@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from .errors import UsageError
 
-__all__ = ["Forward", "bare", "embedding_weight", "perturbed", "tangent", "token_mask"]
+__all__ = ["Forward", "Substitute", "bare", "embedding_weight", "perturbed", "tangent", "token_mask"]
 
 _MODULES = {"token": "embed_tokens", "input": "dropout_module"}
 
@@ -188,6 +188,19 @@ def tangent(
             handle.remove()
     if len(changes) != 1 or changes[0] is None:
         raise RuntimeError("the direction did not reach the output of one forward")
+
+
+class Substitute:
+    """The bare model under other weights, for a pass of the ordinary criterion; nothing is copied or swapped."""
+
+    def __init__(self, model: nn.Module, weights: Dict[str, Tensor]) -> None:
+        self.model, self.weights = bare(model), weights
+
+    def __getattr__(self, name: str) -> Any:  # the model's heads and targets, for which the criterion asks
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
 
 
 class Forward:

@@ -82,6 +82,11 @@ class TeacherLink:
         if optimizer is not self._optimizer:
             self._optimizer, self._names, self._cache_version = optimizer, None, -1
 
+    @property
+    def connected(self) -> bool:
+        """Whether an optimizer was heard of."""
+        return self._optimizer is not None
+
     def weights(self, model: nn.Module) -> Dict[str, Tensor]:
         """The teacher's weights by parameter name, in the model's precision, without gradients.
 

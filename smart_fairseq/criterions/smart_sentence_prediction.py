@@ -26,13 +26,13 @@ from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..errors import UsageError, require
+from ..errors import NOT_SHARDED, UsageError, require
 from ..glue_metrics import cover_validation_sets, log_glue_metrics, place_predictions
 from ..method.adversary import Adversary, find_perturbation, find_perturbation_to_first_order, norm
 from ..method.divergence import DIVERGENCES, squared_change, squared_error, symmetric_kl_of_change
 from ..method.dropout import RandomState, without_dropout
 from ..method.noise import example_noise
-from ..perturb import Forward, embedding_weight, tangent, token_mask
+from ..perturb import Forward, Substitute, embedding_weight, tangent, token_mask
 from ..teacher_link import TeacherLink
 from ..training_checks import check_best_metric, check_labels, check_model, check_restore_file, resolution
 
@@ -102,12 +102,20 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
         default=None,
         metadata={"help": "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"},
     )
+    smart_validate_with: ChoiceEnum(["student", "teacher"]) = field(  # type: ignore[valid-type]
+        default="student",
+        metadata={
+            "help": "whose weights validation runs under: the model's, or the teacher's of --optimizer mbpp "
+            "(fairseq-validate: always the model's)"
+        },
+    )
     # what the checks need to see; bare interpolations, so that they do not become flags
     smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_train_subset: str = II("dataset.train_subset")
     smart_amp: bool = II("common.amp")
+    smart_ddp_backend: str = II("distributed_training.ddp_backend")
 
 
 @register_criterion("smart_sentence_prediction", dataclass=SmartSentencePredictionConfig)
@@ -134,7 +142,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         # the size at which the change of the output is taken; the divergence is of that change times the size
         self.size = cfg.smart_epsilon if cfg.smart_projection == "ball" else 1.0
         self._mode: Optional[Tuple[str, float]] = None
-        self._checked = False
+        self._checked = self._warned = False
         self.teacher = TeacherLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
         cover_validation_sets(task, cfg.smart_train_subset)
@@ -154,7 +162,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Any:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
         if not model.training or not (self.smart_weight or self.bregman_weight):
-            result = super().forward(model, sample, reduce)
+            result = super().forward(self._evaluated(model), sample, reduce)
             place_predictions(result[2], sample["id"], self.task)
             return result
 
@@ -193,6 +201,20 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
 
         log["loss"] = loss.detach()
         return loss, sample_size, log
+
+    def _evaluated(self, model: nn.Module) -> Any:
+        """What a pass without regularisers runs on: the model, or to validate the teacher's weights in it."""
+        if model.training or self.cfg.smart_validate_with != "teacher":
+            return model
+        if not self.teacher.connected:  # fairseq-validate, which has no optimizer
+            if not self._warned:
+                logger.warning(
+                    "--smart-validate-with teacher: there is no optimizer here, so the model's own weights are "
+                    "evaluated; for the teacher's: python -m smart_fairseq.export CHECKPOINT OUT.pt --teacher"
+                )
+            self._warned = True
+            return model
+        return Substitute(model, self.teacher.weights(model))
 
     def _perturbation(
         self, forward: Forward, sample: Dict[str, Any], clean: Optional[Tensor], masks: RandomState
@@ -403,6 +425,14 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
         ("--smart-step-size", cfg.smart_step_size),
     ):
         require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+    if cfg.smart_ddp_backend == "fully_sharded":
+        raise UsageError(NOT_SHARDED)
+    optimizer = getattr(cfg.smart_optimizer, "_name", None)
+    if cfg.smart_validate_with == "teacher" and optimizer not in (None, "mbpp"):
+        raise UsageError(
+            f"--smart-validate-with is teacher but --optimizer is {optimizer}; it needs --optimizer mbpp, which keeps "
+            "the teacher"
+        )
     lowest = 1 if cfg.smart_weight else 0
     require(
         cfg.smart_steps >= lowest,

@@ -1,0 +1,223 @@
+"""Through what runs meet: overflow, kill -9, files cut short, a full disk, a dead worker, more or fewer workers."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+import torch
+from fairseq.file_io import PathManager
+from fairseq.optim import FP16Optimizer
+from fairseq.optim.fp16_optimizer import MemoryEfficientFP16Optimizer
+from test_resume import tensors
+from test_workers import FIXED, FORKS, finish, join, start, updates
+from toolkit import assert_close, assert_equal, batch, build, command, train, write_data
+
+from smart_fairseq.errors import explain
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
+
+
+def count(out: Path) -> int:
+    """Updates taken so far by the first worker."""
+    return len(updates(out)) if Path(f"{out}.0").exists() else 0
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, optimizer and teacher of two checkpoints, bit for bit."""
+    states = [torch.load(path) for path in (one, other)]
+    for part in ("model", "last_optimizer_state"):
+        ours, theirs = (tensors(state[part]) for state in states)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_equal(ours[name], theirs[name])
+
+
+# --- overflow --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp16-no-flatten-grads", "memory-efficient-fp16"])
+def test_overflow_skips_the_update_and_leaves_the_teacher(kind: str, class_data: Path) -> None:
+    """On the optimizer: the gradients overflow under the loss scale, fairseq raises and takes no step."""
+    cfg, task, model, criterion = build(command(class_data, "--fp16", f"--{kind}", "--fp16-init-scale", "4", *FIXED))
+    model.half().train()
+    wrapper = MemoryEfficientFP16Optimizer if kind.startswith("memory") else FP16Optimizer
+    optimizer = wrapper.build_optimizer(cfg, [p for p in model.parameters() if p.requires_grad])
+    mbpp = optimizer.wrapped_optimizer if kind.startswith("memory") else optimizer.fp32_optimizer
+    criterion.teacher.connect(optimizer)
+
+    def update(scale: float) -> None:
+        optimizer.zero_grad()
+        optimizer.scaler.loss_scale = scale
+        loss, size, _ = criterion(model, batch(task, 4))
+        optimizer.backward(loss)
+        optimizer.multiply_grads(1 / size)
+        optimizer.clip_grad_norm(0.0)
+        optimizer.step()
+
+    update(4.0)
+    before = {name: t.clone() for name, t in tensors([mbpp.teacher, list(model.parameters())]).items()}
+    version = mbpp.teacher_version
+    with pytest.raises(OverflowError):
+        update(2.0**30)
+    assert (mbpp.updates, mbpp.teacher_version) == (1, version)
+    for name, tensor in tensors([mbpp.teacher, list(model.parameters())]).items():
+        assert_equal(tensor, before[name])
+    update(4.0)
+    assert mbpp.updates == 2
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in tensors([mbpp.teacher]).items() if name[:2])
+
+
+def pretend_cuda() -> None:
+    """fairseq's handler of overflow moves a zero to the GPU, also with --cpu."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def test_overflow_with_two_workers(class_data: Path, tmp_path: Path) -> None:
+    """The first updates overflow: both workers skip them, and go on alike when the loss scale has come down."""
+    arguments = command(
+        class_data, *FIXED, "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", str(2**22),
+        "--save-interval-updates", "1", save_dir=tmp_path / "run", max_update=3,
+    )  # fmt: skip
+    finish(start(arguments, tmp_path / "run", workers=2, prepare=pretend_cuda), tmp_path / "run")
+    # the second worker logs nothing
+    assert "gradient overflow detected" in (tmp_path / "run.0.log").read_text()
+    assert updates(tmp_path / "run", rank=0) == updates(tmp_path / "run", rank=1)
+    state = torch.load(tmp_path / "run" / "checkpoint_last.pt")
+    assert state["last_optimizer_state"]["mbpp"]["updates"] == state["optimizer_history"][-1]["num_updates"] == 3
+    assert all(t.isfinite().all() for t in state["last_optimizer_state"]["mbpp"]["teacher"])
+
+
+# --- a killed process, files cut short, a full disk ------------------------------------------------
+
+
+def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
+    """Ends bit-equal to a run that nobody killed; dropout on."""
+    data = write_data(tmp_path / "data", train=64)
+
+    def arguments(name: str) -> List[str]:
+        return command(
+            data, "--save-interval-updates", "2", "--keep-interval-updates", "1", "--mbpp-warmup-ratio", "0.5",
+            save_dir=tmp_path / name, max_update=24,
+        )  # fmt: skip
+
+    straight = start(arguments("straight"), tmp_path / "straight")
+    (killed,) = start(arguments("killed"), tmp_path / "killed")
+    last = tmp_path / "killed" / "checkpoint_last.pt"
+    for goal in (5, 11):  # twice, at whatever moment it is
+        wait_for(lambda goal=goal: count(tmp_path / "killed") >= goal and last.exists())
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -9
+        kept = torch.load(last)
+        assert kept["last_optimizer_state"]["mbpp"]["updates"] == kept["optimizer_history"][-1]["num_updates"] > 0
+        (killed,) = start(arguments("killed"), tmp_path / "killed")
+    finish([killed, *straight], tmp_path / "killed")
+    assert_same_state(last, tmp_path / "straight" / "checkpoint_last.pt")
+
+
+def test_what_a_cut_write_leaves_behind_is_not_read(class_data: Path, tmp_path: Path) -> None:
+    """fairseq writes to checkpoint_last.pt.tmp and renames."""
+    train(command(class_data, save_dir=tmp_path, max_update=3))
+    whole = (tmp_path / "checkpoint_last.pt").read_bytes()
+    for name in ("checkpoint_last.pt", "checkpoint1.pt"):
+        (tmp_path / f"{name}.tmp").write_bytes(whole[: len(whole) // 2])
+    log = train(command(class_data, save_dir=tmp_path, max_update=4))
+    assert [line["num_updates"] for line in log["train_inner"]] == [4]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_one_clear_line(share: float, class_data: Path, tmp_path: Path) -> None:
+    train(command(class_data, save_dir=tmp_path, max_update=2))
+    path = tmp_path / "checkpoint_last.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(Exception) as raised:
+        train(command(class_data, save_dir=tmp_path, max_update=3))
+    line = explain(raised.value) or ""
+    assert str(path) in line and "cut short" in line and "\n" not in line
+
+
+def small_disk() -> None:
+    """No file may grow beyond 80 kB: the log has room, a checkpoint has not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))
+
+
+def copy_on_a_small_disk(source: str, target: str) -> None:
+    small_disk()
+    PathManager.copy(source, target, overwrite=True)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(class_data: Path, tmp_path: Path) -> None:
+    """The run stops with an error; the same command goes on when there is room again."""
+    run = tmp_path / "run"
+    train(command(class_data, *FIXED, save_dir=run, max_update=3))
+    before = (run / "checkpoint_last.pt").read_bytes()
+    assert len(before) > 90_000
+    arguments = command(class_data, *FIXED, save_dir=run, max_update=6)
+    assert join(start(arguments, tmp_path / "full", prepare=small_disk)) == [1]
+    log = (tmp_path / "full.0.log").read_text()
+    assert "Preparing to save checkpoint" in log and "Error" in log.splitlines()[-1], log
+    assert (run / "checkpoint_last.pt").read_bytes() == before
+    assert len(train(arguments)["train_inner"]) == 3
+
+
+def test_a_full_disk_while_copying_to_checkpoint_last(tmp_path: Path) -> None:
+    """fairseq alone copies in place, which leaves half a file."""
+    source, target = tmp_path / "checkpoint_1_3.pt", tmp_path / "checkpoint_last.pt"
+    source.write_bytes(b"new" * 40_000)
+    target.write_bytes(b"old" * 40_000)
+    process = FORKS.Process(target=copy_on_a_small_disk, args=(str(source), str(target)))
+    process.start()
+    assert join([process]) == [1]
+    assert target.read_bytes() == b"old" * 40_000
+    assert PathManager.copy(str(source), str(target), overwrite=True)
+    assert target.read_bytes() == b"new" * 40_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, target.name]
+
+
+# --- workers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_dying_worker_stops_the_other(dying: int, class_data: Path, tmp_path: Path) -> None:
+    """With an error and within a minute, whichever of the two it is; the checkpoint of before loads."""
+    arguments = command(
+        class_data, *FIXED, "--save-interval-updates", "2", save_dir=tmp_path / "run", max_update=10_000
+    )
+    workers = start(arguments, tmp_path / "run", workers=2)
+    wait_for(lambda: count(tmp_path / "run") >= 4)
+    workers[dying].kill()
+    codes = join(workers, timeout=60)
+    assert codes[dying] == -9 and codes[1 - dying] == 1
+    assert "Error" in Path(f"{tmp_path / 'run'}.{1 - dying}.log").read_text()
+    assert torch.load(tmp_path / "run" / "checkpoint_last.pt")["last_optimizer_state"]["mbpp"]["updates"] >= 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_workers_keeps_the_teacher(before: int, after: int, class_data: Path, tmp_path: Path) -> None:
+    """Three updates with some workers and three with others equal six with one."""
+
+    def run(name: str, workers: int, max_update: int) -> Dict[str, Any]:
+        # the teacher's momentum must not depend on --max-update, which differs between the two halves
+        arguments = command(
+            class_data, *FIXED, "--mbpp-warmup-ratio", "0", "--batch-size", str(8 // workers),
+            save_dir=tmp_path / name, max_update=max_update,
+        )  # fmt: skip
+        finish(start(arguments, tmp_path / f"{name}{max_update}", workers), tmp_path / name)
+        return torch.load(tmp_path / name / "checkpoint_last.pt")  # type: ignore[no-any-return]
+
+    straight = run("straight", 1, 6)
+    assert run("changed", before, 3)["last_optimizer_state"]["mbpp"]["updates"] == 3
+    changed = run("changed", after, 6)
+    assert changed["last_optimizer_state"]["mbpp"]["updates"] == 6
+    for name, weight in straight["model"].items():
+        assert_close(changed["model"][name], weight, rtol=0, atol=1e-6)
+    for ours, one in zip(*(s["last_optimizer_state"]["mbpp"]["teacher"] for s in (changed, straight))):
+        assert_close(ours, one, rtol=0, atol=1e-6)
