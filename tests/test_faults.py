@@ -74,6 +74,56 @@ def test_overflow_skips_the_update_and_leaves_the_teacher(kind: str, class_data:
     assert any(not torch.equal(tensor, before[name]) for name, tensor in tensors([mbpp.teacher]).items() if name[:2])
 
 
+@pytest.mark.parametrize("where", ["clean", "adversarial", "teacher"])
+def test_overflow_in_a_pass(where: str, class_data: Path) -> None:
+    """In the clean pass it skips the update; in one of the others the term is left out, and the update taken."""
+    cfg, task, model, criterion = build(
+        command(
+            class_data, "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4", "--smart-mode", "finite", *FIXED
+        )
+    )
+    model.half().train()
+    optimizer = FP16Optimizer.build_optimizer(cfg, [p for p in model.parameters() if p.requires_grad])
+    criterion.teacher.connect(optimizer)
+    mbpp = optimizer.fp32_optimizer
+
+    def update() -> Dict[str, Any]:
+        optimizer.zero_grad()
+        loss, size, log = criterion(model, batch(task, 4))
+        optimizer.backward(loss)
+        optimizer.multiply_grads(1 / size)
+        optimizer.clip_grad_norm(0.0)
+        optimizer.step()
+        return log  # type: ignore[no-any-return]
+
+    update()
+    teacher = [average.clone() for average in mbpp.teacher]
+    passes = 0
+
+    def overflow(module: Any, args: Any, output: Any) -> Any:
+        # under the student: the clean pass, the ascent's, the perturbed one; the teacher's comes last
+        nonlocal passes
+        passes += 1
+        number = {"clean": 1, "adversarial": 3, "teacher": 4}[where]
+        return output * 60_000 * 60_000 if passes == number else output
+
+    handle = model.classification_heads["sentence_classification_head"].out_proj.register_forward_hook(overflow)
+    if where == "clean":
+        with pytest.raises(OverflowError):
+            update()
+        assert mbpp.updates == 1
+        for ours, before in zip(mbpp.teacher, teacher):
+            assert_equal(ours, before)
+    else:
+        log = update()
+        assert [log["smart_dropped"], log["bregman_dropped"]] == [int(where == "adversarial"), int(where == "teacher")]
+        assert mbpp.updates == 2
+    assert passes == 4
+    handle.remove()
+    update()
+    assert all(average.isfinite().all() for average in mbpp.teacher)
+
+
 def pretend_cuda() -> None:
     """fairseq's handler of overflow moves a zero to the GPU, also with --cpu."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
