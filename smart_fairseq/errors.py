@@ -6,6 +6,7 @@ the failures of fairseq that bad input to this plugin's users leads to (`explain
 to the hook that was there before.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -52,6 +53,13 @@ def explain(error: BaseException) -> Optional[str]:
             f"--arch: {type(error.obj).__name__} has no classification heads, which --task sentence_prediction needs; "
             "use a RoBERTa-style model (roberta, roberta_large, smart_bert, ...)"
         )
+    if isinstance(error, FileNotFoundError) and str(error.filename or error).rstrip("'").endswith("dict.txt"):
+        missing = str(error.filename or error)
+        if os.path.basename(os.path.dirname(missing)) == "label":
+            return f"{missing}: no such file; if this is a regression task, give --regression-target --num-classes 1"
+        return f"{missing}: no such file; name a folder that examples/glue/preprocess.py or fairseq-preprocess wrote"
+    if isinstance(error, ValueError) and str(error).startswith("--finetune-from-model "):
+        return f"{error}; name an existing checkpoint"
     if isinstance(error, ImportError) and "FullyShardedDataParallel" in str(error):
         return NOT_SHARDED  # fairseq asks for fairscale before the criterion can say so
     return _explain_checkpoint(error)

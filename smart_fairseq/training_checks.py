@@ -3,6 +3,7 @@
 Each raises `UsageError` with one line, or returns.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -14,15 +15,26 @@ from .perturb import embedding_weight
 
 __all__ = ["check_best_metric", "check_labels", "check_model", "check_restore_file", "resolution"]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
-def check_restore_file(path: str) -> None:
-    """A checkpoint that is named must exist: fairseq trains from scratch without a word when it does not."""
+def check_restore_file(path: str, save_dir: str) -> None:
+    """A checkpoint that is named must exist: fairseq trains from scratch without a word when it does not.
+
+    And it is loaded at every start, so that the same command begins anew where a killed run could go on: warn of that.
+    """
     if path != DEFAULT_RESTORE_FILE and not os.path.isfile(path):
         raise UsageError(
             f"--restore-file {path}: no such file; training would have started from random weights. "
             "Name an existing checkpoint, or leave the flag out to train from scratch"
+        )
+    last = os.path.join(save_dir, DEFAULT_RESTORE_FILE)
+    if path != DEFAULT_RESTORE_FILE and os.path.isfile(last) and not os.path.samefile(last, path):
+        logger.warning(
+            f"--restore-file {path}: this run begins anew and will overwrite {last}; to go on from there instead, give "
+            f"--finetune-from-model {path} in the place of --restore-file and the --reset flags"
         )
 
 
@@ -45,10 +57,26 @@ def check_best_metric(cfg: Any, metric: str) -> None:
 
 def check_labels(task: Any, regression: bool) -> None:
     """Every label of the loaded splits must be one of the classes (or, for regression, a finite number)."""
+    if not regression:
+        dictionary = task.label_dictionary
+        # fairseq pads label/dict.txt to a multiple of 8, and adds a mask to it
+        words = [word for word in dictionary.symbols[dictionary.nspecial :] if not word.startswith("madeupword")]
+        count = len([word for word in words if word != "<mask>"])
+        require(
+            task.cfg.num_classes <= count,
+            "--num-classes",
+            task.cfg.num_classes,
+            f"{count}, the number of labels in {os.path.join(task.cfg.data, 'label', 'dict.txt')}",
+        )
     for split, dataset in task.datasets.items():
-        labels = getattr(getattr(dataset, "dataset", dataset), "defn", {}).get("target")
-        if labels is None:
+        parts = getattr(getattr(dataset, "dataset", dataset), "defn", None)
+        if parts is None:  # a data set of another task's making
             continue
+        labels = parts.get("target")
+        if labels is None:
+            file = os.path.join(task.cfg.data, "label", f"{split}.label" if regression else f"{split}.bin")
+            other = "without --regression-target" if regression else "with --regression-target --num-classes 1"
+            raise UsageError(f"{file}: no such file; if this folder is for the other kind of task, train {other}")
         values = torch.stack([torch.as_tensor(labels[i]).reshape(-1)[0] for i in range(len(labels))])
         bad = ~torch.isfinite(values) if regression else (values < 0) | (values >= task.cfg.num_classes)
         if not bad.any():

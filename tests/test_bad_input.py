@@ -120,6 +120,28 @@ def test_a_model_without_classification_heads(class_data: Path) -> None:
     assert line.startswith("smart_fairseq: error: --arch: ") and "has no classification heads" in line
 
 
+def test_more_classes_than_labels(class_data: Path) -> None:
+    line = library_refusal(command(class_data, num_classes=3))
+    assert line.startswith("--num-classes is 3; it must be 2, the number of labels in ")
+
+
+def test_a_regression_folder_for_classes_and_the_other_way(class_data: Path, regression_data: Path) -> None:
+    line = library_refusal(command(regression_data))
+    assert line.endswith("no such file; if this is a regression task, give --regression-target --num-classes 1")
+    line = library_refusal(command(class_data, "--regression-target", num_classes=1))
+    assert "label/train.label: no such file" in line and line.endswith("train without --regression-target")
+
+
+def test_a_folder_that_is_not_there(class_data: Path) -> None:
+    line = library_refusal(command(class_data / "typo"))
+    assert "typo/input0/dict.txt: no such file; name a folder that" in line
+
+
+def test_finetune_from_a_missing_model(class_data: Path) -> None:
+    line = library_refusal(command(class_data, "--finetune-from-model", "gone.pt"))
+    assert line == "--finetune-from-model gone.pt does not exist; name an existing checkpoint"
+
+
 @pytest.mark.parametrize("where", ["train", "valid"])
 def test_labels_outside_the_classes(where: str, class_data: Path, tmp_path: Path) -> None:
     """Three labels for two classes: fairseq would fail in the middle of an epoch, on a GPU without a message."""
@@ -131,6 +153,16 @@ def test_labels_outside_the_classes(where: str, class_data: Path, tmp_path: Path
     line = library_refusal(arguments)
     count = 24 if where == "train" else 10
     assert line.startswith(f"{data}/label/{where}: example {count} has a label '2' (number 2), outside the 2 classes")
+
+
+def test_starting_anew_over_a_finished_run_is_said(checkpoint: Path, class_data: Path, tmp_path: Path) -> None:
+    """fairseq loads a named --restore-file at every start: the same command does not resume."""
+    arguments = start_from(checkpoint, class_data, "--max-update", "1")
+    arguments.remove("--no-save")
+    arguments += ["--save-dir", str(tmp_path)]
+    assert "begins anew" not in "\n".join(train(arguments)["text"])
+    text = "\n".join(train(arguments)["text"])
+    assert "this run begins anew and will overwrite" in text and "give --finetune-from-model" in text
 
 
 def test_a_label_that_the_dictionary_does_not_hold(class_data: Path, tmp_path: Path) -> None:

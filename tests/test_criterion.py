@@ -442,7 +442,9 @@ def test_the_start_says_what_is_on(class_data: Path) -> None:
         "\n".join(train(command(class_data, optimizer=optimizer, max_update=1))["text"])
         for optimizer in ("mbpp", "adam")
     )
-    assert "Bregman weight 1" in with_teacher
+    assert "smoothness term by two forwards, Bregman weight 1;" in with_teacher
+    assert "--smart-weight 1.0 --smart-epsilon 1e-05" in with_teacher and "--smart-norm inf" in with_teacher
+    assert "--mbpp-base adam --mbpp-momentum 0.999" in with_teacher and "--mbpp-base" not in without
     assert "--smart-bregman-weight is not set and --optimizer is adam: no Bregman term" in without
     assert "Bregman weight 0" in without
 

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -32,6 +32,7 @@ from ..method.adversary import Adversary, find_perturbation, find_perturbation_t
 from ..method.divergence import DIVERGENCES, squared_change, squared_error, symmetric_kl_of_change
 from ..method.dropout import RandomState, without_dropout
 from ..method.noise import example_noise
+from ..optim.mbpp import MBPPConfig
 from ..perturb import Forward, Substitute, embedding_weight, tangent, token_mask
 from ..teacher_link import TeacherLink
 from ..training_checks import check_best_metric, check_labels, check_model, check_restore_file, resolution
@@ -114,6 +115,7 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_train_subset: str = II("dataset.train_subset")
+    smart_save_dir: str = II("checkpoint.save_dir")
     smart_amp: bool = II("common.amp")
     smart_ddp_backend: str = II("distributed_training.ddp_backend")
 
@@ -150,14 +152,29 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
     def _check_before_training(self, model: nn.Module) -> None:
         if self._checked:
             return
-        check_restore_file(self.cfg.smart_restore_file)
-        check_best_metric(self.cfg, self.cfg.smart_best_metric)
+        check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
         check_labels(self.task, self.regression_target)
+        check_best_metric(self.cfg, self.cfg.smart_best_metric)
         if self.smart_weight:
             check_model(model)
             self._choose_mode(model)
         self._checked = True
-        logger.info(f"SMART: weight {self.smart_weight:g}, {self.adversary}, Bregman weight {self.bregman_weight:g}")
+        logger.info(self._in_words())
+
+    def _in_words(self) -> str:
+        """What is on, in the flags' own words; for the start of the log."""
+
+        def flags(config: Any, values: Any, prefix: str) -> str:
+            names = [f.name for f in fields(config) if f.name.startswith(prefix) and "help" in f.metadata]
+            return " ".join(f"--{name.replace('_', '-')} {getattr(values, name)}" for name in names)
+
+        mode, _ = self._mode or ("off", 0.0)
+        form = {"finite": "by two forwards", "tangent": "to first order (tangent)", "off": "not at all"}[mode]
+        text = f"SMART: smoothness term {form}, Bregman weight {self.bregman_weight:g}; "
+        text += flags(SmartSentencePredictionConfig, self.cfg, "smart_")
+        if self.bregman_weight:
+            text += " " + flags(MBPPConfig, self.cfg.smart_optimizer, "mbpp_")
+        return text
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Any:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""

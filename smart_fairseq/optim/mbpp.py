@@ -205,6 +205,7 @@ class MBPP(FairseqOptimizer):
             tensor.to(weight.device, torch.float32, copy=True) for tensor, weight in zip(own["teacher"], self.params)
         ]
         self.teacher_version += 1
+        logger.info(f"--optimizer mbpp: went on with the checkpoint's teacher, after {self.updates} updates")
 
 
 def _total_updates(cfg: MBPPConfig) -> int:
