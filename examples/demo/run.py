@@ -43,8 +43,8 @@ MAX_TOKENS = 128
 OWN_EPOCHS, GLUE_EPOCHS = 5, 3
 OWN_SEEDS, GLUE_SEEDS = 2, 1
 
-# The paper's radius, 1e-5, moves nothing that could be seen on this encoder: smart_loss stays near 1e-6. At 3e-3 it is
-# about a hundredth of the task loss at the start, at 1e-2 as large as the task loss in the end. The paper's teacher
+# The paper's radius, 1e-5, moves nothing that could be seen on this encoder: smart_loss stays near 1e-6. At 3e-3 it
+# went from 0.0003 to 0.02 beside a task loss of 0.3, at 1e-2 to 0.08. The paper's teacher
 # remembers 1 / (1 - 0.999) = 1000 updates, more than these short runs have, and would hold the model where it began.
 SMART = {
     "--smart-weight": "1",

@@ -114,9 +114,14 @@ class Model:
             raise
         except Exception as error:
             # whatever torch or fairseq says about a file that is no such checkpoint
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            # where sizes differ, torch says which from the second line on
+            reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
             raise located(
-                path, 0, f"cannot be loaded as a checkpoint of fairseq-train ({type(error).__name__}: {first[:160]})"
+                path,
+                0,
+                f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
+                f"{reason[:240]}); give the folder that it was trained on, and a whole file",
             ) from None
         return models[0], config, task
 

@@ -176,6 +176,9 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
             folder = write_folder(data, path, pool, rows, **facts, subsample=part, seed=options.seed)
             _check_known(folder, bpe)
     shown_at = target / f"{parts[0]:g}" if parts else target
+    if "train" not in data.rows:
+        print(f"wrote {target}; it has no training part: for evaluation and prediction", flush=True)
+        return
     print(f"wrote {target}; train with\n  {training_flags(data.task, bpe.kind, data.rows, shown_at)}", flush=True)
 
 
