@@ -351,16 +351,16 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         SentencePredictionCriterion.reduce_metrics(logging_outputs)
         log_glue_metrics(logging_outputs)
         sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
-        for key in ("task_loss", "smart_loss", "bregman_loss", "smart_delta"):
-            if logging_outputs and key in logging_outputs[0]:
+        logged = logging_outputs[0] if logging_outputs else {}
+        shown = ("task_loss", "smart_loss", "bregman_loss", "smart_delta")
+        for key in (*shown, "smart_noise", "smart_square"):
+            if key in logged:
                 total = sum(log.get(key, 0) for log in logging_outputs)
                 # the meter that is saved and averaged is hidden; what is printed keeps significant digits
                 metrics.log_scalar("_" + key, total / sample_size, sample_size)
-                metrics.log_derived(key, lambda meters, key=key: _significant(meters["_" + key].avg))
-        if logging_outputs and "smart_noise" in logging_outputs[0]:
-            for key in ("smart_noise", "smart_square"):
-                total = sum(log.get(key, 0) for log in logging_outputs)
-                metrics.log_scalar("_" + key, total / sample_size, sample_size)
+                if key in shown:
+                    metrics.log_derived(key, lambda meters, key=key: _significant(meters["_" + key].avg))
+        if "smart_noise" in logged:
             for key, of in (("smart_sensitivity", "_smart_square"), ("smart_signal", "_smart_noise")):
                 metrics.log_derived(key, lambda meters, of=of: _ratio(meters["_smart_loss"].avg, meters[of].avg))
         for key in ("smart_dropped", "bregman_dropped"):
@@ -407,8 +407,13 @@ def _output_of(model: nn.Module) -> Iterator[List[Tensor]]:
         handle.remove()
 
 
+def _optimizer_name(cfg: SmartSentencePredictionConfig) -> Optional[str]:
+    """The value of --optimizer; None in fairseq-validate, which has none."""
+    return getattr(cfg.smart_optimizer, "_name", None)
+
+
 def _bregman_weight(cfg: SmartSentencePredictionConfig) -> float:
-    optimizer = getattr(cfg.smart_optimizer, "_name", None)
+    optimizer = _optimizer_name(cfg)
     has_teacher = optimizer == "mbpp"
     weight = cfg.smart_bregman_weight
     if weight is None:
@@ -444,7 +449,7 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
         require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
     if cfg.smart_ddp_backend == "fully_sharded":
         raise UsageError(NOT_SHARDED)
-    optimizer = getattr(cfg.smart_optimizer, "_name", None)
+    optimizer = _optimizer_name(cfg)
     if cfg.smart_validate_with == "teacher" and optimizer not in (None, "mbpp"):
         raise UsageError(
             f"--smart-validate-with is teacher but --optimizer is {optimizer}; it needs --optimizer mbpp, which keeps "
