@@ -157,9 +157,8 @@ class Progress:
 
 def _follow(run: Run, process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> None:
     """Copy the output to the log file and hand its lines on. Runs in a thread."""
-    assert process.stdout is not None
     with run.log.open("w", encoding="utf-8") as log:
-        for line in process.stdout:
+        for line in process.stdout or ():
             log.write(line)
             log.flush()
             events.put(Event(run, line))
