@@ -183,7 +183,7 @@ class MBPP(FairseqOptimizer):
                 warmup_ratio=self.cfg.mbpp_warmup_ratio,
             )
             average_(self.teacher, weights, momentum)
-        self.teacher_version += 1
+            self.teacher_version += 1  # between two averages the half-precision copy stays good
 
     def state_dict(self) -> Dict[str, Any]:
         return {**self.base.state_dict(), "mbpp": {"updates": self.updates, "teacher": self.teacher}}
