@@ -222,7 +222,13 @@ def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, bpe, number):
     assert glue_main(flags) == 0
     before = (out / "preprocess.json").stat().st_mtime_ns
     script = write(tmp_path / "slow.py", SLOW.format(root=str(ROOT)))
-    run = subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE, text=True)
+    # a shell's background job ignores SIGINT and hands that on: the run under test must not inherit it
+    run = subprocess.Popen(
+        [sys.executable, str(script), *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while "WROTE valid" not in run.stdout.readline():
         assert run.poll() is None
     run.send_signal(number)
