@@ -1,17 +1,40 @@
 """Fixtures; what tests import stands in toolkit.py."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
 # tiny tensors: a second thread costs more than it saves, and many times as much on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import toolkit
+
+SEED = int(os.environ.get("SMART_TEST_SEED", "1"))
+
+
+def seed_everything() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before the fixtures of any scope ..."""
+    seed_everything()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """... and before the test, which then draws the same numbers whichever tests ran before it."""
+    seed_everything()
 
 
 @pytest.fixture(scope="session")

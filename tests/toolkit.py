@@ -23,6 +23,7 @@ TOLERANCE = {
     torch.float16: {"rtol": 1e-2, "atol": 1e-3},
     torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2},
 }
+HALF_TYPES = [torch.float16, torch.bfloat16]
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, **overrides: float) -> None:

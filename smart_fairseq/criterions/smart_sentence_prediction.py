@@ -28,8 +28,14 @@ from torch import Tensor, nn
 
 from ..errors import NOT_SHARDED, UsageError, require
 from ..glue_metrics import cover_validation_sets, log_glue_metrics, place_predictions
-from ..method.adversary import Adversary, find_perturbation, find_perturbation_to_first_order, norm
-from ..method.divergence import DIVERGENCES, squared_change, squared_error, symmetric_kl_of_change
+from ..method.adversary import Adversary, ascend, find_perturbation, gradient_to_first_order, norm
+from ..method.divergence import (
+    DIVERGENCES,
+    squared_change,
+    squared_change_of_classes,
+    squared_error,
+    symmetric_kl_of_change,
+)
 from ..method.dropout import RandomState, without_dropout
 from ..method.noise import example_noise
 from ..optim.mbpp import MBPPConfig
@@ -140,10 +146,13 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             projection=str(cfg.smart_projection),
         )
         self.divergence = squared_error if cfg.regression_target else DIVERGENCES[_divergence_name(cfg)]
-        self.divergence_of_change = squared_change if cfg.regression_target else symmetric_kl_of_change
+        # kl and js have the symmetric KL's direction; their value of a change is not there
+        of_classes = squared_change_of_classes if cfg.smart_divergence == "squared" else symmetric_kl_of_change
+        self.divergence_of_change = squared_change if cfg.regression_target else of_classes
         # the size at which the change of the output is taken; the divergence is of that change times the size
         self.size = cfg.smart_epsilon if cfg.smart_projection == "ball" else 1.0
-        self._mode: Optional[Tuple[str, float]] = None
+        self._mode: Optional[str] = None
+        self._resolved = 0.0  # the least entry of a perturbation that the working precision resolves; 0: any
         self._checked = self._warned = False
         self.teacher = TeacherLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
@@ -168,7 +177,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             names = [f.name for f in fields(config) if f.name.startswith(prefix) and "help" in f.metadata]
             return " ".join(f"--{name.replace('_', '-')} {getattr(values, name)}" for name in names)
 
-        mode, _ = self._mode or ("off", 0.0)
+        mode = self._mode or "off"
         form = {"finite": "by two forwards", "tangent": "to first order (tangent)", "off": "not at all"}[mode]
         text = f"SMART: smoothness term {form}, Bregman weight {self.bregman_weight:g}; "
         text += flags(SmartSentencePredictionConfig, self.cfg, "smart_")
@@ -185,7 +194,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
 
         masks = RandomState(sample["net_input"]["src_tokens"].device)
         forward = Forward(model, sample["net_input"], self.classification_head_name, str(self.cfg.smart_embedding))
-        to_first_order = self.smart_weight > 0 and self._choose_mode(model)[0] == "tangent"
+        to_first_order = self.smart_weight > 0 and self._choose_mode(model) == "tangent"
         with contextlib.ExitStack() as passes:
             if to_first_order:
                 perturbation, mask = self._perturbation(forward, sample, None, masks)
@@ -248,22 +257,23 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         # at least float32, whatever the model's precision
         noise = noise.to(torch.promote_types(embeddings.dtype, torch.float32)) * self.cfg.smart_noise_std
         weights = forward.frozen_weights()
-        if clean is None:
 
-            def products(direction: Tensor) -> Any:
-                with self._dropout(forward.model, masks):
-                    return forward.products(weights, direction)
-
-            return find_perturbation_to_first_order(
-                products, noise, mask, self.divergence_of_change, self.adversary
-            ), mask
+        def products(direction: Tensor) -> Any:
+            with self._dropout(forward.model, masks):
+                return forward.products(weights, direction)
 
         def frozen(perturbation: Tensor) -> Tensor:
             with self._dropout(forward.model, masks):
                 return forward(weights, perturbation)
 
-        probe = self._choose_mode(forward.model)[1]
-        return find_perturbation(frozen, clean, noise, mask, self.divergence, self.adversary, probe), mask
+        to_first_order = gradient_to_first_order(products, self.divergence_of_change)
+        if clean is None:
+            return ascend(to_first_order, noise, mask, self.adversary), mask
+        # fresh dropout masks change the output more than any noise, so that nothing is lost in rounding
+        resolved = self.cfg.smart_noise_std >= self._resolved or self.cfg.smart_dropout == "independent"
+        return find_perturbation(
+            frozen, clean, noise, mask, self.divergence, self.adversary, None if resolved else to_first_order
+        ), mask
 
     def _finite_smoothness(self, forward: Forward, sample: Dict[str, Any], clean: Tensor, masks: RandomState) -> Any:
         """R_s summed over the batch as the divergence of two outputs, the perturbation and its mask."""
@@ -280,8 +290,8 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         weight = embedding_weight(model)
         return torch.float16 if self.cfg.smart_amp and weight.is_cuda else weight.dtype
 
-    def _choose_mode(self, model: nn.Module) -> Tuple[str, float]:
-        """The form of the term, and the size at which the finite form probes for its direction (0: any).
+    def _choose_mode(self, model: nn.Module) -> str:
+        """The form of the term, "finite" or "tangent"; notes what the precision resolves.
 
         Raises:
             UsageError: the precision does not hold the radius, and the first-order form does not know the flags.
@@ -289,27 +299,27 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         if self._mode is not None:
             return self._mode
         mode, dtype = str(self.cfg.smart_mode), self._working_precision(model)
-        if torch.finfo(dtype).bits >= 32 or self.cfg.smart_projection == "normalize":
-            self._mode = ("tangent" if mode == "tangent" else "finite", 0.0)
+        if torch.finfo(dtype).bits < 32:
+            # measured: from here on the finite form is within 5 % of float64
+            self._resolved = 16 * resolution(model, dtype)
+        size, flags = _largest_size(self.cfg)
+        # an l2 norm is spread over the entries of a token
+        least = self._resolved * (embedding_weight(model).shape[1] ** 0.5 if self.adversary.norm == "l2" else 1)
+        if mode == "tangent" or size >= least:
+            self._mode = "tangent" if mode == "tangent" else "finite"
             return self._mode
-        # measured: above this the finite form is within 5 % of float64, with a direction of cosine 0.98
-        least = 16 * resolution(model, dtype)
-        if mode != "tangent" and self.cfg.smart_epsilon >= least:
-            self._mode = ("finite", self.cfg.smart_epsilon / 4)
-        else:
-            name = str(dtype).split(".")[1]
-            why = f"--smart-epsilon {self.cfg.smart_epsilon:g} is below what {name} resolves here ({least:.0e})"
-            if mode == "finite":
-                raise UsageError(
-                    f"--smart-mode is finite but {why}: the term would measure rounding; use --smart-mode auto, a "
-                    "larger radius, or float32"
-                )
-            unknown = _unknown_to_first_order(self.cfg)
-            if unknown:
-                raise UsageError(f"{why}, and the first-order form that would be right is {unknown}")
-            if mode == "auto":
-                logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
-            self._mode = ("tangent", 0.0)
+        name = str(dtype).split(".")[1]
+        why = f"{flags} {size:g} is below what {name} resolves here ({least:.0e})"
+        if mode == "finite":
+            raise UsageError(
+                f"--smart-mode is finite but {why}: the term would measure rounding; use --smart-mode auto, a "
+                "larger one, or float32"
+            )
+        unknown = _unknown_to_first_order(self.cfg)
+        if unknown:
+            raise UsageError(f"{why}, and the first-order form that would be right is {unknown}")
+        logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
+        self._mode = "tangent"
         return self._mode
 
     def _noise_floor(self, clean: Tensor, rounded: Tensor, model: nn.Module) -> Tensor:
@@ -378,13 +388,21 @@ def _ratio(value: Any, reference: Any) -> float:
     return _significant(float(value) / float(reference)) if float(reference) else math.nan
 
 
+def _largest_size(cfg: SmartSentencePredictionConfig) -> Tuple[float, str]:
+    """The size that a perturbation can reach, and the flags that limit it."""
+    if cfg.smart_projection == "normalize":
+        return 1.0, "--smart-projection normalize"
+    reach = cfg.smart_noise_std + cfg.smart_steps * cfg.smart_step_size
+    if reach < cfg.smart_epsilon:
+        return reach, "--smart-noise-std + --smart-steps x --smart-step-size ="
+    return cfg.smart_epsilon, "--smart-epsilon"
+
+
 def _unknown_to_first_order(cfg: SmartSentencePredictionConfig) -> Optional[str]:
     """Which flag the first-order form does not know, and what to use instead; None if it knows them all."""
     if cfg.smart_dropout != "shared":
         return f"not defined for --smart-dropout {cfg.smart_dropout}; use shared, or a larger radius"
-    if _divergence_name(cfg) not in ("sym_kl", "squared") or (
-        _divergence_name(cfg) == "squared" and not cfg.regression_target
-    ):
+    if _divergence_name(cfg) in ("kl", "js"):
         return f"not there for --smart-divergence {_divergence_name(cfg)}; use auto, or a larger radius"
     return None
 

@@ -19,7 +19,7 @@ so that its size is 1 and the radius plays no part.
 """
 
 from dataclasses import dataclass
-from typing import Callable, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,14 @@ __all__ = [
     "Adversary",
     "ascend",
     "find_perturbation",
-    "find_perturbation_to_first_order",
+    "gradient_to_first_order",
     "norm",
     "normalize",
     "project",
 ]
+
+# perturbation [B, T, C] -> gradient [B, T, C]
+GradientFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,13 @@ def project(perturbation: Tensor, adversary: Adversary) -> Tensor:
     return perturbation * (adversary.radius / size).clamp_max(1.0)
 
 
-def ascend(gradient_fn: Callable[[Tensor], Tensor], noise: Tensor, mask: Tensor, adversary: Adversary) -> Tensor:
+def ascend(
+    gradient_fn: GradientFn,
+    noise: Tensor,
+    mask: Tensor,
+    adversary: Adversary,
+    first_gradient_fn: Optional[GradientFn] = None,
+) -> Tensor:
     """Algorithm 1, lines 4 to 8: from the noise, one projected gradient step at a time.
 
     Args:
@@ -103,12 +112,13 @@ def ascend(gradient_fn: Callable[[Tensor], Tensor], noise: Tensor, mask: Tensor,
             factor for each example, which the normalisation takes out.
         noise: [B, T, C], float32 or wider: the starting point nu ~ N(0, sigma^2 I).
         mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
+        first_gradient_fn: what to use in the first step instead.
     Returns:
         [B, T, C], dtype of ``noise``. Not finite where a gradient was not.
     """
     perturbation = noise * mask
-    for _ in range(adversary.steps):
-        gradient = gradient_fn(perturbation).to(noise.dtype)
+    for step in range(adversary.steps):
+        gradient = ((step == 0 and first_gradient_fn) or gradient_fn)(perturbation).to(noise.dtype)
         perturbation = project(perturbation + adversary.step_size * normalize(gradient * mask, adversary), adversary)
     return perturbation
 
@@ -137,7 +147,7 @@ def find_perturbation(
     mask: Tensor,
     divergence: Divergence,
     adversary: Adversary,
-    probe: float = 0.0,
+    first_gradient_fn: Optional[GradientFn] = None,
 ) -> Tensor:
     """`ascend` along the gradient of the divergence between two outputs.
 
@@ -146,34 +156,27 @@ def find_perturbation(
             nothing on weight gradients, its weights must not require gradients.
         clean_logits: [B, K], outputs without perturbation; held fixed.
         divergence: l_s, one number per example.
-        probe: least size (largest entry) of a perturbation at which a gradient is taken; a smaller one is
-            enlarged for that. Near the clean point the direction stays, while in half precision the
-            difference of the outputs emerges from rounding.
+        first_gradient_fn: for the first step, where ``logits_fn`` works in a precision that does not resolve the
+            noise: see `gradient_to_first_order`.
     Returns:
         [B, T, C], dtype of ``noise``, detached.
     """
 
     def gradient(perturbation: Tensor) -> Tensor:
-        if probe:
-            size = perturbation.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(perturbation.dtype).tiny)
-            perturbation = perturbation * (probe / size).clamp_min(1.0)
         perturbation = perturbation.detach().requires_grad_()
         with torch.enable_grad():
             logits = logits_fn(perturbation)
         cotangent = _cotangent(divergence, logits, clean_logits, of=0)
         return torch.autograd.grad(logits, perturbation, cotangent.to(logits.dtype))[0]
 
-    return ascend(gradient, noise, mask, adversary)
+    return ascend(gradient, noise, mask, adversary, first_gradient_fn)
 
 
-def find_perturbation_to_first_order(
+def gradient_to_first_order(
     products_fn: Callable[[Tensor], Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
-    noise: Tensor,
-    mask: Tensor,
     divergence_of_change: Divergence,
-    adversary: Adversary,
-) -> Tensor:
-    """`ascend` along the gradient of the divergence's second-order form, right in any precision.
+) -> GradientFn:
+    """The gradient of the divergence's second-order form, for `ascend`; right in any precision.
 
     Near the clean point f(x + d) = f(x) + J d, and the gradient of the divergence is J' H J d with its
     curvature H in the output (for the symmetric KL, 2 (diag p - p p')). It is linear in d, so d is handed
@@ -183,8 +186,6 @@ def find_perturbation_to_first_order(
         products_fn: direction d [B, T, C] -> outputs [B, K], change J d [B, K], and the function from a
             cotangent [B, K] to J' cotangent [B, T, C].
         divergence_of_change: of (outputs, change), one number per example.
-    Returns:
-        [B, T, C], dtype of ``noise``, detached.
     """
 
     def gradient(perturbation: Tensor) -> Tensor:
@@ -193,4 +194,4 @@ def find_perturbation_to_first_order(
         small = _unit(change.detach().to(perturbation.dtype)) * 1e-3
         return pull_back(_cotangent(divergence_of_change, outputs, small, of=1))
 
-    return ascend(gradient, noise, mask, adversary)
+    return gradient

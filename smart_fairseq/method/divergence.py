@@ -22,6 +22,7 @@ __all__ = [
     "jensen_shannon",
     "kl",
     "squared_change",
+    "squared_change_of_classes",
     "squared_error",
     "squared_error_of_classes",
     "symmetric_kl",
@@ -98,21 +99,28 @@ def squared_error_of_classes(logits: Tensor, reference_logits: Tensor) -> Tensor
     return (log_p.exp() - log_q.exp()).square().sum(dim=-1)
 
 
+def _log_ratio_of_change(logits: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
+    """Q and log P - log Q for P of ``logits + change`` and Q of ``logits``.
+
+    No difference of nearly equal numbers is taken, so it is right where ``logits + change`` would round to ``logits``.
+    """
+    logits, change = _pair(logits, change)
+    q = torch.softmax(logits, dim=-1)
+    change = change - (q * change).sum(dim=-1, keepdim=True)
+    return q, change - torch.log1p((q * torch.expm1(change)).sum(dim=-1, keepdim=True))
+
+
 def symmetric_kl_of_change(logits: Tensor, change: Tensor) -> Tensor:
     """KL(P, Q) + KL(Q, P) for P of ``logits + change`` and Q of ``logits``, however small the change.
 
-    With d = log P - log Q = change - log sum_k Q_k exp(change_k), the value is sum_k Q_k expm1(d_k) d_k: no
-    difference of nearly equal numbers is taken, so it is right where ``logits + change`` would round to ``logits``.
+    With d = log P - log Q = change - log sum_k Q_k exp(change_k), the value is sum_k Q_k expm1(d_k) d_k.
 
     Args:
         logits, change: [B, K], any float dtype.
     Returns:
         [B], float32 or wider, nats.
     """
-    logits, change = _pair(logits, change)
-    q = torch.softmax(logits, dim=-1)
-    change = change - (q * change).sum(dim=-1, keepdim=True)
-    log_ratio = change - torch.log1p((q * torch.expm1(change)).sum(dim=-1, keepdim=True))
+    q, log_ratio = _log_ratio_of_change(logits, change)
     return (q * torch.expm1(log_ratio) * log_ratio).sum(dim=-1)
 
 
@@ -120,6 +128,12 @@ def squared_change(outputs: Tensor, change: Tensor) -> Tensor:
     """`squared_error` of ``outputs + change`` and ``outputs``; shapes as `symmetric_kl_of_change`."""
     _, change = _pair(outputs, change)
     return change.square().sum(dim=-1)
+
+
+def squared_change_of_classes(logits: Tensor, change: Tensor) -> Tensor:
+    """`squared_error_of_classes` of ``logits + change`` and ``logits``; shapes as `symmetric_kl_of_change`."""
+    q, log_ratio = _log_ratio_of_change(logits, change)
+    return (q * torch.expm1(log_ratio)).square().sum(dim=-1)
 
 
 DIVERGENCES: Dict[str, Divergence] = {
