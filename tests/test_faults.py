@@ -1,5 +1,6 @@
 """Through what runs meet: overflow, kill -9, files cut short, a full disk, a dead worker, more or fewer workers."""
 
+import math
 import resource
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_resume import tensors
 from test_workers import FIXED, FORKS, finish, join, start, updates
 from toolkit import assert_close, assert_equal, batch, build, command, train, write_data
 
+from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionCriterion
 from smart_fairseq.errors import explain
 
 
@@ -76,7 +78,7 @@ def test_overflow_skips_the_update_and_leaves_the_teacher(kind: str, class_data:
 
 @pytest.mark.parametrize("where", ["clean", "adversarial", "teacher"])
 def test_overflow_in_a_pass(where: str, class_data: Path) -> None:
-    """In the clean pass it skips the update; in one of the others the term is left out, and the update taken."""
+    """Whichever pass overflows in float16: the update is skipped and the teacher stays."""
     cfg, task, model, criterion = build(
         command(
             class_data, "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4", "--smart-mode", "finite", *FIXED
@@ -108,19 +110,15 @@ def test_overflow_in_a_pass(where: str, class_data: Path) -> None:
         return output * 60_000 * 60_000 if passes == number else output
 
     handle = model.classification_heads["sentence_classification_head"].out_proj.register_forward_hook(overflow)
-    if where == "clean":
-        with pytest.raises(OverflowError):
-            update()
-        assert mbpp.updates == 1
-        for ours, before in zip(mbpp.teacher, teacher):
-            assert_equal(ours, before)
-    else:
-        log = update()
-        assert [log["smart_dropped"], log["bregman_dropped"]] == [int(where == "adversarial"), int(where == "teacher")]
-        assert mbpp.updates == 2
+    with pytest.raises(OverflowError):
+        update()
+    assert mbpp.updates == 1
+    for ours, before in zip(mbpp.teacher, teacher):
+        assert_equal(ours, before)
     assert passes == 4
     handle.remove()
     update()
+    assert mbpp.updates == 2
     assert all(average.isfinite().all() for average in mbpp.teacher)
 
 
@@ -141,6 +139,40 @@ def test_overflow_with_two_workers(class_data: Path, tmp_path: Path) -> None:
     assert updates(tmp_path / "run", rank=0) == updates(tmp_path / "run", rank=1)
     state = torch.load(tmp_path / "run" / "checkpoint_last.pt")
     assert state["last_optimizer_state"]["mbpp"]["updates"] == state["optimizer_history"][-1]["num_updates"] == 3
+    assert all(t.isfinite().all() for t in state["last_optimizer_state"]["mbpp"]["teacher"])
+
+
+def break_smoothness_once() -> None:
+    """The third smoothness term of the first worker is not a number, as if its pass had overflowed."""
+    pretend_cuda()
+    whole = SmartSentencePredictionCriterion._finite_smoothness
+    calls = []
+
+    def broken(self: Any, *arguments: Any) -> Any:
+        term, *others = whole(self, *arguments)
+        calls.append(1)
+        first = torch.distributed.get_rank() == 0
+        return (term * math.nan if first and len(calls) == 3 else term, *others)
+
+    SmartSentencePredictionCriterion._finite_smoothness = broken  # type: ignore[method-assign]
+
+
+def test_overflow_in_the_adversarial_pass_of_one_of_two_workers(class_data: Path, tmp_path: Path) -> None:
+    """Both skip the update, and the same updates follow on both."""
+    arguments = command(
+        class_data, *FIXED, "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4", save_dir=tmp_path / "run",
+        max_update=4,
+    )  # fmt: skip
+    finish(start(arguments, tmp_path / "run", workers=2, prepare=break_smoothness_once), tmp_path / "run")
+    text = (tmp_path / "run.0.log").read_text()
+    assert "smart_loss is not finite: its pass overflowed in float16, so this update is skipped" in text
+    assert text.count("gradient overflow detected") == 1
+    first, second = (updates(tmp_path / "run", rank=rank) for rank in (0, 1))
+    assert first == second and all(math.isfinite(value) for update in first for value in update.values())
+    state = torch.load(tmp_path / "run" / "checkpoint_last.pt")
+    # four updates from five batches
+    assert state["last_optimizer_state"]["mbpp"]["updates"] == state["optimizer_history"][-1]["num_updates"] == 4
+    assert state["extra_state"]["train_iterator"]["iterations_in_epoch"] == 2
     assert all(t.isfinite().all() for t in state["last_optimizer_state"]["mbpp"]["teacher"])
 
 

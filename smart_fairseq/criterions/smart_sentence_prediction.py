@@ -212,21 +212,35 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             else:
                 smoothness, perturbation, mask = self._finite_smoothness(forward, sample, clean, masks)
                 rounding = clean
-            smoothness, dropped = _drop_if_not_finite(smoothness)
-            loss = loss + self.smart_weight * smoothness
-            log["smart_loss"] = smoothness.detach()
+            loss = self._add(loss, "smart", self.smart_weight, smoothness, log, model)
             log["smart_delta"] = self._size(perturbation, mask)
-            log["smart_dropped"] = dropped
             log["smart_noise"] = self._noise_floor(clean, rounding, model)
             log["smart_square"] = sample_size * self.size**2
         if self.bregman_weight:
-            bregman, dropped = _drop_if_not_finite(self.divergence(clean, self._teacher_output(forward)).sum())
-            loss = loss + self.bregman_weight * bregman
-            log["bregman_loss"] = bregman.detach()
-            log["bregman_dropped"] = dropped
+            bregman = self.divergence(clean, self._teacher_output(forward)).sum()
+            loss = self._add(loss, "bregman", self.bregman_weight, bregman, log, model)
 
         log["loss"] = loss.detach()
         return loss, sample_size, log
+
+    def _add(
+        self, loss: Tensor, name: str, weight: float, term: Tensor, log: Dict[str, Any], model: nn.Module
+    ) -> Tensor:
+        """The loss with the weighted term, which is logged; one that is not finite must not reach the weights.
+
+        It is left out and counted. Not so in float16, where fairseq's loss scaling finds the overflow in the
+        gradients and every worker skips the update.
+        """
+        finite = bool(torch.isfinite(term.detach()))
+        # the same keys on every worker, whatever happened
+        log[f"{name}_loss"] = term.detach() if finite else torch.zeros_like(term)
+        log[f"{name}_dropped"] = int(not finite)
+        if finite:
+            return loss + weight * term
+        if self._working_precision(model) == torch.float16:
+            logger.warning(f"{name}_loss is not finite: its pass overflowed in float16, so this update is skipped")
+            return loss * math.nan
+        return loss
 
     def _evaluated(self, model: nn.Module) -> Any:
         """What a pass without regularisers runs on: the model, or to validate the teacher's weights in it."""
@@ -405,13 +419,6 @@ def _unknown_to_first_order(cfg: SmartSentencePredictionConfig) -> Optional[str]
     if _divergence_name(cfg) in ("kl", "js"):
         return f"not there for --smart-divergence {_divergence_name(cfg)}; use auto, or a larger radius"
     return None
-
-
-def _drop_if_not_finite(term: Tensor) -> Any:
-    """The term and 0, or 0 and 1: a term that is not finite must not reach the weights."""
-    if torch.isfinite(term.detach()):
-        return term, 0
-    return torch.zeros_like(term), 1
 
 
 @contextmanager
