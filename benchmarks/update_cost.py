@@ -11,12 +11,9 @@ and swapped teacher, a check on the host.
 
 import argparse
 import copy
-import datetime
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +22,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import torch
+from facts import facts
 from fairseq import optim, options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import smart_fairseq
 from smart_fairseq.method.divergence import symmetric_kl
 from smart_fairseq.perturb import bare, perturbed
 
@@ -217,23 +214,6 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     return list(rows.values())
 
 
-def where(args: argparse.Namespace) -> Dict[str, Any]:
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    return {
-        "command": " ".join(["python", "benchmarks/update_cost.py", *sys.argv[1:]]),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "smart_fairseq": smart_fairseq.__version__,
-        "commit": git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else ""),
-        "date": datetime.date.today().isoformat(),
-        **{name: getattr(args, name) for name in ("model", "batch", "length", "dtype", "rounds")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="minilm")
@@ -247,8 +227,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # of hydra and fairseq about each other
     rows = measure(args)
-    facts = where(args)
-    print(", ".join(f"{key}: {value}" for key, value in facts.items()))
+    chosen = {name: getattr(args, name) for name in ("model", "batch", "length", "dtype", "rounds")}
+    about = {**facts(__file__, args.device), **chosen}
+    print(", ".join(f"{key}: {value}" for key, value in about.items()))
     columns = ["variant", "forward_equivalents", "seconds", "time_over_plain"]
     columns += ["activations_gib", "activations_over_plain"] if args.device == "cuda" else []
     print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
@@ -257,7 +238,7 @@ def main() -> None:
         cells = [row[c] if c == "variant" else f"{row[c]:.2f}" for c in columns]
         print("| " + " | ".join(cells) + " |")
     if args.out:
-        args.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
