@@ -44,8 +44,9 @@ test: $(READY)
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not gpu"
 
+# precision, workers and faults with every model on the GPU, and the tests that need one
 test-gpu: $(READY)
-	$(RUN) -m pytest -m gpu
+	SMART_TEST_DEVICE=cuda $(RUN) -m pytest tests/test_precision.py tests/test_workers.py tests/test_faults.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import List
 
 # tiny tensors: a second thread costs more than it saves, and many times as much on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,6 +36,14 @@ def pytest_runtest_setup() -> None:
 def pytest_runtest_call() -> None:
     """... and before the test, which then draws the same numbers whichever tests ran before it."""
     seed_everything()
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    if toolkit.DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.exit("SMART_TEST_DEVICE is cuda (make test-gpu), and torch finds no CUDA device", returncode=2)
+    for item in items:
+        if item.get_closest_marker("gpu") and toolkit.DEVICE != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu"))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from fairseq.optim import FP16Optimizer
 from fairseq.optim.fp16_optimizer import MemoryEfficientFP16Optimizer
 from test_resume import tensors
 from test_workers import FIXED, FORKS, finish, join, start, updates
-from toolkit import assert_close, assert_equal, batch, build, command, train, write_data
+from toolkit import DEVICE, assert_close, assert_equal, batch, build, command, train, write_data
 
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionCriterion
 from smart_fairseq.errors import explain
@@ -124,7 +124,8 @@ def test_overflow_in_a_pass(where: str, class_data: Path) -> None:
 
 def pretend_cuda() -> None:
     """fairseq's handler of overflow moves a zero to the GPU, also with --cpu."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    if DEVICE == "cpu":
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def test_overflow_with_two_workers(class_data: Path, tmp_path: Path) -> None:

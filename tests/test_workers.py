@@ -158,12 +158,20 @@ CASES = {
     "an empty batch, --update-freq": (18, "2", "2", []),
     "no_c10d, its old name": (24, "4", "1", ["--ddp-backend", "no_c10d"]),
 }
+# fairseq starts torch's wrapper on CUDA alone
+DDP = {
+    "pytorch_ddp": (24, "4", "1", ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters"]),
+    "pytorch_ddp, tangent": (
+        24, "4", "1", ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters", "--smart-mode", "tangent"]
+    ),
+    "pytorch_ddp, --update-freq": (24, "2", "2", ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters"]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in DDP)])
 def test_two_workers_equal_one(case: str, tmp_path: Path) -> None:
     """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates."""
-    train, size, frequency, flags = CASES[case]
+    train, size, frequency, flags = {**CASES, **DDP}[case]
     data = write_data(tmp_path / "data", kind="regression" if case == "regression" else "classes", train=train)
     shared = [*FIXED, *flags, "--mbpp-warmup-ratio", "0.5"]
 
@@ -177,18 +185,22 @@ def test_two_workers_equal_one(case: str, tmp_path: Path) -> None:
     assert_same_run(tmp_path, ["one", "two"], count=6)
 
 
-# without fp16_no_flatten_grads, --fp16 asks for a CUDA device
 HALF = {
     "fp16-no-flatten-grads": {"fp16": True, "fp16_no_flatten_grads": True},
     "memory-efficient-fp16": {"fp16": True, "memory_efficient_fp16": True},
     "bf16": {"bf16": True},
     "memory-efficient-bf16": {"bf16": True, "memory_efficient_bf16": True},
 }
+HALF_ON_CUDA = {"fp16": {"fp16": True}, "amp": {"amp": True}}
 
 
 @pytest.mark.parametrize(
     ("precision", "mode"),
-    [*((precision, "finite") for precision in HALF), ("fp16-no-flatten-grads", "tangent"), ("bf16", "tangent")],
+    [
+        *((precision, "finite") for precision in HALF),
+        *(("fp16-no-flatten-grads", "tangent"), ("bf16", "tangent")),
+        *(pytest.param(name, mode, marks=pytest.mark.gpu) for name in HALF_ON_CUDA for mode in ("finite", "tangent")),
+    ],
 )
 def test_two_workers_equal_one_in_half_precision(precision: str, mode: str, tmp_path: Path) -> None:
     """Losses, R_s, D_Breg, weights and teacher within 1e-2.
@@ -201,7 +213,7 @@ def test_two_workers_equal_one_in_half_precision(precision: str, mode: str, tmp_
     processes = []
     for name, workers in (("one", 1), ("two", 2)):
         arguments = command(data, *shared, "--batch-size", str(8 // workers), save_dir=tmp_path / name, max_update=6)
-        processes += start(arguments, tmp_path / name, workers, common=HALF[precision])
+        processes += start(arguments, tmp_path / name, workers, common={**HALF, **HALF_ON_CUDA}[precision])
     finish(processes, tmp_path / "two")
     one, two = (updates(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 6 and updates(tmp_path / "two", rank=1) == two
@@ -253,7 +265,7 @@ def prepared(data: Path, mode: str, unused: bool) -> Any:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(cfg.optimizer, trained)
     generator = torch.Generator().manual_seed(2)
-    optimizer.teacher = [p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for p in trained]
+    optimizer.teacher = [p.detach() + 0.05 * torch.randn(p.shape, generator=generator).to(p.device) for p in trained]
     optimizer.teacher_version += 1
     criterion.teacher.connect(optimizer)
     return task, model.train(), criterion

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.utils import apply_to_sample
 
 import smart_fairseq
 
@@ -23,18 +25,21 @@ TOLERANCE = {
     torch.float16: {"rtol": 1e-2, "atol": 1e-3},
     torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2},
 }
+# where models and batches are; "cuda" by `make test-gpu`
+DEVICE = os.environ.get("SMART_TEST_DEVICE", "cpu")
+
 HALF_TYPES = [torch.float16, torch.bfloat16]
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, **overrides: float) -> None:
     """Equal within the tolerance of the coarser of the two dtypes; `assert_equal` is the exact word."""
     dtype = min(actual.dtype, expected.dtype, key=lambda d: torch.finfo(d).bits)
-    torch.testing.assert_close(actual.double(), expected.double(), **{**TOLERANCE[dtype], **overrides})
+    torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), **{**TOLERANCE[dtype], **overrides})
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Bit for bit."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0)
 
 
 TINY_MODEL = [
@@ -44,11 +49,13 @@ TINY_MODEL = [
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--pooler-dropout", "0"]
 
 
-def write_data(folder: Path, *, kind: str = "classes", train: int = 24, valid: int = 10, seed: int = 1) -> Path:
+def write_data(
+    folder: Path, *, kind: str = "classes", train: int = 24, valid: int = 10, seed: int = 1, wrong: float = 0
+) -> Path:
     """A data folder for --task sentence_prediction: sequences of 3 to 9 of twelve words.
 
     ``kind`` "classes": the label says whether the first word is among the first six (labels 1 and 0);
-    "regression": the target is the share of such words.
+    "regression": the target is the share of such words. ``wrong``: the share of labels that are not true.
     """
     draw = random.Random(seed)
     words = Dictionary()
@@ -66,7 +73,8 @@ def write_data(folder: Path, *, kind: str = "classes", train: int = 24, valid: i
         rows = [[draw.choice("abcdefghijkl") for _ in range(draw.randint(3, 9))] for _ in range(count)]
         _write_indexed(folder / "input0" / split, [" ".join(row) for row in rows], words)
         if kind == "classes":
-            answers = ["1" if row[0] in "abcdef" else "0" for row in rows]
+            true = [row[0] in "abcdef" for row in rows]
+            answers = ["1" if right != (wrong > 0 and draw.random() < wrong) else "0" for right in true]
             _write_indexed(folder / "label" / split, answers, labels)
         else:
             shares = [sum(word in "abcdef" for word in row) / len(row) for row in rows]
@@ -103,7 +111,8 @@ def command(
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
         *("--init-token", "0", *TINY_MODEL, "--criterion", criterion, "--optimizer", optimizer),
-        *("--lr", "1e-3", "--lr-scheduler", "fixed", "--batch-size", "4", "--seed", "7", "--cpu"),
+        *("--lr", "1e-3", "--lr-scheduler", "fixed", "--batch-size", "4", "--seed", "7"),
+        *(("--cpu",) if DEVICE == "cpu" else ()),
         *(("--max-update", str(max_update)) if max_update is not None else ()),
         *("--log-format", "json", "--log-interval", "1", "--num-workers", "0", "--disable-validation"),
         *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
@@ -118,15 +127,21 @@ def parse(arguments: Sequence[str]) -> Any:
         return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=list(arguments)))
 
 
-def train(arguments: Sequence[str]) -> Dict[str, List[Dict[str, Any]]]:
-    """Run fairseq-train in this process; its log lines by kind: train_inner, train, valid."""
+def train(arguments: Sequence[str], **common: Any) -> Dict[str, List[Dict[str, Any]]]:
+    """Run fairseq-train in this process; its log lines by kind: train_inner, train, valid.
+
+    ``common``: settings of the configuration as fairseq-hydra-train takes them (on the command line fairseq takes
+    --bf16 for --tpu).
+    """
     from fairseq import checkpoint_utils
     from fairseq_cli import train as fairseq_train
 
     # fairseq keeps the best metric of a run in a function's attribute
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    cfg = parse(arguments)
+    cfg.common.update(common)
     with capture_log() as log:
-        fairseq_train.main(parse(arguments))
+        fairseq_train.main(cfg)
     return log
 
 
@@ -169,7 +184,7 @@ def build(arguments: Sequence[str]) -> Any:
     cfg = parse(arguments)
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
-    model = task.build_model(cfg.model)
+    model = task.build_model(cfg.model).to(DEVICE)
     criterion = task.build_criterion(cfg.criterion)
     task.load_dataset("train")
     return cfg, task, model, criterion
@@ -178,4 +193,5 @@ def build(arguments: Sequence[str]) -> Any:
 def batch(task: Any, size: int, start: int = 0) -> Dict[str, Any]:
     """Examples ``start`` to ``start + size`` of the train split as one batch."""
     dataset = task.dataset("train")
-    return dataset.collater([dataset[i] for i in range(start, start + size)])
+    sample = dataset.collater([dataset[i] for i in range(start, start + size)])
+    return apply_to_sample(lambda tensor: tensor.to(DEVICE), sample)  # type: ignore[no-any-return]
