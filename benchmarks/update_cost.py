@@ -3,8 +3,9 @@
     python benchmarks/update_cost.py --model minilm --batch 16 --length 64 --dtype fp32 --out cost.json
 
 Per variant: arithmetic in forward-equivalents (torch's FlopCounterMode; a third of plain fine-tuning's is one), time
-per update with the optimizer's step as the median over rounds of the ratio to plain in the same round, and on CUDA
-the peak of memory beyond weights, gradients, optimizer state and teacher. Weights are random: the cost does not depend
+per update with the optimizer's step as the median over rounds of the ratio to plain in the same round, the peak of
+memory beyond weights, gradients, optimizer state and teacher, and on CUDA how often an update waits for the device and
+how many kernels it launches. Weights are random: the cost does not depend
 on them. "literal" is how public code does it: weight gradients in the inner step, a second clean forward, a cloned
 and swapped teacher, a check on the host.
 """
@@ -26,6 +27,7 @@ from facts import facts
 from fairseq import optim, options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from peak_memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -49,6 +51,7 @@ VARIANTS = [
     ("SMART + MBPP, 1 step", [*SMART, "--optimizer", "mbpp"], 9),
     ("SMART + MBPP, 2 steps", [*SMART, "--smart-steps", "2", "--optimizer", "mbpp"], 11),
     ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"], 13),
+    ("SMART + MBPP, --smart-recompute", [*SMART, "--smart-recompute", "--optimizer", "mbpp"], 10),
     ("SMART + MBPP, first order", [*SMART, "--smart-mode", "tangent", "--optimizer", "mbpp"], 10),
 ]
 
@@ -175,15 +178,36 @@ def timed(action: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_activations(variant: Variant, sample: Dict[str, Any]) -> float:
-    """GiB beyond what is there before the update (weights, optimizer state, teacher) and the gradients."""
-    variant.optimizer.zero_grad()
+def peak_activations(variant: Variant, sample: Dict[str, Any], device: str) -> float:
+    """GiB beyond what is there before the update: weights, gradients, optimizer state and teacher."""
+    for parameter in variant.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def passes() -> None:
+        (variant.loss(sample) / len(sample["id"])).backward()
+
+    if device == "cpu":
+        with PeakMemory() as memory:
+            passes()
+        return memory.peak / 2**30
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    (variant.loss(sample) / len(sample["id"])).backward()
-    gradients = sum(p.grad.nbytes for p in variant.model.parameters() if p.grad is not None)
-    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
+    passes()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def cuda_counts(variant: Variant, sample: Dict[str, Any]) -> Dict[str, int]:
+    """How often an update waits for the device, and how many kernels it launches."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with warnings.catch_warnings(record=True) as waits, torch.profiler.profile(activities=activities) as profile:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        variant.update(sample)
+        torch.cuda.set_sync_debug_mode("default")
+    launches = sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
+    return {"synchronisations": sum("synchroniz" in str(w.message) for w in waits), "launches": launches}
 
 
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -198,8 +222,9 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         with FlopCounterMode(display=False) as counter:
             variant.update(samples[0])  # also the warm-up
         rows[label]["flops"] = counter.get_total_flops()
+        rows[label]["activations_gib"] = peak_activations(variant, samples[0], args.device)
         if args.device == "cuda":
-            rows[label]["activations_gib"] = peak_activations(variant, samples[0])
+            rows[label].update(cuda_counts(variant, samples[0]))
     times: Dict[str, List[float]] = {label: [] for label in variants}
     rounds = tqdm(samples[1:], desc="rounds", disable=not sys.stderr.isatty())
     for sample in rounds:
@@ -209,8 +234,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         row["forward_equivalents"] = row["flops"] / (rows["plain"]["flops"] / 3)
         row["seconds"] = statistics.median(times[label])
         row["time_over_plain"] = statistics.median(own / plain for own, plain in zip(times[label], times["plain"]))
-        if "activations_gib" in row:
-            row["activations_over_plain"] = row["activations_gib"] / rows["plain"]["activations_gib"]
+        row["activations_over_plain"] = row["activations_gib"] / rows["plain"]["activations_gib"]
     return list(rows.values())
 
 
@@ -231,11 +255,12 @@ def main() -> None:
     about = {**facts(__file__, args.device), **chosen}
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
     columns = ["variant", "forward_equivalents", "seconds", "time_over_plain"]
-    columns += ["activations_gib", "activations_over_plain"] if args.device == "cuda" else []
+    columns += ["activations_gib", "activations_over_plain"]
+    columns += ["synchronisations", "launches"] if args.device == "cuda" else []
     print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
     print("|" + " --- |" * len(columns))
     for row in rows:
-        cells = [row[c] if c == "variant" else f"{row[c]:.2f}" for c in columns]
+        cells = [f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
         print("| " + " | ".join(cells) + " |")
     if args.out:
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")

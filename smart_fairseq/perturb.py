@@ -12,18 +12,31 @@ perturbation did not reach is an error, never a regulariser that does nothing.
 """
 
 import functools
+import weakref
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.models import BaseFairseqModel
-from fairseq.modules import MultiheadAttention
+from fairseq.modules import MultiheadAttention, gelu
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from .errors import UsageError
 
-__all__ = ["Forward", "Substitute", "bare", "embedding_weight", "perturbed", "tangent", "token_mask"]
+__all__ = [
+    "Forward",
+    "Substitute",
+    "bare",
+    "embedding_weight",
+    "looked_up",
+    "perturbed",
+    "recomputed",
+    "tangent",
+    "token_mask",
+    "without_gelu_outputs",
+]
 
 _MODULES = {"token": "embed_tokens", "input": "dropout_module"}
 
@@ -56,12 +69,86 @@ def token_mask(model: nn.Module, src_tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def perturbed(model: nn.Module, perturbation: Tensor, place: str) -> Iterator[None]:
+def looked_up(model: nn.Module) -> Iterator[List[Tensor]]:
+    """The embeddings [B, T, C] that the block's forwards look up, in order."""
+    found: List[Tensor] = []
+    handle = _encoder(model).embed_tokens.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken."""
+    layers: List[Any] = list(_encoder(model).layers)
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
+    """The block's forwards keep the input of each layer's gelu for the gradient, and not the output too.
+
+    The output is what the next linear layer keeps; it is computed again, which costs no product of matrices.
+    """
+    layers = [layer for layer in _encoder(model).layers if getattr(layer, "activation_fn", None) is gelu]
+    kept: Dict[int, Tensor] = {}  # the input by the output's storage, as long as that lives
+    inputs: Optional[List[Tensor]] = None
+
+    def remembered(x: Tensor) -> Tensor:
+        nonlocal inputs
+        inputs = []
+        output = gelu(x)
+        # in half precision, what gelu keeps is a copy in float32
+        if len(inputs) == 1 and inputs[0].numel() == output.numel():
+            key = output.untyped_storage()._cdata
+            kept[key] = inputs[0]
+            weakref.finalize(output, kept.pop, key, None)
+        inputs = None
+        return output
+
+    def pack(tensor: Tensor) -> Any:
+        if inputs is not None:
+            inputs.append(tensor)
+            return tensor
+        source = kept.get(tensor.untyped_storage()._cdata)
+        if source is None or tensor.numel() != source.numel() or not tensor.is_contiguous():
+            return tensor
+        return source, tensor.dtype, tensor.shape
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        source, dtype, shape = packed
+        with torch.no_grad():
+            return gelu(source).to(dtype).view(shape)
+
+    for layer in layers:
+        layer.activation_fn = remembered
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for layer in layers:
+            layer.activation_fn = gelu
+
+
+@contextmanager
+def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Optional[Tensor] = None) -> Iterator[None]:
     """Add ``perturbation`` to the embeddings of the one forward that runs inside the block.
 
     Args:
         perturbation: [B, T, C], float32; gradients reach it.
         place: "token" or "input" (the table above).
+        lookup: [B, T, C], what another pass looked up for the same tokens, to be used again: the gradient of the
+            table, which is as large as the table, is then made once for both passes.
     Raises:
         RuntimeError: the block's forward did not pass the perturbed module exactly once.
     """
@@ -73,11 +160,15 @@ def perturbed(model: nn.Module, perturbation: Tensor, place: str) -> Iterator[No
         # the sum is taken in the wider precision of the two and rounded once
         return (output + perturbation).to(output.dtype)
 
-    handle = getattr(_encoder(model), _MODULES[place]).register_forward_hook(add)
+    encoder = _encoder(model)
+    handles = [getattr(encoder, _MODULES[place]).register_forward_hook(add)]
+    if lookup is not None:  # before the sum
+        handles.append(encoder.embed_tokens.register_forward_hook(lambda *_: lookup, prepend=True))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if calls != 1:
         raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
 
@@ -216,16 +307,22 @@ class Forward:
         self.inputs = {**net_input, "features_only": True, "classification_head_name": head}
         self.place = place
 
-    def __call__(self, weights: Optional[Dict[str, Tensor]] = None, perturbation: Optional[Tensor] = None) -> Tensor:
+    def __call__(
+        self,
+        weights: Optional[Dict[str, Tensor]] = None,
+        perturbation: Optional[Tensor] = None,
+        lookup: Optional[Tensor] = None,
+    ) -> Tensor:
         """The logits [B, K].
 
         Args:
             weights: parameter name -> tensor to use in its place; names left out keep the model's own.
                 None runs the model as it was given, distributed wrapper included.
             perturbation: [B, T, C], or None.
+            lookup: see `perturbed`.
         """
         if perturbation is not None:
-            with perturbed(self.model, perturbation, self.place):
+            with perturbed(self.model, perturbation, self.place, lookup):
                 return self(weights)
         if weights is None:
             logits, _ = self.model(**self.inputs)

@@ -54,19 +54,22 @@ class TeacherLink:
 
     def __init__(self, on_epoch: Optional[Callable[[nn.Module], None]] = None) -> None:
         self.on_epoch = on_epoch
+        self.update_num = 0  # of the update that is being taken
         self._optimizer: Any = None
         self._names: Optional[List[str]] = None
         self._cache: Dict[str, Tensor] = {}
         self._cache_version = -1
 
     def listen(self, task: Any) -> None:
-        """Hear which optimizer the task is given, and when its epochs begin."""
+        """Hear which optimizer the task is given, at which update, and when its epochs begin."""
         train_step, begin_epoch = task.train_step, task.begin_epoch
         signature = inspect.signature(train_step)
 
         @functools.wraps(train_step)
         def hear_train_step(*args: Any, **kwargs: Any) -> Any:
-            self.connect(signature.bind(*args, **kwargs).arguments["optimizer"])
+            arguments = signature.bind(*args, **kwargs).arguments
+            self.connect(arguments["optimizer"])
+            self.update_num = int(arguments["update_num"])
             return train_step(*args, **kwargs)
 
         @functools.wraps(begin_epoch)

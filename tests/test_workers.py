@@ -151,6 +151,7 @@ CASES = {
     "plain": (24, "4", "1", []),
     "tangent": (24, "4", "1", ["--smart-mode", "tangent"]),
     "clean pass without dropout": (24, "4", "1", ["--smart-dropout", "off"]),
+    "the clean pass recomputed": (24, "4", "1", ["--smart-recompute"]),
     "regression": (24, "4", "1", ["--regression-target", "--num-classes", "1"]),
     "--update-freq": (24, "2", "2", []),
     "uneven last batches": (22, "4", "1", []),
@@ -257,7 +258,8 @@ def test_a_term_dropped_on_one_worker(class_data: Path, tmp_path: Path) -> None:
 
 def prepared(data: Path, mode: str, unused: bool) -> Any:
     """Task, model and criterion with a teacher that is not the student."""
-    arguments = command(data, *FIXED, "--smart-mode", mode)
+    flags = ["--smart-recompute"] if mode == "recompute" else ["--smart-mode", mode]
+    arguments = command(data, *FIXED, *flags)
     cfg, task, model, criterion = build(arguments)
     for parameter_name, parameter in model.encoder.lm_head.named_parameters():
         # the LM head plays no part in classification; its weight is the embeddings'
@@ -301,7 +303,7 @@ def in_ddp(rank: int, port: int, data: Path, mode: str, unused: bool, out: Path)
 
 
 @pytest.mark.parametrize("unused", [True, False], ids=["find-unused-parameters", "all parameters used"])
-@pytest.mark.parametrize("mode", ["finite", "tangent"])
+@pytest.mark.parametrize("mode", ["finite", "tangent", "recompute"])
 def test_torch_ddp(mode: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
     """Two workers' gradients, averaged by DDP's reducer, against one with all examples; accumulation in between."""
     port = free_port()

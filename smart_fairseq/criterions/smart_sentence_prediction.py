@@ -38,8 +38,18 @@ from ..method.divergence import (
 )
 from ..method.dropout import RandomState, without_dropout
 from ..method.noise import example_noise
+from ..method.reuse import PerturbationMemory
 from ..optim.mbpp import MBPPConfig
-from ..perturb import Forward, Substitute, embedding_weight, tangent, token_mask
+from ..perturb import (
+    Forward,
+    Substitute,
+    embedding_weight,
+    looked_up,
+    recomputed,
+    tangent,
+    token_mask,
+    without_gelu_outputs,
+)
 from ..teacher_link import TeacherLink
 from ..training_checks import check_best_metric, check_labels, check_model, check_restore_file, resolution
 
@@ -105,6 +115,28 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
             "radius is below what half precision resolves"
         },
     )
+    smart_recompute: bool = field(
+        default=False,
+        metadata={
+            "help": "save memory: keep no activations of the clean pass while the perturbed pass's are held "
+            "(one more forward)"
+        },
+    )
+    smart_every: int = field(
+        default=1,
+        metadata={"help": "approximation: the smoothness term at every n-th update alone, n times as heavy"},
+    )
+    smart_bregman_every: int = field(
+        default=1,
+        metadata={"help": "approximation: the Bregman term at every n-th update alone, n times as heavy"},
+    )
+    smart_reuse: bool = field(
+        default=False,
+        metadata={
+            "help": "approximation: the perturbation is the example's last one, moved along the gradient that training "
+            "took anyway, instead of one found anew (an example's first is found)"
+        },
+    )
     smart_bregman_weight: Optional[float] = field(
         default=None,
         metadata={"help": "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"},
@@ -151,6 +183,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         self.divergence_of_change = squared_change if cfg.regression_target else of_classes
         # the size at which the change of the output is taken; the divergence is of that change times the size
         self.size = cfg.smart_epsilon if cfg.smart_projection == "ball" else 1.0
+        self.memory = PerturbationMemory(self.adversary) if cfg.smart_reuse else None
         self._mode: Optional[str] = None
         self._resolved = 0.0  # the least entry of a perturbation that the working precision resolves; 0: any
         self._checked = self._warned = False
@@ -192,54 +225,69 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             place_predictions(result[2], sample["id"], self.task)
             return result
 
+        smart_weight = self._weight_now(self.smart_weight, self.cfg.smart_every)
+        bregman_weight = self._weight_now(self.bregman_weight, self.cfg.smart_bregman_every)
         masks = RandomState(sample["net_input"]["src_tokens"].device)
         forward = Forward(model, sample["net_input"], self.classification_head_name, str(self.cfg.smart_embedding))
-        to_first_order = self.smart_weight > 0 and self._choose_mode(model) == "tangent"
+        to_first_order = smart_weight > 0 and self._choose_mode(model) == "tangent"
+        # before there are activations to keep
+        target = self._teacher_output(forward) if bregman_weight else None
         with contextlib.ExitStack() as passes:
             if to_first_order:
                 perturbation, mask = self._perturbation(forward, sample, None, masks)
                 change = passes.enter_context(tangent(model, perturbation / self.size, forward.place))
+            elif smart_weight:
+                passes.enter_context(recomputed(model) if self.cfg.smart_recompute else without_gelu_outputs(model))
+            lookup = passes.enter_context(looked_up(model)) if smart_weight else []
             output = passes.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         clean = output[0]
         log["task_loss"] = log["loss"]
 
-        if self.smart_weight:
+        terms = []
+        if smart_weight:
             if to_first_order:
                 moved = self.size * change[0].to(perturbation.dtype)
                 smoothness = self.divergence_of_change(clean, moved).sum()
                 rounding = moved
             else:
-                smoothness, perturbation, mask = self._finite_smoothness(forward, sample, clean, masks)
+                smoothness, perturbation, mask = self._finite_smoothness(forward, sample, clean, masks, lookup[0])
                 rounding = clean
-            loss = self._add(loss, "smart", self.smart_weight, smoothness, log, model)
+            terms.append(("smart", smart_weight, smoothness))
             log["smart_delta"] = self._size(perturbation, mask)
             log["smart_noise"] = self._noise_floor(clean, rounding, model)
             log["smart_square"] = sample_size * self.size**2
-        if self.bregman_weight:
-            bregman = self.divergence(clean, self._teacher_output(forward)).sum()
-            loss = self._add(loss, "bregman", self.bregman_weight, bregman, log, model)
+        if target is not None:
+            terms.append(("bregman", bregman_weight, self.divergence(clean, target).sum()))
 
+        if terms:
+            loss = self._add(loss, terms, log, model)
         log["loss"] = loss.detach()
         return loss, sample_size, log
 
-    def _add(
-        self, loss: Tensor, name: str, weight: float, term: Tensor, log: Dict[str, Any], model: nn.Module
-    ) -> Tensor:
-        """The loss with the weighted term, which is logged; one that is not finite must not reach the weights.
+    def _weight_now(self, weight: float, every: int) -> float:
+        """The term's weight at this update."""
+        return weight * every if self.teacher.update_num % every == 0 else 0.0
 
-        It is left out and counted. Not so in float16, where fairseq's loss scaling finds the overflow in the
-        gradients and every worker skips the update.
+    def _add(
+        self, loss: Tensor, terms: List[Tuple[str, float, Tensor]], log: Dict[str, Any], model: nn.Module
+    ) -> Tensor:
+        """The loss with the terms (name, weight, value), which are logged; one that is not finite is left out.
+
+        Not so in float16, where fairseq's loss scaling finds the overflow in the gradients and every worker skips
+        the update.
         """
-        finite = bool(torch.isfinite(term.detach()))
-        # the same keys on every worker, whatever happened
-        log[f"{name}_loss"] = term.detach() if finite else torch.zeros_like(term)
-        log[f"{name}_dropped"] = int(not finite)
-        if finite:
-            return loss + weight * term
-        if self._working_precision(model) == torch.float16:
-            logger.warning(f"{name}_loss is not finite: its pass overflowed in float16, so this update is skipped")
-            return loss * math.nan
+        # the step's one wait for the device
+        finite = torch.stack([term.detach() for _, _, term in terms]).isfinite().tolist()
+        for (name, weight, term), good in zip(terms, finite):
+            # the same keys on every worker, whatever happened
+            log[f"{name}_loss"] = term.detach() if good else torch.zeros_like(term)
+            log[f"{name}_dropped"] = int(not good)
+            if good:
+                loss = loss + weight * term
+            elif self._working_precision(model) == torch.float16:
+                logger.warning(f"{name}_loss is not finite: its pass overflowed in float16, so this update is skipped")
+                loss = loss * math.nan
         return loss
 
     def _evaluated(self, model: nn.Module) -> Any:
@@ -289,14 +337,25 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             frozen, clean, noise, mask, self.divergence, self.adversary, None if resolved else to_first_order
         ), mask
 
-    def _finite_smoothness(self, forward: Forward, sample: Dict[str, Any], clean: Tensor, masks: RandomState) -> Any:
-        """R_s summed over the batch as the divergence of two outputs, the perturbation and its mask."""
+    def _finite_smoothness(
+        self, forward: Forward, sample: Dict[str, Any], clean: Tensor, masks: RandomState, lookup: Tensor
+    ) -> Any:
+        """R_s summed over the batch as the divergence of two outputs, the perturbation and its mask.
+
+        ``lookup`` [B, T, C]: the clean pass's embeddings.
+        """
         if self.cfg.smart_dropout == "off":
             with without_dropout(forward.model):
                 clean = forward()
-        perturbation, mask = self._perturbation(forward, sample, clean, masks)
-        with self._dropout(forward.model, masks):
-            adversarial = forward(perturbation=perturbation)
+        known = self.memory.recall(sample["id"], lookup) if self.memory else None
+        if known is None:
+            perturbation, mask = self._perturbation(forward, sample, clean, masks)
+        else:
+            perturbation, mask = known, token_mask(forward.model, sample["net_input"]["src_tokens"])
+        if self.memory:
+            perturbation = self.memory.watched(sample["id"], perturbation, mask)
+        with self._dropout(forward.model, masks), without_gelu_outputs(forward.model):
+            adversarial = forward(perturbation=perturbation, lookup=lookup)
         return self.divergence(adversarial, clean).sum(), perturbation, mask
 
     def _working_precision(self, model: nn.Module) -> torch.dtype:
@@ -393,12 +452,16 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
                 metrics.log_scalar_sum(key, int(dropped), round=0)
 
 
-def _significant(value: Any, digits: int = 3) -> float:
-    """A number rounded to significant digits, so that 1.3e-06 is not printed as 0."""
+def _significant(value: Any, digits: int = 3) -> Any:
+    """A number rounded to significant digits, so that 1.3e-06 is not printed as 0; "-" where there is none."""
+    if value is None:  # no update of the interval had the term (--smart-every)
+        return "-"
     return float(f"{float(value):.{digits - 1}e}")
 
 
-def _ratio(value: Any, reference: Any) -> float:
+def _ratio(value: Any, reference: Any) -> Any:
+    if value is None or reference is None:
+        return "-"
     return _significant(float(value) / float(reference)) if float(reference) else math.nan
 
 
@@ -416,6 +479,10 @@ def _unknown_to_first_order(cfg: SmartSentencePredictionConfig) -> Optional[str]
     """Which flag the first-order form does not know, and what to use instead; None if it knows them all."""
     if cfg.smart_dropout != "shared":
         return f"not defined for --smart-dropout {cfg.smart_dropout}; use shared, or a larger radius"
+    if cfg.smart_reuse:
+        return "not there for --smart-reuse; leave it out, or use a larger radius"
+    if cfg.smart_recompute:
+        return "not there for --smart-recompute; leave it out, or use a larger radius"
     if _divergence_name(cfg) in ("kl", "js"):
         return f"not there for --smart-divergence {_divergence_name(cfg)}; use auto, or a larger radius"
     return None
@@ -487,6 +554,16 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
         cfg.smart_steps,
         f"{lowest} or more (--smart-weight 0 switches the term off)",
     )
+    for flag, number in (
+        ("--smart-every", cfg.smart_every),
+        ("--smart-bregman-every", cfg.smart_bregman_every),
+    ):
+        require(number >= 1, flag, number, "a whole number from 1")
+    if cfg.smart_recompute and cfg.smart_dropout == "off":
+        raise UsageError(
+            "--smart-recompute is set with --smart-dropout off, which takes a second clean pass; use shared or "
+            "independent"
+        )
     if cfg.smart_mode == "tangent" and _unknown_to_first_order(cfg):
         raise UsageError(f"--smart-mode is tangent, which is {_unknown_to_first_order(cfg)}")
     num_classes = task.cfg.num_classes

@@ -1,0 +1,143 @@
+"""Approximations that are off by default: what they save, and that they are what they say."""
+
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+import torch
+from test_cost import set_up
+from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, command, train
+from torch.utils.flop_counter import FlopCounterMode
+
+from smart_fairseq.errors import UsageError
+from smart_fairseq.method.adversary import Adversary
+from smart_fairseq.method.divergence import symmetric_kl
+from smart_fairseq.method.reuse import PerturbationMemory
+from smart_fairseq.perturb import Forward
+
+BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "5e-3", "--smart-noise-std", "1e-3"]
+
+
+def loss_and_log(criterion: Any, model: Any, sample: Any) -> Any:
+    torch.manual_seed(5)
+    loss, _, log = criterion(model, sample)
+    return loss.detach(), log
+
+
+def test_a_term_at_every_third_update_is_three_times_as_heavy(class_data: Path) -> None:
+    task, model, criterion = set_up(class_data, *NO_DROPOUT, *BOLD, "--smart-every", "3", "--smart-weight", "0.5")
+    plain_criterion = set_up(class_data, *NO_DROPOUT, *BOLD, "--smart-weight", "0.5")[2]
+    sample = batch(task, 4)
+    _, every = loss_and_log(plain_criterion, model, sample)
+    for update in range(7):
+        criterion.teacher.update_num = update
+        loss, log = loss_and_log(criterion, model, sample)
+        if update % 3:
+            assert "smart_loss" not in log
+            assert_equal(loss, log["task_loss"])
+        else:
+            assert_equal(log["smart_loss"], every["smart_loss"])
+            assert_close(loss, log["task_loss"] + 3 * 0.5 * every["smart_loss"])
+
+
+def test_both_terms_every_second_update_in_a_run(class_data: Path) -> None:
+    """At updates of their own numbers, and the same ones after a resumption."""
+    shared = [*BOLD, "--smart-every", "2", "--smart-bregman-every", "3"]
+    lines = train(command(class_data, *shared, max_update=6))["train_inner"]
+    assert [isinstance(line["smart_loss"], float) for line in lines] == [True, False, True, False, True, False]
+    assert [isinstance(line["bregman_loss"], float) for line in lines] == [True, False, False, True, False, False]
+    assert lines[1]["smart_loss"] == lines[1]["smart_signal"] == "-"
+    assert lines[3]["bregman_loss"] > 0
+
+
+def test_what_is_left_out_costs_nothing(class_data: Path) -> None:
+    task, model, criterion = set_up(class_data, *BOLD, "--smart-every", "2")
+    sample = batch(task, 4)
+    plain_task, plain_model, plain = set_up(class_data, criterion="sentence_prediction")
+    found = []
+    for taken, model_taken in ((criterion, model), (plain, plain_model)):
+        if taken is criterion:
+            criterion.teacher.update_num = 1
+        with FlopCounterMode(display=False) as counter:
+            taken(model_taken, sample)[0].backward()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1]
+
+
+def test_a_reused_perturbation_is_a_projected_step_from_the_last_one(class_data: Path) -> None:
+    """Against the step written out: from the first epoch's perturbation along the gradient of R_s there."""
+    task, model, criterion = set_up(class_data, *NO_DROPOUT, *BOLD, "--smart-reuse")
+    sample = batch(task, 4)
+    used: List[torch.Tensor] = []
+    watched = criterion.memory.watched
+
+    def note(ids: Any, perturbation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        used.append(perturbation.detach().clone())
+        return watched(ids, perturbation, mask)
+
+    criterion.memory.watched = note
+    for _ in range(2):
+        torch.manual_seed(5)
+        criterion(model, sample)[0].backward()
+    first, second = used
+    assert float((second - first).abs().max()) > 1e-3
+
+    forward = Forward(model, sample["net_input"], "sentence_classification_head", "token")
+    leaf = first.clone().requires_grad_()
+    symmetric_kl(forward(perturbation=leaf), forward().detach()).sum().backward()
+    largest = leaf.grad.abs().amax(dim=(1, 2), keepdim=True)
+    expected = (first + 5e-3 * leaf.grad / largest).clamp(-1e-2, 1e-2)
+    assert_close(second, expected, rtol=0, atol=1e-5)  # kept in half precision, relative to the radius
+    with torch.no_grad():
+        grown = [symmetric_kl(forward(perturbation=p), forward()).sum() for p in used]
+    assert grown[1] > grown[0]
+
+
+def test_reuse_saves_two_forwards(class_data: Path) -> None:
+    task, model, criterion = set_up(class_data, *BOLD, "--smart-reuse")
+    sample = batch(task, 4)
+    found = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            criterion(model, sample)[0].backward()
+        found.append(counter.get_total_flops())
+    assert found[1] / found[0] == pytest.approx(6 / 8, abs=0.01)
+
+
+def test_perturbations_belong_to_examples(class_data: Path) -> None:
+    """Other batches, other padding; unknown examples are found anew."""
+    memory = PerturbationMemory(Adversary(radius=1e-2, step_size=1e-2))
+    perturbation = 1e-2 * torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    mask = torch.ones(3, 5, 1)
+    mask[0, 3:] = 0
+    leaf = memory.watched(torch.tensor([7, 8, 9]), perturbation * mask, mask)
+    (0 * leaf).sum().backward()
+    like = torch.zeros(2, 6, 2, dtype=torch.float16)
+    found = memory.recall(torch.tensor([9, 7]), like)
+    assert found is not None and found.dtype == torch.float32
+    assert_close(found[0, :5], perturbation[2], rtol=1e-3, atol=1e-5)
+    assert_close(found[1, :3], perturbation[0, :3], rtol=1e-3, atol=1e-5)
+    assert_equal(found[1, 3:], torch.zeros(3, 2))
+    assert memory.recall(torch.tensor([7, 10]), like) is None
+
+
+def test_an_overflow_leaves_the_perturbation(class_data: Path) -> None:
+    memory = PerturbationMemory(Adversary(radius=1.0, step_size=1.0))
+    leaf = memory.watched(torch.tensor([1]), torch.full((1, 2, 2), 0.5), torch.ones(1, 2, 1))
+    (leaf * float("inf")).sum().backward()
+    found = memory.recall(torch.tensor([1]), leaf)
+    assert found is not None
+    assert_equal(found, torch.full((1, 2, 2), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--smart-every", "0"], "--smart-every is 0; it must be a whole number from 1"),
+        (["--smart-bregman-every", "-1"], "--smart-bregman-every is -1"),
+        (["--smart-reuse", "--smart-mode", "tangent"], "not there for --smart-reuse"),
+    ],
+)
+def test_refusals(flags: List[str], message: str, class_data: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        set_up(class_data, *flags)
