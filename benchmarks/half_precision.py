@@ -50,7 +50,7 @@ def planned(args: argparse.Namespace) -> List[trainings.Run]:
     if not (data / "input0").is_dir() or not (imported / "model.pt").is_file():
         sys.exit(f"half_precision: error: --demo is {place}, which holds no encoder and no data; run `make demo` first")
     runs = []
-    for precision in reversed(list(PRECISIONS)):
+    for precision in reversed(args.precisions):
         for seed in range(1, args.seeds + 1):
             name = f"{precision}-seed{seed}"
             line = demo.training_command(demo.OWN_TASK, data, imported, place / "unused", "smart", seed, args.updates)
@@ -81,13 +81,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each")
     parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="where `make demo` put encoder and data")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
     runs = planned(args)
     trainings.run_all(runs, args.jobs, 1)
-    rows = [row(precision, [run for run in runs if run.method == precision]) for precision in PRECISIONS]
+    rows = [row(precision, [run for run in runs if run.method == precision]) for precision in args.precisions]
     about = facts(__file__)
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
     print("| precision | form | accuracy per seed | task_loss | smart_loss | bregman_loss | dropped | overflows |")

@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import logging
+import resource
 import statistics
 import sys
 import tempfile
@@ -214,8 +215,12 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dictionaries(folder, MODELS[args.model][1])
-        variants: Dict[str, Variant] = {label: Variant(flags, args, folder) for label, flags, _ in VARIANTS}
-        variants["literal"] = Literal(args, folder)
+        chosen = args.variants or [*(label for label, _, _ in VARIANTS), "literal"]
+        variants: Dict[str, Variant] = {
+            label: Variant(flags, args, folder) for label, flags, _ in VARIANTS if label in chosen
+        }
+        if "literal" in chosen:
+            variants["literal"] = Literal(args, folder)
     samples = batches(args)
     rows = {label: {"variant": label} for label in variants}
     for label, variant in variants.items():
@@ -231,8 +236,10 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         for label, variant in variants.items():
             times[label].append(timed(lambda v=variant, s=sample: v.update(s), args.device))
     for label, row in rows.items():
-        row["forward_equivalents"] = row["flops"] / (rows["plain"]["flops"] / 3)
         row["seconds"] = statistics.median(times[label])
+        if "plain" not in rows:
+            continue
+        row["forward_equivalents"] = row["flops"] / (rows["plain"]["flops"] / 3)
         row["time_over_plain"] = statistics.median(own / plain for own, plain in zip(times[label], times["plain"]))
         row["activations_over_plain"] = row["activations_gib"] / rows["plain"]["activations_gib"]
     return list(rows.values())
@@ -245,6 +252,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    names = [*(label for label, _, _ in VARIANTS), "literal"]
+    parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help="rows of the table; default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
@@ -253,10 +262,12 @@ def main() -> None:
     rows = measure(args)
     chosen = {name: getattr(args, name) for name in ("model", "batch", "length", "dtype", "rounds")}
     about = {**facts(__file__, args.device), **chosen}
-    print(", ".join(f"{key}: {value}" for key, value in about.items()))
     columns = ["variant", "forward_equivalents", "seconds", "time_over_plain"]
     columns += ["activations_gib", "activations_over_plain"]
     columns += ["synchronisations", "launches"] if args.device == "cuda" else []
+    columns = [column for column in columns if column in rows[0]]
+    about["largest_resident_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    print(", ".join(f"{key}: {value}" for key, value in about.items()))
     print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
     print("|" + " --- |" * len(columns))
     for row in rows:
