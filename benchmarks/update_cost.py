@@ -87,7 +87,8 @@ class Variant:
         else:
             self.optimizer = optim.MemoryEfficientFP16Optimizer.build_optimizer(cfg, parameters)
             self.optimizer.scaler = None
-        if hasattr(self.criterion, "teacher"):
+        self.has_teacher = "mbpp" in flags
+        if self.has_teacher:
             self.criterion.teacher.connect(self.optimizer)
 
     def loss(self, sample: Dict[str, Any]) -> torch.Tensor:
@@ -184,6 +185,8 @@ def peak_activations(variant: Variant, sample: Dict[str, Any], device: str) -> f
     for parameter in variant.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
+    if variant.has_teacher:
+        variant.criterion.teacher.weights(variant.model)  # in half precision its copy, made once per update
 
     def passes() -> None:
         (variant.loss(sample) / len(sample["id"])).backward()

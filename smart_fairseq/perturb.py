@@ -188,21 +188,45 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return result if change is None else forward_ad.make_dual(result, nn.functional.linear(change, module.weight))
 
 
-def _layer_norm(module: Any, x: Tensor) -> Tensor:
+def _layer_norm(module: Any, x: Tensor, differentiable: bool) -> Tensor:
+    value, change = forward_ad.unpack_dual(x)
+    if not differentiable and change is not None:
+        with torch.no_grad():
+            wide, moved = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (value, change))
+            deviation, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
+            scale = torch.rsqrt(deviation + module.eps)
+            normal = (wide - mean) * scale
+            moved = moved - moved.mean(dim=-1, keepdim=True)
+            moved = scale * (moved - normal * (normal * moved).mean(dim=-1, keepdim=True)) * module.weight
+        result = nn.functional.layer_norm(value, module.normalized_shape, module.weight, module.bias, module.eps)
+        return forward_ad.make_dual(result, moved.to(x.dtype))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(dim=-1, keepdim=True)
     normal = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + module.eps)
     return (normal * module.weight + module.bias).to(x.dtype)
 
 
-def _softmax(scores: Tensor) -> Tensor:
+def _softmax(scores: Tensor, differentiable: bool) -> Tensor:
+    value, change = forward_ad.unpack_dual(scores)
+    if not differentiable and change is not None:
+        shares = torch.softmax(value, dim=-1)
+        with torch.no_grad():
+            wide, moved = (t.to(torch.promote_types(scores.dtype, torch.float32)) for t in (shares, change))
+            moved = wide * (moved - (wide * moved).sum(dim=-1, keepdim=True))
+        return forward_ad.make_dual(shares, moved.to(scores.dtype))
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     shares = (wide - wide.amax(dim=-1, keepdim=True).detach()).exp()
     return (shares / shares.sum(dim=-1, keepdim=True)).to(scores.dtype)
 
 
 def _self_attention(
-    module: Any, query: Tensor, key: Any = None, value: Any = None, key_padding_mask: Optional[Tensor] = None, **_: Any
+    module: Any,
+    differentiable: bool,
+    query: Tensor,
+    key: Any = None,
+    value: Any = None,
+    key_padding_mask: Optional[Tensor] = None,
+    **_: Any,
 ) -> Tuple[Tensor, None]:
     """Self-attention as in fairseq's MultiheadAttention; [T, B, C] -> [T, B, C]."""
     length, batch, channels = query.shape
@@ -214,23 +238,26 @@ def _self_attention(
     scores = (q * module.scaling) @ k.transpose(-2, -1)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
-    shares = nn.functional.dropout(_softmax(scores), module.dropout_module.p, module.training)
+    shares = nn.functional.dropout(_softmax(scores, differentiable), module.dropout_module.p, module.training)
     return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
 
 
 @contextmanager
-def _written_out(model: nn.Module) -> Iterator[None]:
-    """Run a block with every linear layer, LayerNorm and self-attention of the model written out."""
+def _written_out(model: nn.Module, differentiable: bool = True) -> Iterator[None]:
+    """Run a block with every linear layer, LayerNorm and self-attention of the model written out.
+
+    Without ``differentiable`` changes, LayerNorm and softmax keep for the values' gradient what they ordinarily do.
+    """
     replaced: List[Tuple[Any, Callable[..., Any]]] = []
     for module in bare(model).modules():
         if isinstance(module, MultiheadAttention):
             if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
                 raise UsageError("--smart-mode tangent does not know this model's attention; use --smart-mode finite")
-            replaced.append((module, functools.partial(_self_attention, module)))
+            replaced.append((module, functools.partial(_self_attention, module, differentiable)))
         elif type(module) is nn.Linear:
             replaced.append((module, functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
-            replaced.append((module, functools.partial(_layer_norm, module)))
+            replaced.append((module, functools.partial(_layer_norm, module, differentiable=differentiable)))
     for module, forward in replaced:
         module.forward = forward
     try:
@@ -251,7 +278,7 @@ def tangent(
     Args:
         direction: [B, T, C]; of size 1 or so, whatever the perturbation's size: the change is linear in it.
         leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
-            in this list as a leaf [B, T, C] that requires a gradient.
+            in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
     """
     changes: List[Tensor] = []
 
@@ -272,7 +299,7 @@ def tangent(
         bare(model).register_forward_hook(leave),
     ]
     try:
-        with _written_out(model), forward_ad.dual_level():
+        with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
             yield changes
     finally:
         for handle in handles:

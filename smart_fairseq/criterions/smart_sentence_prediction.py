@@ -16,7 +16,7 @@ import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq.criterions import register_criterion
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import NOT_SHARDED, UsageError, require
 from ..glue_metrics import cover_validation_sets, log_glue_metrics, place_predictions
-from ..method.adversary import Adversary, ascend, find_perturbation, gradient_to_first_order, norm
+from ..method.adversary import Adversary, GradientFn, ascend, find_perturbation, gradient_to_first_order, norm
 from ..method.divergence import (
     DIVERGENCES,
     squared_change,
@@ -230,31 +230,33 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         masks = RandomState(sample["net_input"]["src_tokens"].device)
         forward = Forward(model, sample["net_input"], self.classification_head_name, str(self.cfg.smart_embedding))
         to_first_order = smart_weight > 0 and self._choose_mode(model) == "tangent"
-        # before there are activations to keep
+        # what needs nothing of the clean pass comes before it, while there are no activations to keep
         target = self._teacher_output(forward) if bregman_weight else None
+        start = self._start(forward, sample, masks) if smart_weight else None
         with contextlib.ExitStack() as passes:
-            if to_first_order:
-                perturbation, mask = self._perturbation(forward, sample, None, masks)
+            if start is not None and to_first_order:
+                gradient_fn = self._first_order_gradient(forward, masks)
+                perturbation = ascend(gradient_fn, start.noise, start.mask, self.adversary, start.gradient)
                 change = passes.enter_context(tangent(model, perturbation / self.size, forward.place))
-            elif smart_weight:
+            elif start is not None:
                 passes.enter_context(recomputed(model) if self.cfg.smart_recompute else without_gelu_outputs(model))
-            lookup = passes.enter_context(looked_up(model)) if smart_weight else []
+            lookup = passes.enter_context(looked_up(model)) if start is not None else []
             output = passes.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         clean = output[0]
         log["task_loss"] = log["loss"]
 
         terms = []
-        if smart_weight:
+        if start is not None:
             if to_first_order:
                 moved = self.size * change[0].to(perturbation.dtype)
                 smoothness = self.divergence_of_change(clean, moved).sum()
                 rounding = moved
             else:
-                smoothness, perturbation, mask = self._finite_smoothness(forward, sample, clean, masks, lookup[0])
+                smoothness, perturbation = self._finite_smoothness(forward, sample, clean, masks, start, lookup[0])
                 rounding = clean
             terms.append(("smart", smart_weight, smoothness))
-            log["smart_delta"] = self._size(perturbation, mask)
+            log["smart_delta"] = self._size(perturbation, start.mask)
             log["smart_noise"] = self._noise_floor(clean, rounding, model)
             log["smart_square"] = sample_size * self.size**2
         if target is not None:
@@ -304,13 +306,8 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             return model
         return Substitute(model, self.teacher.weights(model))
 
-    def _perturbation(
-        self, forward: Forward, sample: Dict[str, Any], clean: Optional[Tensor], masks: RandomState
-    ) -> Tuple[Tensor, Tensor]:
-        """Algorithm 1, lines 3 to 8: the perturbation [B, T, C] and its mask [B, T, 1].
-
-        ``clean``, the logits that the finite form compares with, is None for the first-order form.
-        """
+    def _start(self, forward: Forward, sample: Dict[str, Any], masks: RandomState) -> "_Start":
+        """Algorithm 1, line 3: where the ascent starts; in half precision with the gradient there."""
         tokens = sample["net_input"]["src_tokens"]
         embeddings = embedding_weight(forward.model)
         mask = token_mask(forward.model, tokens)
@@ -318,45 +315,55 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         noise = example_noise(sample["id"], tokens.shape[1], embeddings.shape[1], seed=torch.initial_seed())
         # at least float32, whatever the model's precision
         noise = noise.to(torch.promote_types(embeddings.dtype, torch.float32)) * self.cfg.smart_noise_std
+        known = self.memory.recall(sample["id"], noise) if self.memory else None
+        # fresh dropout masks change the output more than any noise, so that nothing is lost in rounding
+        resolved = self.cfg.smart_noise_std >= self._resolved or self.cfg.smart_dropout == "independent"
+        gradient = None
+        if known is None and not resolved:
+            gradient = self._first_order_gradient(forward, masks)(noise * mask)
+        return _Start(noise, mask, gradient, known)
+
+    def _first_order_gradient(self, forward: Forward, masks: RandomState) -> GradientFn:
         weights = forward.frozen_weights()
 
         def products(direction: Tensor) -> Any:
             with self._dropout(forward.model, masks):
                 return forward.products(weights, direction)
 
-        def frozen(perturbation: Tensor) -> Tensor:
-            with self._dropout(forward.model, masks):
-                return forward(weights, perturbation)
-
-        to_first_order = gradient_to_first_order(products, self.divergence_of_change)
-        if clean is None:
-            return ascend(to_first_order, noise, mask, self.adversary), mask
-        # fresh dropout masks change the output more than any noise, so that nothing is lost in rounding
-        resolved = self.cfg.smart_noise_std >= self._resolved or self.cfg.smart_dropout == "independent"
-        return find_perturbation(
-            frozen, clean, noise, mask, self.divergence, self.adversary, None if resolved else to_first_order
-        ), mask
+        return gradient_to_first_order(products, self.divergence_of_change)
 
     def _finite_smoothness(
-        self, forward: Forward, sample: Dict[str, Any], clean: Tensor, masks: RandomState, lookup: Tensor
-    ) -> Any:
-        """R_s summed over the batch as the divergence of two outputs, the perturbation and its mask.
+        self,
+        forward: Forward,
+        sample: Dict[str, Any],
+        clean: Tensor,
+        masks: RandomState,
+        start: "_Start",
+        lookup: Tensor,
+    ) -> Tuple[Tensor, Tensor]:
+        """R_s summed over the batch as the divergence of two outputs, and the perturbation [B, T, C].
 
         ``lookup`` [B, T, C]: the clean pass's embeddings.
         """
         if self.cfg.smart_dropout == "off":
             with without_dropout(forward.model):
                 clean = forward()
-        known = self.memory.recall(sample["id"], lookup) if self.memory else None
-        if known is None:
-            perturbation, mask = self._perturbation(forward, sample, clean, masks)
-        else:
-            perturbation, mask = known, token_mask(forward.model, sample["net_input"]["src_tokens"])
+        weights = forward.frozen_weights()
+
+        def frozen(perturbation: Tensor) -> Tensor:
+            with self._dropout(forward.model, masks):
+                return forward(weights, perturbation)
+
+        perturbation = start.known
+        if perturbation is None:
+            perturbation = find_perturbation(
+                frozen, clean, start.noise, start.mask, self.divergence, self.adversary, start.gradient
+            )
         if self.memory:
-            perturbation = self.memory.watched(sample["id"], perturbation, mask)
+            perturbation = self.memory.watched(sample["id"], perturbation, start.mask)
         with self._dropout(forward.model, masks), without_gelu_outputs(forward.model):
             adversarial = forward(perturbation=perturbation, lookup=lookup)
-        return self.divergence(adversarial, clean).sum(), perturbation, mask
+        return self.divergence(adversarial, clean).sum(), perturbation
 
     def _working_precision(self, model: nn.Module) -> torch.dtype:
         """The dtype that the model's products are taken in: autocast's under --amp, otherwise its weights'."""
@@ -450,6 +457,15 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             dropped = sum(log.get(key, 0) for log in logging_outputs)
             if dropped:
                 metrics.log_scalar_sum(key, int(dropped), round=0)
+
+
+class _Start(NamedTuple):
+    """Where the ascent of a batch starts."""
+
+    noise: Tensor  # [B, T, C], float32 or wider
+    mask: Tensor  # [B, T, 1]
+    gradient: Optional[Tensor]  # [B, T, C], to first order at the noise, where the precision does not resolve that
+    known: Optional[Tensor]  # [B, T, C], with --smart-reuse the perturbation, which then is not looked for
 
 
 def _significant(value: Any, digits: int = 3) -> Any:

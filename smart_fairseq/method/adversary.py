@@ -28,6 +28,7 @@ from .divergence import Divergence
 
 __all__ = [
     "Adversary",
+    "GradientFn",
     "ascend",
     "find_perturbation",
     "gradient_to_first_order",
@@ -103,7 +104,7 @@ def ascend(
     noise: Tensor,
     mask: Tensor,
     adversary: Adversary,
-    first_gradient_fn: Optional[GradientFn] = None,
+    first_gradient: Optional[Tensor] = None,
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: from the noise, one projected gradient step at a time.
 
@@ -112,13 +113,14 @@ def ascend(
             factor for each example, which the normalisation takes out.
         noise: [B, T, C], float32 or wider: the starting point nu ~ N(0, sigma^2 I).
         mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
-        first_gradient_fn: what to use in the first step instead.
+        first_gradient: [B, T, C], the gradient at the noise, where the caller has it already.
     Returns:
         [B, T, C], dtype of ``noise``. Not finite where a gradient was not.
     """
     perturbation = noise * mask
     for step in range(adversary.steps):
-        gradient = ((step == 0 and first_gradient_fn) or gradient_fn)(perturbation).to(noise.dtype)
+        known = first_gradient if step == 0 else None
+        gradient = (gradient_fn(perturbation) if known is None else known).to(noise.dtype)
         perturbation = project(perturbation + adversary.step_size * normalize(gradient * mask, adversary), adversary)
     return perturbation
 
@@ -147,7 +149,7 @@ def find_perturbation(
     mask: Tensor,
     divergence: Divergence,
     adversary: Adversary,
-    first_gradient_fn: Optional[GradientFn] = None,
+    first_gradient: Optional[Tensor] = None,
 ) -> Tensor:
     """`ascend` along the gradient of the divergence between two outputs.
 
@@ -156,8 +158,8 @@ def find_perturbation(
             nothing on weight gradients, its weights must not require gradients.
         clean_logits: [B, K], outputs without perturbation; held fixed.
         divergence: l_s, one number per example.
-        first_gradient_fn: for the first step, where ``logits_fn`` works in a precision that does not resolve the
-            noise: see `gradient_to_first_order`.
+        first_gradient: as for `ascend`; where ``logits_fn`` works in a precision that does not resolve the noise,
+            by `gradient_to_first_order`.
     Returns:
         [B, T, C], dtype of ``noise``, detached.
     """
@@ -169,7 +171,7 @@ def find_perturbation(
         cotangent = _cotangent(divergence, logits, clean_logits, of=0)
         return torch.autograd.grad(logits, perturbation, cotangent.to(logits.dtype))[0]
 
-    return ascend(gradient, noise, mask, adversary, first_gradient_fn)
+    return ascend(gradient, noise, mask, adversary, first_gradient)
 
 
 def gradient_to_first_order(
