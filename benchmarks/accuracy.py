@@ -95,10 +95,9 @@ def main() -> None:
     rows = [row(variant, [run for run in runs if run.method == variant]) for variant in args.variants]
     about = facts(__file__)
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
-    print(
-        "| variant | form | accuracy per seed | task_loss | smart_loss | bregman_loss | s per update | dropped | overflows |"
-    )
-    print("|" + " --- |" * 9)
+    titles = ["variant", "form", "accuracy per seed", *TERMS, "s per update", "dropped", "overflows"]
+    print("| " + " | ".join(titles) + " |")
+    print("|" + " --- |" * len(titles))
     for found in rows:
         shown = [
             " ".join(f"{value:.1f}" for value in found["accuracy"]),
