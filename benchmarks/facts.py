@@ -29,7 +29,8 @@ def _processor() -> str:
 def facts(script: str, device: str = "cpu") -> Dict[str, Any]:
     """For the head of a report; ``script`` is the benchmark's file."""
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        # without this machine's folders
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *(Path(a).name for a in sys.argv[1:])]),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {_processor()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -109,7 +109,7 @@ def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
         # in half precision, what gelu keeps is a copy in float32
         if len(inputs) == 1 and inputs[0].numel() == output.numel():
             key = output.untyped_storage()._cdata
-            kept[key] = inputs[0]
+            kept[key] = inputs[0].detach()
             weakref.finalize(output, kept.pop, key, None)
         inputs = None
         return output
