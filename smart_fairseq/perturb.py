@@ -12,6 +12,7 @@ perturbation did not reach is an error, never a regulariser that does nothing.
 """
 
 import functools
+import math
 import weakref
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -176,47 +177,73 @@ def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Option
 # --- to first order --------------------------------------------------------------------------------
 #
 # In half precision the difference of two outputs is rounding when the perturbation is small. Forward-mode
-# differentiation gives the change J d itself. Three of torch's kernels do not go along: LayerNorm's tangent
+# differentiation gives the change J d itself. Some of torch's kernels do not go along: LayerNorm's tangent
 # overflows in float16 and cannot be differentiated once more (its formula holds mean and deviation fixed),
 # neither can the softmax inside attention, and a linear layer's tangent also multiplies by the weights'
-# tangent, which is 0. All are therefore written out, with sums in float32.
+# tangent, which is 0. These are written out, with sums in float32. What is done entry by entry or along a
+# row, LayerNorm, softmax and gelu, keeps its inputs alone for the gradient and is computed again.
+
+
+def _dual(formula: Callable[..., Tuple[Tensor, Tensor]], ordinary: Callable[..., Tensor], differentiable: bool) -> Any:
+    """``ordinary`` for tensors that may carry a change, by ``formula``: (value, change, ...) -> (result, its change).
+
+    Where the change need not be differentiable, the value keeps what it ordinarily does.
+    """
+
+    def apply(x: Tensor, *parameters: Any) -> Tensor:
+        value, change = forward_ad.unpack_dual(x)
+        if change is None:
+            return ordinary(x, *parameters)
+        if differentiable:
+            arguments = (value, change, *parameters)
+            pair = checkpoint(formula, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return forward_ad.make_dual(*pair)
+        with torch.no_grad():
+            _, moved = formula(value, change, *parameters)
+        return forward_ad.make_dual(ordinary(value, *parameters), moved)
+
+    return apply
+
+
+def _widened(*tensors: Tensor) -> List[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _layer_norm_change(value: Tensor, change: Tensor, module: Any) -> Tuple[Tensor, Tensor]:
+    wide, moved = _widened(value, change)
+    variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
+    scale = torch.rsqrt(variance + module.eps)
+    normal = (wide - mean) * scale
+    moved = moved - moved.mean(dim=-1, keepdim=True)
+    moved = scale * (moved - normal * (normal * moved).mean(dim=-1, keepdim=True)) * module.weight
+    return (normal * module.weight + module.bias).to(value.dtype), moved.to(value.dtype)
+
+
+def _layer_norm(value: Tensor, module: Any) -> Tensor:
+    return nn.functional.layer_norm(value, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
+def _softmax_change(value: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
+    wide, moved = _widened(value, change)
+    shares = torch.softmax(wide, dim=-1)
+    moved = shares * (moved - (shares * moved).sum(dim=-1, keepdim=True))
+    return shares.to(value.dtype), moved.to(value.dtype)
+
+
+def _softmax(value: Tensor) -> Tensor:
+    return torch.softmax(value, dim=-1)
+
+
+def _gelu_change(value: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
+    wide, moved = _widened(value, change)
+    slope = torch.special.ndtr(wide) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
+    return gelu(value), (slope * moved).to(value.dtype)
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
     value, change = forward_ad.unpack_dual(x)
     result = nn.functional.linear(value, module.weight, module.bias)
     return result if change is None else forward_ad.make_dual(result, nn.functional.linear(change, module.weight))
-
-
-def _layer_norm(module: Any, x: Tensor, differentiable: bool) -> Tensor:
-    value, change = forward_ad.unpack_dual(x)
-    if not differentiable and change is not None:
-        with torch.no_grad():
-            wide, moved = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (value, change))
-            deviation, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
-            scale = torch.rsqrt(deviation + module.eps)
-            normal = (wide - mean) * scale
-            moved = moved - moved.mean(dim=-1, keepdim=True)
-            moved = scale * (moved - normal * (normal * moved).mean(dim=-1, keepdim=True)) * module.weight
-        result = nn.functional.layer_norm(value, module.normalized_shape, module.weight, module.bias, module.eps)
-        return forward_ad.make_dual(result, moved.to(x.dtype))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(dim=-1, keepdim=True)
-    normal = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + module.eps)
-    return (normal * module.weight + module.bias).to(x.dtype)
-
-
-def _softmax(scores: Tensor, differentiable: bool) -> Tensor:
-    value, change = forward_ad.unpack_dual(scores)
-    if not differentiable and change is not None:
-        shares = torch.softmax(value, dim=-1)
-        with torch.no_grad():
-            wide, moved = (t.to(torch.promote_types(scores.dtype, torch.float32)) for t in (shares, change))
-            moved = wide * (moved - (wide * moved).sum(dim=-1, keepdim=True))
-        return forward_ad.make_dual(shares, moved.to(scores.dtype))
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    shares = (wide - wide.amax(dim=-1, keepdim=True).detach()).exp()
-    return (shares / shares.sum(dim=-1, keepdim=True)).to(scores.dtype)
 
 
 def _self_attention(
@@ -238,7 +265,8 @@ def _self_attention(
     scores = (q * module.scaling) @ k.transpose(-2, -1)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
-    shares = nn.functional.dropout(_softmax(scores, differentiable), module.dropout_module.p, module.training)
+    softmax = _dual(_softmax_change, _softmax, differentiable)
+    shares = nn.functional.dropout(softmax(scores), module.dropout_module.p, module.training)
     return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
 
 
@@ -248,6 +276,7 @@ def _written_out(model: nn.Module, differentiable: bool = True) -> Iterator[None
 
     Without ``differentiable`` changes, LayerNorm and softmax keep for the values' gradient what they ordinarily do.
     """
+    layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
     replaced: List[Tuple[Any, Callable[..., Any]]] = []
     for module in bare(model).modules():
         if isinstance(module, MultiheadAttention):
@@ -257,14 +286,19 @@ def _written_out(model: nn.Module, differentiable: bool = True) -> Iterator[None
         elif type(module) is nn.Linear:
             replaced.append((module, functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
-            replaced.append((module, functools.partial(_layer_norm, module, differentiable=differentiable)))
+            replaced.append((module, lambda x, module=module: layer_norm(x, module)))
+    layers = [layer for layer in _encoder(model).layers if getattr(layer, "activation_fn", None) is gelu]
     for module, forward in replaced:
         module.forward = forward
+    for layer in layers:
+        layer.activation_fn = _dual(_gelu_change, gelu, differentiable)
     try:
         yield
     finally:
         for module, _ in replaced:
             del module.forward
+        for layer in layers:
+            layer.activation_fn = gelu
 
 
 @contextmanager
