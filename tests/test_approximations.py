@@ -135,7 +135,10 @@ def test_an_overflow_leaves_the_perturbation(class_data: Path) -> None:
     [
         (["--smart-every", "0"], "--smart-every is 0; it must be a whole number from 1"),
         (["--smart-bregman-every", "-1"], "--smart-bregman-every is -1"),
-        (["--smart-reuse", "--smart-mode", "tangent"], "not there for --smart-reuse"),
+        (
+            ["--smart-reuse", "--smart-mode", "tangent"],
+            "does not know --smart-reuse; leave it out, or",
+        ),
     ],
 )
 def test_refusals(flags: List[str], message: str, class_data: Path) -> None:

@@ -44,7 +44,7 @@ CASES = [
     (["--smart-step-size", "-1"], "--smart-step-size is -1.0; it must be above 0"),
     (["--smart-steps", "0"], "--smart-steps is 0; it must be 1 or more"),
     (["--smart-weight", "-1"], "--smart-weight is -1.0; it must be 0 or above"),
-    (["--smart-mode", "tangent", "--smart-dropout", "off"], "--smart-mode is tangent, which is not def"),
+    (["--smart-mode", "tangent", "--smart-dropout", "off"], "--smart-mode is tangent, which does not know"),
     (["--smart-bregman-weight", "-1"], "--smart-bregman-weight is -1.0; it must be 0 or above"),
     (
         ["--optimizer", "adam", "--smart-bregman-weight", "1"],

@@ -459,15 +459,17 @@ def test_below_the_precision_the_term_is_taken_to_first_order(class_data: Path) 
     assert "--smart-epsilon 1e-06 is below what float16 resolves here" in text and "to first order (tangent)" in text
     assert all(0 < line["smart_loss"] < 1e-8 for line in log["train_inner"])
     assert "first order" not in "\n".join(train(command(class_data, max_update=1))["text"])
-    assert "first order" not in "\n".join(train(command(class_data, *HALF, *BOLD, max_update=1))["text"])
+    text = "\n".join(train(command(class_data, *HALF, *BOLD, "--smart-noise-std", "1e-5", max_update=1))["text"])
+    assert "(tangent)" not in text
+    assert "by two forwards (the precision resolves entries from " in text and ", the first step to first order" in text
 
 
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--smart-mode", "finite"], "--smart-mode is finite but --smart-epsilon 1e-05 is below what float16 resolves"),
-        (["--smart-dropout", "independent"], "not defined for --smart-dropout independent"),
-        (["--smart-divergence", "js"], "not there for --smart-divergence js"),
+        (["--smart-dropout", "independent"], "does not know --smart-dropout independent; use shared, or a larger size"),
+        (["--smart-divergence", "js"], "does not know --smart-divergence js; use auto, or a larger size"),
     ],
 )
 def test_what_half_precision_cannot_hold_is_refused(flags: List[str], line: str, class_data: Path) -> None:

@@ -211,7 +211,11 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             return " ".join(f"--{name.replace('_', '-')} {getattr(values, name)}" for name in names)
 
         mode = self._mode or "off"
-        form = {"finite": "by two forwards", "tangent": "to first order (tangent)", "off": "not at all"}[mode]
+        two = "by two forwards"
+        if self._resolved:
+            start = ", the first step to first order" if self.cfg.smart_noise_std < self._resolved else ""
+            two += f" (the precision resolves entries from {self._resolved:.0e} on){start}"
+        form = {"finite": two, "tangent": "to first order (tangent)", "off": "not at all"}[mode]
         text = f"SMART: smoothness term {form}, Bregman weight {self.bregman_weight:g}; "
         text += flags(SmartSentencePredictionConfig, self.cfg, "smart_")
         if self.bregman_weight:
@@ -256,7 +260,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
                 smoothness, perturbation = self._finite_smoothness(forward, sample, clean, masks, start, lookup[0])
                 rounding = clean
             terms.append(("smart", smart_weight, smoothness))
-            log["smart_delta"] = self._size(perturbation, start.mask)
+            log["smart_delta"] = self._size(perturbation.detach(), start.mask)
             log["smart_noise"] = self._noise_floor(clean, rounding, model)
             log["smart_square"] = sample_size * self.size**2
         if target is not None:
@@ -393,11 +397,11 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         if mode == "finite":
             raise UsageError(
                 f"--smart-mode is finite but {why}: the term would measure rounding; use --smart-mode auto, a "
-                "larger one, or float32"
+                "larger size, or float32"
             )
         unknown = _unknown_to_first_order(self.cfg)
         if unknown:
-            raise UsageError(f"{why}, and the first-order form that would be right is {unknown}")
+            raise UsageError(f"{why}, and the first-order form, which would be right, {unknown}, or a larger size")
         logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
         self._mode = "tangent"
         return self._mode
@@ -492,15 +496,14 @@ def _largest_size(cfg: SmartSentencePredictionConfig) -> Tuple[float, str]:
 
 
 def _unknown_to_first_order(cfg: SmartSentencePredictionConfig) -> Optional[str]:
-    """Which flag the first-order form does not know, and what to use instead; None if it knows them all."""
+    """Which flag the first-order form does not know, and what to do about it; None if it knows them all."""
     if cfg.smart_dropout != "shared":
-        return f"not defined for --smart-dropout {cfg.smart_dropout}; use shared, or a larger radius"
-    if cfg.smart_reuse:
-        return "not there for --smart-reuse; leave it out, or use a larger radius"
-    if cfg.smart_recompute:
-        return "not there for --smart-recompute; leave it out, or use a larger radius"
+        return f"does not know --smart-dropout {cfg.smart_dropout}; use shared"
+    for flag, value in (("--smart-reuse", cfg.smart_reuse), ("--smart-recompute", cfg.smart_recompute)):
+        if value:
+            return f"does not know {flag}; leave it out"
     if _divergence_name(cfg) in ("kl", "js"):
-        return f"not there for --smart-divergence {_divergence_name(cfg)}; use auto, or a larger radius"
+        return f"does not know --smart-divergence {_divergence_name(cfg)}; use auto"
     return None
 
 
@@ -581,7 +584,7 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
             "independent"
         )
     if cfg.smart_mode == "tangent" and _unknown_to_first_order(cfg):
-        raise UsageError(f"--smart-mode is tangent, which is {_unknown_to_first_order(cfg)}")
+        raise UsageError(f"--smart-mode is tangent, which {_unknown_to_first_order(cfg)}, or --smart-mode auto")
     num_classes = task.cfg.num_classes
     if cfg.regression_target:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
