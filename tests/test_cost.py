@@ -7,9 +7,8 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
-from toolkit import HALF_TYPES, ROOT, assert_equal, batch, build, command
+from toolkit import BOLD, HALF_TYPES, ROOT, assert_equal, batch, build, command, flops
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq.criterions.smart_sentence_prediction as module
 from smart_fairseq.errors import UsageError
@@ -19,7 +18,6 @@ from peak_memory import PeakMemory
 
 # layers as wide as in RoBERTa in relation to each other, and many, so that the ends do not count
 LIKE_ROBERTA = ["--encoder-layers", "8", "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "256"]
-BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
 
 
 def set_up(data: Path, *flags: str, **options: Any) -> Tuple[Any, Any, Any]:
@@ -106,15 +104,13 @@ def test_memory(dtype: torch.dtype, class_data: Path) -> None:
 
 
 def test_arithmetic_of_recomputing(class_data: Path) -> None:
-    def flops(*flags: str, **options: Any) -> int:
+    def cost(*flags: str, **options: Any) -> int:
         task, model, criterion = set_up(class_data, *flags, **options)
-        with FlopCounterMode(display=False) as counter:
-            criterion(model, batch(task, 4))[0].backward()
-        return int(counter.get_total_flops())
+        return flops(model, criterion, batch(task, 4))
 
-    forward = flops(criterion="sentence_prediction") / 3
-    assert flops() / forward == pytest.approx(8, abs=0.1)
-    assert flops("--smart-recompute") / forward == pytest.approx(9, abs=0.1)
+    forward = cost(criterion="sentence_prediction") / 3
+    assert cost() / forward == pytest.approx(8, abs=0.1)
+    assert cost("--smart-recompute") / forward == pytest.approx(9, abs=0.1)
 
 
 class Calls(TorchDispatchMode):

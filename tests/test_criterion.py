@@ -8,13 +8,11 @@ from typing import Any, Dict, List, Tuple
 import pytest
 import torch
 from fairseq import optim
-from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, command, train
+from toolkit import BOLD, NO_DROPOUT, assert_close, assert_equal, batch, build, command, flops, train
 
 from smart_fairseq.criterions import smart_sentence_prediction as module
 from smart_fairseq.errors import UsageError
 from smart_fairseq.perturb import perturbed, token_mask
-
-BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
 
 
 def set_up(data: Path, *flags: str, optimizer: str = "adam", **options: Any) -> Tuple[Any, Any, Any]:
@@ -130,24 +128,20 @@ def test_number_of_forwards(flags: List[str], optimizer: str, expected: int, cla
 
 def test_arithmetic_is_at_the_floor(class_data: Path) -> None:
     """In forward-equivalents: 7 + 2 K with the teacher, 6 + 2 K without, 4 for MBPP alone, 3 for plain training."""
-    from torch.utils.flop_counter import FlopCounterMode
 
-    def flops(*flags: str, optimizer: str, **options: Any) -> int:
+    def cost(*flags: str, optimizer: str, **options: Any) -> int:
         # wide enough that attention, whose backward costs twice its forward in any case, weighs little
         wide = ["--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512"]
         task, model, criterion = set_up(class_data, *wide, *flags, optimizer=optimizer, **options)
-        sample = batch(task, 4)
-        with FlopCounterMode(display=False) as counter:
-            step(model, criterion, sample)
-        return counter.get_total_flops()
+        return flops(model, criterion, batch(task, 4))
 
-    forward = flops(criterion="sentence_prediction", optimizer="adam") / 3
+    forward = cost(criterion="sentence_prediction", optimizer="adam") / 3
     # a little below is possible: the teacher's attention, without gradients, is one fused operation
     for expected, found in (
-        (9, flops(optimizer="mbpp")),
-        (13, flops("--smart-steps", "3", optimizer="mbpp")),
-        (8, flops(optimizer="adam")),
-        (4, flops("--smart-weight", "0", optimizer="mbpp")),
+        (9, cost(optimizer="mbpp")),
+        (13, cost("--smart-steps", "3", optimizer="mbpp")),
+        (8, cost(optimizer="adam")),
+        (4, cost("--smart-weight", "0", optimizer="mbpp")),
     ):
         assert expected - 0.5 < found / forward <= expected + 0.05
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
-from toolkit import DEVICE, HALF_TYPES, NO_DROPOUT, assert_close, batch, build, command, train, write_data
+from toolkit import DEVICE, HALF_TYPES, NO_DROPOUT, assert_close, batch, build, command, flops, train, write_data
 
 from smart_fairseq.method.divergence import (
     squared_change,
@@ -237,17 +237,14 @@ def test_the_task_loss_and_its_gradient_stay(class_data: Path) -> None:
 
 def test_cost(class_data: Path) -> None:
     """9 forward-equivalents without the teacher's one: 3 for the direction, 2 and 4 for the pass with its change."""
-    from torch.utils.flop_counter import FlopCounterMode
 
-    def flops(*flags: str, **options: Any) -> int:
+    def cost(*flags: str, **options: Any) -> int:
         wide = ["--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512"]
         task, model, criterion = set_up(class_data, "classes", *wide, *flags, **options)
-        with FlopCounterMode(display=False) as counter:
-            criterion(model, batch(task, 4))[0].backward()
-        return counter.get_total_flops()
+        return flops(model, criterion, batch(task, 4))
 
-    forward = flops(criterion="sentence_prediction") / 3
-    assert 8 < flops("--smart-mode", "tangent") / forward < 9.25
+    forward = cost(criterion="sentence_prediction") / 3
+    assert 8 < cost("--smart-mode", "tangent") / forward < 9.25
 
 
 def test_products_are_the_jacobian_and_its_transpose(class_data: Path) -> None:

@@ -7,11 +7,9 @@ from typing import Any, Dict
 
 import pytest
 import torch
-from toolkit import ROOT, assert_equal, command, train
+from toolkit import BOLD, ROOT, assert_equal, command, train
 
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
-
-BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
 
 
 def tensors(state: Any, path: str = "") -> Dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from fairseq.distributed import ModuleProxyWrapper
 from fairseq.distributed import utils as distributed_utils
 from fairseq.optim import build_optimizer
 from fairseq_cli import train as fairseq_train
-from toolkit import NO_DROPOUT, assert_close, batch, build, command, parse, write_data
+from toolkit import BOLD, NO_DROPOUT, assert_close, batch, build, command, parse, write_data
 
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionCriterion
 from smart_fairseq.errors import UsageError, explain
@@ -28,7 +28,6 @@ from smart_fairseq.perturb import bare
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["smart_fairseq", "fairseq_cli.train", "fairseq.tasks.sentence_prediction"])
 
-BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
 # the same examples in the same order, and an epsilon of Adam's that does not blow rounding up
 FIXED = [*NO_DROPOUT, *BOLD, "--curriculum", "9", "--required-batch-size-multiple", "1", "--adam-eps", "1e-4"]
 FIXED += ["--ddp-backend", "legacy_ddp"]
@@ -63,7 +62,7 @@ def in_worker(arguments: Sequence[str], out: str, options: Dict[str, Any]) -> No
 
     trainer.Trainer._reduce_and_log_stats = record
     if "break_at" in options:
-        break_smoothness(options["break_at"])
+        break_smoothness(lambda sample: options["break_at"] in sample["id"].tolist())
     if "prepare" in options:
         options["prepare"]()
     cfg = parse(arguments)
@@ -76,12 +75,13 @@ def in_worker(arguments: Sequence[str], out: str, options: Dict[str, Any]) -> No
         os._exit(1)
 
 
-def break_smoothness(example: int) -> None:
+def break_smoothness(when: Callable[[Dict[str, Any]], bool]) -> None:
+    """Where ``when`` is true of the batch, the smoothness term is not a number."""
     whole = SmartSentencePredictionCriterion._finite_smoothness
 
     def broken(self: Any, forward: Any, sample: Any, *rest: Any) -> Any:
         term, *others = whole(self, forward, sample, *rest)
-        return (term * float("nan") if example in sample["id"].tolist() else term, *others)
+        return (term * float("nan") if when(sample) else term, *others)
 
     SmartSentencePredictionCriterion._finite_smoothness = broken  # type: ignore[method-assign]
 

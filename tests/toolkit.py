@@ -13,6 +13,7 @@ from fairseq import options, tasks
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.utils import apply_to_sample
+from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
 
@@ -46,6 +47,8 @@ TINY_MODEL = [
     *("--arch", "roberta", "--encoder-layers", "2", "--encoder-embed-dim", "16"),
     *("--encoder-ffn-embed-dim", "32", "--encoder-attention-heads", "2", "--max-positions", "32"),
 ]
+# a term that is large enough to be seen
+BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--pooler-dropout", "0"]
 
 
@@ -188,6 +191,13 @@ def build(arguments: Sequence[str]) -> Any:
     criterion = task.build_criterion(cfg.criterion)
     task.load_dataset("train")
     return cfg, task, model, criterion
+
+
+def flops(model: Any, criterion: Any, sample: Dict[str, Any]) -> int:
+    """Floating-point operations of forward and backward, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        criterion(model, sample)[0].backward()
+    return int(counter.get_total_flops())
 
 
 def batch(task: Any, size: int, start: int = 0) -> Dict[str, Any]:
