@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "demo"), str(ROOT)]
 
 import run as demo  # noqa: E402
+import table  # noqa: E402
 import trainings  # noqa: E402
 from facts import facts  # noqa: E402
 from fairseq import distributed_utils, options  # noqa: E402
@@ -65,14 +66,13 @@ def planned(args: argparse.Namespace) -> List[trainings.Run]:
 
 def row(variant: str, runs: List[trainings.Run]) -> Dict[str, Any]:
     """What the runs of one variant say."""
-    accuracies = [run.valid[-1]["valid_accuracy"] for run in runs]
-    last = [line for run in runs for line in run.inner[-max(1, run.updates // 10) :]]
+    terms = {name: [found for found in (table.term(run, name) for run in runs) if found] for name in TERMS}
     return {
         "variant": variant,
         "form": "first order" if "smoothness term to first order" in runs[0].log.read_text() else "two forwards",
-        "accuracy": accuracies,
+        "accuracy": [run.valid[-1]["valid_accuracy"] for run in runs],
         "updates": [len(run.inner) for run in runs],
-        **{term: statistics.mean(line[term] for line in last if term in line) for term in TERMS},
+        **{name: statistics.mean(last for _, last in found) for name, found in terms.items()},
         "seconds_per_update": statistics.mean(run.seconds_per_update() or 0.0 for run in runs),
         "dropped": sum(
             line.get(f"{t}_dropped", 0.0) for run in runs for line in run.inner for t in ("smart", "bregman")

@@ -94,12 +94,24 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _in_place_of_gelu(model: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Run a block with ``function`` as the activation of every layer that has gelu."""
+    layers = [layer for layer in _encoder(model).layers if getattr(layer, "activation_fn", None) is gelu]
+    for layer in layers:
+        layer.activation_fn = function
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.activation_fn = gelu
+
+
+@contextmanager
 def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
     """The block's forwards keep the input of each layer's gelu for the gradient, and not the output too.
 
     The output is what the next linear layer keeps; it is computed again, which costs no product of matrices.
     """
-    layers = [layer for layer in _encoder(model).layers if getattr(layer, "activation_fn", None) is gelu]
     kept: Dict[int, Tensor] = {}  # the input by the output's storage, as long as that lives
     inputs: Optional[List[Tensor]] = None
 
@@ -131,14 +143,8 @@ def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             return gelu(source).to(dtype).view(shape)
 
-    for layer in layers:
-        layer.activation_fn = remembered
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        for layer in layers:
-            layer.activation_fn = gelu
+    with _in_place_of_gelu(model, remembered), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 @contextmanager
@@ -272,9 +278,9 @@ def _self_attention(
 
 @contextmanager
 def _written_out(model: nn.Module, differentiable: bool = True) -> Iterator[None]:
-    """Run a block with every linear layer, LayerNorm and self-attention of the model written out.
+    """Run a block with every linear layer, LayerNorm, gelu and self-attention of the model written out.
 
-    Without ``differentiable`` changes, LayerNorm and softmax keep for the values' gradient what they ordinarily do.
+    Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
     """
     layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
     replaced: List[Tuple[Any, Callable[..., Any]]] = []
@@ -287,18 +293,14 @@ def _written_out(model: nn.Module, differentiable: bool = True) -> Iterator[None
             replaced.append((module, functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
             replaced.append((module, lambda x, module=module: layer_norm(x, module)))
-    layers = [layer for layer in _encoder(model).layers if getattr(layer, "activation_fn", None) is gelu]
     for module, forward in replaced:
         module.forward = forward
-    for layer in layers:
-        layer.activation_fn = _dual(_gelu_change, gelu, differentiable)
     try:
-        yield
+        with _in_place_of_gelu(model, _dual(_gelu_change, gelu, differentiable)):
+            yield
     finally:
         for module, _ in replaced:
             del module.forward
-        for layer in layers:
-            layer.activation_fn = gelu
 
 
 @contextmanager
