@@ -52,6 +52,7 @@ VARIANTS = [
     ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"]),
     ("SMART + MBPP, --smart-recompute", [*SMART, "--smart-recompute", "--optimizer", "mbpp"]),
     ("SMART + MBPP, first order", [*SMART, "--smart-mode", "tangent", "--optimizer", "mbpp"]),
+    ("SMART + MBPP, finite", [*SMART, "--smart-epsilon", "1e-4", "--smart-mode", "finite", "--optimizer", "mbpp"]),
 ]
 
 

@@ -11,11 +11,12 @@ perturbation did not reach is an error, never a regulariser that does nothing.
 | input | encoder.sentence_encoder.dropout_module | what enters the first layer, after LayerNorm and dropout |
 """
 
+import contextlib
 import functools
 import math
 import weakref
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.models import BaseFairseqModel
@@ -30,11 +31,11 @@ __all__ = [
     "Forward",
     "Substitute",
     "bare",
+    "changed",
     "embedding_weight",
     "looked_up",
     "perturbed",
     "recomputed",
-    "tangent",
     "token_mask",
     "without_gelu_outputs",
 ]
@@ -81,29 +82,33 @@ def looked_up(model: nn.Module) -> Iterator[List[Tensor]]:
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
+def _replaced(replacements: List[Tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Run a block with other attributes: (module, name, value)."""
+    before = [(module, name, dict(vars(module))) for module, name, _ in replacements]
+    for module, name, value in replacements:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, own in before:
+            if name in own:
+                setattr(module, name, own[name])
+            else:  # what its class has
+                delattr(module, name)
+
+
+def recomputed(model: nn.Module) -> ContextManager[None]:
     """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken."""
-    layers: List[Any] = list(_encoder(model).layers)
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    layers = list(_encoder(model).layers)
+    return _replaced(
+        [(layer, "forward", functools.partial(checkpoint, layer.forward, use_reentrant=False)) for layer in layers]
+    )
 
 
-@contextmanager
-def _in_place_of_gelu(model: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Run a block with ``function`` as the activation of every layer that has gelu."""
-    layers = [layer for layer in _encoder(model).layers if getattr(layer, "activation_fn", None) is gelu]
-    for layer in layers:
-        layer.activation_fn = function
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.activation_fn = gelu
+def _gelus(model: nn.Module, function: Callable[[Tensor], Tensor]) -> List[Tuple[nn.Module, str, Any]]:
+    """For `_replaced`: ``function`` as the activation of every module that has gelu."""
+    modules = bare(model).modules()
+    return [(module, "activation_fn", function) for module in modules if getattr(module, "activation_fn", None) is gelu]
 
 
 @contextmanager
@@ -143,7 +148,7 @@ def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             return gelu(source).to(dtype).view(shape)
 
-    with _in_place_of_gelu(model, remembered), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with _replaced(_gelus(model, remembered)), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
@@ -180,18 +185,37 @@ def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Option
         raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
 
 
-# --- to first order --------------------------------------------------------------------------------
+# --- the change carried along ----------------------------------------------------------------------
 #
-# In half precision the difference of two outputs is rounding when the perturbation is small. Forward-mode
-# differentiation gives the change J d itself. Some of torch's kernels do not go along: LayerNorm's tangent
-# overflows in float16 and cannot be differentiated once more (its formula holds mean and deviation fixed),
-# neither can the softmax inside attention, and a linear layer's tangent also multiplies by the weights'
-# tangent, which is 0. These are written out, with sums in float32. What is done entry by entry or along a
-# row, LayerNorm, softmax and gelu, keeps its inputs alone for the gradient and is computed again.
+# The difference of two outputs is rounding when the perturbation is small for the precision. So a forward
+# carries the change of every activation beside its value, over the perturbation's size s, at which nothing
+# underflows: torch's forward-mode differentiation holds the pair. With s = 0 the change is J d, to first order;
+# with s > 0 it is (f(x + s d) - f(x)) / s, whose second order enters where two changes meet (attention's
+# products) and in the nonlinear functions, which take their difference in float64.
+#
+# To first order some of torch's kernels do not go along: LayerNorm's tangent overflows in float16 and cannot
+# be differentiated once more (its formula holds mean and deviation fixed), neither can the softmax inside
+# attention, and a linear layer's tangent also multiplies by the weights' tangent, which is 0. These are
+# written out, with sums in float32. What is done entry by entry or along a row, LayerNorm, softmax and gelu,
+# keeps its inputs alone for the gradient and is computed again.
+
+_Formula = Callable[..., Tuple[Tensor, Tensor]]  # (value, change, ...) -> (result, its change)
 
 
-def _dual(formula: Callable[..., Tuple[Tensor, Tensor]], ordinary: Callable[..., Tensor], differentiable: bool) -> Any:
-    """``ordinary`` for tensors that may carry a change, by ``formula``: (value, change, ...) -> (result, its change).
+def _difference(function: Callable[..., Tensor], ordinary: Callable[..., Tensor], size: float) -> _Formula:
+    """The formula of ``ordinary``, which is ``function`` up to rounding, for changes over ``size``."""
+
+    def formula(value: Tensor, change: Tensor, *parameters: Any) -> Tuple[Tensor, Tensor]:
+        # one copy each, where the two gradients, nearly opposite and as large as 1 / size, meet
+        wide, *others = (x.double() if isinstance(x, Tensor) else x for x in (value, *parameters))
+        moved = function(wide + size * change.double(), *others) - function(wide, *others)
+        return ordinary(value, *parameters), (moved / size).to(value.dtype)
+
+    return formula
+
+
+def _dual(formula: _Formula, ordinary: Callable[..., Tensor], differentiable: bool) -> Any:
+    """``ordinary`` for tensors that may carry a change, by ``formula``.
 
     Where the change need not be differentiable, the value keeps what it ordinarily does.
     """
@@ -215,18 +239,24 @@ def _widened(*tensors: Tensor) -> List[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
-def _layer_norm_change(value: Tensor, change: Tensor, module: Any) -> Tuple[Tensor, Tensor]:
+def _layer_norm_change(
+    value: Tensor, change: Tensor, weight: Tensor, bias: Tensor, module: Any
+) -> Tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
     scale = torch.rsqrt(variance + module.eps)
     normal = (wide - mean) * scale
     moved = moved - moved.mean(dim=-1, keepdim=True)
-    moved = scale * (moved - normal * (normal * moved).mean(dim=-1, keepdim=True)) * module.weight
-    return (normal * module.weight + module.bias).to(value.dtype), moved.to(value.dtype)
+    moved = scale * (moved - normal * (normal * moved).mean(dim=-1, keepdim=True)) * weight
+    return (normal * weight + bias).to(value.dtype), moved.to(value.dtype)
 
 
-def _layer_norm(value: Tensor, module: Any) -> Tensor:
-    return nn.functional.layer_norm(value, module.normalized_shape, module.weight, module.bias, module.eps)
+def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor, module: Any) -> Tensor:
+    return nn.functional.layer_norm(value, module.normalized_shape, weight, bias, module.eps)
+
+
+def _normalized(layer_norm: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module)
 
 
 def _softmax_change(value: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
@@ -252,9 +282,19 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return result if change is None else forward_ad.make_dual(result, nn.functional.linear(change, module.weight))
 
 
+def _product(first: Tensor, second: Tensor, size: float) -> Tensor:
+    """``first @ second``, where both may carry a change over ``size``."""
+    (value, change), (other, moved) = forward_ad.unpack_dual(first), forward_ad.unpack_dual(second)
+    if change is None or moved is None:
+        return first @ second
+    end = value + size * change if size else value
+    return forward_ad.make_dual(value @ other, change @ other + end @ moved)
+
+
 def _self_attention(
     module: Any,
-    differentiable: bool,
+    softmax: Callable[..., Tensor],
+    size: float,
     query: Tensor,
     key: Any = None,
     value: Any = None,
@@ -268,51 +308,54 @@ def _self_attention(
         return x.reshape(length, batch, module.num_heads, -1).permute(1, 2, 0, 3)
 
     q, k, v = (heads(project(query)) for project in (module.q_proj, module.k_proj, module.v_proj))
-    scores = (q * module.scaling) @ k.transpose(-2, -1)
+    scores = _product(q * module.scaling, k.transpose(-2, -1), size)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
-    softmax = _dual(_softmax_change, _softmax, differentiable)
     shares = nn.functional.dropout(softmax(scores), module.dropout_module.p, module.training)
-    return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
+    return module.out_proj(_product(shares, v, size).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
 
 
 @contextmanager
-def _written_out(model: nn.Module, differentiable: bool = True) -> Iterator[None]:
-    """Run a block with every linear layer, LayerNorm, gelu and self-attention of the model written out.
+def _written_out(model: nn.Module, size: float, differentiable: bool) -> Iterator[None]:
+    """Run a block with every module of the model whose change, over ``size``, torch does not give written out.
 
     Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
     """
-    layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
-    replaced: List[Tuple[Any, Callable[..., Any]]] = []
+
+    def written(function: Any, first_order: Any, ordinary: Any) -> Any:
+        return _dual(_difference(function, ordinary, size) if size else first_order, ordinary, differentiable)
+
+    layer_norm = written(_layer_norm, _layer_norm_change, _layer_norm)
+    softmax = written(_softmax, _softmax_change, _softmax)
+    replacements = _gelus(model, written(nn.functional.gelu, _gelu_change, gelu))
     for module in bare(model).modules():
         if isinstance(module, MultiheadAttention):
             if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
                 raise UsageError("--smart-mode tangent does not know this model's attention; use --smart-mode finite")
-            replaced.append((module, functools.partial(_self_attention, module, differentiable)))
+            replacements.append((module, "forward", functools.partial(_self_attention, module, softmax, size)))
         elif type(module) is nn.Linear:
-            replaced.append((module, functools.partial(_linear, module)))
+            replacements.append((module, "forward", functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
-            replaced.append((module, lambda x, module=module: layer_norm(x, module)))
-    for module, forward in replaced:
-        module.forward = forward
-    try:
-        with _in_place_of_gelu(model, _dual(_gelu_change, gelu, differentiable)):
-            yield
-    finally:
-        for module, _ in replaced:
-            del module.forward
+            replacements.append((module, "forward", functools.partial(_normalized, layer_norm, module)))
+        other = getattr(module, "activation_fn", gelu)
+        if other is not gelu and size:
+            replacements.append((module, "activation_fn", written(other, None, other)))
+    with _replaced(replacements):
+        yield
 
 
 @contextmanager
-def tangent(
-    model: nn.Module, direction: Tensor, place: str, leaf: Optional[List[Tensor]] = None
+def changed(
+    model: nn.Module, direction: Tensor, place: str, size: float = 0.0, leaf: Optional[List[Tensor]] = None
 ) -> Iterator[List[Tensor]]:
     """Within the block, one forward of the model also yields the change of its output along ``direction``.
 
-    The forward returns the ordinary logits; the change, differentiable like they are, is in the yielded list.
+    The forward returns the ordinary logits f(x); the change, differentiable like they are, is in the yielded
+    list: J d for size 0, and otherwise (f(x + size d) - f(x)) / size.
 
     Args:
-        direction: [B, T, C]; of size 1 or so, whatever the perturbation's size: the change is linear in it.
+        direction: d, [B, T, C]; of size 1 or so, whatever the perturbation's size.
+        size: of the perturbation, or 0 for the change to first order.
         leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
             in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
     """
@@ -335,7 +378,7 @@ def tangent(
         bare(model).register_forward_hook(leave),
     ]
     try:
-        with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
+        with _written_out(model, size, differentiable=leaf is None), forward_ad.dual_level():
             yield changes
     finally:
         for handle in handles:
@@ -394,17 +437,25 @@ class Forward:
         return logits
 
     def products(
-        self, weights: Dict[str, Tensor], direction: Tensor
+        self, weights: Dict[str, Tensor], direction: Tensor, size: float = 0.0
     ) -> Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Outputs, their change along ``direction`` (J d), and the way back (cotangent -> J' cotangent).
+        """Outputs, their change along ``direction``, and the way back (cotangent -> J' cotangent).
+
+        With size 0 all of them at the clean point x, where the change is J d. Otherwise all of them at x + size d,
+        and the change is that from there back to x, over ``size``.
 
         Args:
-            direction: [B, T, C].
+            direction: d, [B, T, C].
         Returns:
             [B, K], [B, K], and a function from [B, K] to [B, T, C]; dtypes of the model.
         """
         leaf: List[Tensor] = []
-        with torch.enable_grad(), tangent(self.model, direction, self.place, leaf) as change:
+        with contextlib.ExitStack() as block:
+            if size:
+                block.enter_context(perturbed(self.model, size * direction, self.place))
+                direction = -direction
+            block.enter_context(torch.enable_grad())
+            change = block.enter_context(changed(self.model, direction, self.place, size, leaf))
             logits = self(weights)
 
         def pull_back(cotangent: Tensor) -> Tensor:

@@ -28,7 +28,15 @@ from torch import Tensor, nn
 
 from ..errors import NOT_SHARDED, UsageError, require
 from ..glue_metrics import cover_validation_sets, log_glue_metrics, place_predictions
-from ..method.adversary import Adversary, GradientFn, ascend, find_perturbation, gradient_to_first_order, norm
+from ..method.adversary import (
+    Adversary,
+    GradientFn,
+    ascend,
+    find_perturbation,
+    gradient_by_change,
+    gradient_to_first_order,
+    norm,
+)
 from ..method.divergence import (
     DIVERGENCES,
     squared_change,
@@ -43,10 +51,10 @@ from ..optim.mbpp import MBPPConfig
 from ..perturb import (
     Forward,
     Substitute,
+    changed,
     embedding_weight,
     looked_up,
     recomputed,
-    tangent,
     token_mask,
     without_gelu_outputs,
 )
@@ -54,6 +62,11 @@ from ..teacher_link import TeacherLink
 from ..training_checks import check_best_metric, check_labels, check_model, check_restore_file, resolution
 
 logger = logging.getLogger(__name__)
+
+# the forms of the smoothness term, as the log has them
+TWO_FORWARDS = "by two forwards"
+CARRIED_CHANGE = "by the change that a forward carries along"  # the same value, without the rounding
+FIRST_ORDER = "to first order (tangent)"
 
 
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
@@ -111,8 +124,8 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
     smart_mode: ChoiceEnum(["auto", "finite", "tangent"]) = field(  # type: ignore[valid-type]
         default="auto",
         metadata={
-            "help": "how the term is computed: by two forwards, or to first order; auto: to first order where the "
-            "radius is below what half precision resolves"
+            "help": "how the term is computed: finite, at the perturbed point; tangent, to first order; auto: finite, "
+            "and tangent where the radius is below what the precision resolves"
         },
     )
     smart_recompute: bool = field(
@@ -184,8 +197,8 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         # the size at which the change of the output is taken; the divergence is of that change times the size
         self.size = cfg.smart_epsilon if cfg.smart_projection == "ball" else 1.0
         self.memory = PerturbationMemory(self.adversary) if cfg.smart_reuse else None
-        self._mode: Optional[str] = None
-        self._resolved = 0.0  # the least entry of a perturbation that the working precision resolves; 0: any
+        self._form: Optional[str] = None  # of the term, once the model is known
+        self._resolved = 0.0  # the least entry of a perturbation that the working precision resolves
         self._checked = self._warned = False
         self.teacher = TeacherLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
@@ -199,7 +212,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         check_best_metric(self.cfg, self.cfg.smart_best_metric)
         if self.smart_weight:
             check_model(model)
-            self._choose_mode(model)
+            self._choose_form(model)
         self._checked = True
         logger.info(self._in_words())
 
@@ -210,12 +223,9 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             names = [f.name for f in fields(config) if f.name.startswith(prefix) and "help" in f.metadata]
             return " ".join(f"--{name.replace('_', '-')} {getattr(values, name)}" for name in names)
 
-        mode = self._mode or "off"
-        two = "by two forwards"
-        if self._resolved:
-            start = ", the first step to first order" if self.cfg.smart_noise_std < self._resolved else ""
-            two += f" (the precision resolves entries from {self._resolved:.0e} on){start}"
-        form = {"finite": two, "tangent": "to first order (tangent)", "off": "not at all"}[mode]
+        form = self._form or "not at all"
+        if self._form == TWO_FORWARDS and self.cfg.smart_noise_std < self._resolved:
+            form += f", the first step to first order (entries are resolved from {self._resolved:.0e} on)"
         text = f"SMART: smoothness term {form}, Bregman weight {self.bregman_weight:g}; "
         text += flags(SmartSentencePredictionConfig, self.cfg, "smart_")
         if self.bregman_weight:
@@ -233,15 +243,16 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         bregman_weight = self._weight_now(self.bregman_weight, self.cfg.smart_bregman_every)
         masks = RandomState(sample["net_input"]["src_tokens"].device)
         forward = Forward(model, sample["net_input"], self.classification_head_name, str(self.cfg.smart_embedding))
-        to_first_order = smart_weight > 0 and self._choose_mode(model) == "tangent"
+        carried = smart_weight > 0 and self._choose_form(model) != TWO_FORWARDS
         # what needs nothing of the clean pass comes before it, while there are no activations to keep
         target = self._teacher_output(forward) if bregman_weight else None
         start = self._start(forward, sample, masks) if smart_weight else None
         with contextlib.ExitStack() as passes:
-            if start is not None and to_first_order:
-                gradient_fn = self._first_order_gradient(forward, masks)
+            if start is not None and carried:
+                size = self.size if self._form == CARRIED_CHANGE else 0.0
+                gradient_fn = self._gradient_of_change(forward, masks, size)
                 perturbation = ascend(gradient_fn, start.noise, start.mask, self.adversary, start.gradient)
-                change = passes.enter_context(tangent(model, perturbation / self.size, forward.place))
+                change = passes.enter_context(changed(model, perturbation / self.size, forward.place, size))
             elif start is not None:
                 passes.enter_context(recomputed(model) if self.cfg.smart_recompute else without_gelu_outputs(model))
             lookup = passes.enter_context(looked_up(model)) if start is not None else []
@@ -252,7 +263,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
 
         terms = []
         if start is not None:
-            if to_first_order:
+            if carried:
                 moved = self.size * change[0].to(perturbation.dtype)
                 smoothness = self.divergence_of_change(clean, moved).sum()
                 rounding = moved
@@ -324,17 +335,26 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         resolved = self.cfg.smart_noise_std >= self._resolved or self.cfg.smart_dropout == "independent"
         gradient = None
         if known is None and not resolved:
-            gradient = self._first_order_gradient(forward, masks)(noise * mask)
+            gradient = self._gradient_of_change(forward, masks)(noise * mask)
         return _Start(noise, mask, gradient, known)
 
-    def _first_order_gradient(self, forward: Forward, masks: RandomState) -> GradientFn:
+    def _gradient_of_change(self, forward: Forward, masks: RandomState, size: float = 0.0) -> GradientFn:
+        """For the ascent: to first order with size 0, at the perturbed point with the perturbation's size."""
         weights = forward.frozen_weights()
 
-        def products(direction: Tensor) -> Any:
+        def first_order(direction: Tensor) -> Any:
             with self._dropout(forward.model, masks):
                 return forward.products(weights, direction)
 
-        return gradient_to_first_order(products, self.divergence_of_change)
+        def at_the_point(perturbation: Tensor) -> Any:
+            with self._dropout(forward.model, masks):
+                logits, back, pull_back = forward.products(weights, perturbation / size, size)
+            back = size * back.to(perturbation.dtype)
+            return logits.to(back.dtype) + back, -back, pull_back
+
+        if size:
+            return gradient_by_change(at_the_point, self.divergence_of_change)
+        return gradient_to_first_order(first_order, self.divergence_of_change)
 
     def _finite_smoothness(
         self,
@@ -374,37 +394,39 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         weight = embedding_weight(model)
         return torch.float16 if self.cfg.smart_amp and weight.is_cuda else weight.dtype
 
-    def _choose_mode(self, model: nn.Module) -> str:
-        """The form of the term, "finite" or "tangent"; notes what the precision resolves.
+    def _choose_form(self, model: nn.Module) -> str:
+        """The form of the term; notes what the precision resolves.
 
         Raises:
-            UsageError: the precision does not hold the radius, and the first-order form does not know the flags.
+            UsageError: the precision does not resolve the radius, and the flags allow no form that would.
         """
-        if self._mode is not None:
-            return self._mode
+        if self._form is not None:
+            return self._form
         mode, dtype = str(self.cfg.smart_mode), self._working_precision(model)
-        if torch.finfo(dtype).bits < 32:
-            # measured: from here on the finite form is within 5 % of float64
-            self._resolved = 16 * resolution(model, dtype)
-        size, flags = _largest_size(self.cfg)
+        # measured: two forwards are off by about this over the perturbation's size, relatively
+        rounding = resolution(model, dtype)
+        self._resolved = 16 * rounding
+        unknown = _unknown_to_carried_change(self.cfg)
+        exact = mode == "finite" and torch.finfo(dtype).bits >= 32 and not unknown
         # an l2 norm is spread over the entries of a token
-        least = self._resolved * (embedding_weight(model).shape[1] ** 0.5 if self.adversary.norm == "l2" else 1)
-        if mode == "tangent" or size >= least:
-            self._mode = "tangent" if mode == "tangent" else "finite"
-            return self._mode
-        name = str(dtype).split(".")[1]
-        why = f"{flags} {size:g} is below what {name} resolves here ({least:.0e})"
-        if mode == "finite":
+        spread = embedding_weight(model).shape[1] ** 0.5 if self.adversary.norm == "l2" else 1
+        least = spread * (1e6 * rounding if exact else self._resolved)
+        size, flags = _largest_size(self.cfg)
+        why = f"{flags} {size:g} is below what {str(dtype).split('.')[1]} resolves here ({least:.0e})"
+        if mode == "tangent":
+            self._form = FIRST_ORDER
+        elif size >= least:
+            self._form = TWO_FORWARDS
+        elif unknown:
             raise UsageError(
-                f"--smart-mode is finite but {why}: the term would measure rounding; use --smart-mode auto, a "
-                "larger size, or float32"
+                f"{why}: two forwards would measure rounding; the form that is right {unknown}, or a larger size"
             )
-        unknown = _unknown_to_first_order(self.cfg)
-        if unknown:
-            raise UsageError(f"{why}, and the first-order form, which would be right, {unknown}, or a larger size")
-        logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
-        self._mode = "tangent"
-        return self._mode
+        elif mode == "finite":
+            self._form = CARRIED_CHANGE
+        else:
+            logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
+            self._form = FIRST_ORDER
+        return self._form
 
     def _noise_floor(self, clean: Tensor, rounded: Tensor, model: nn.Module) -> Tensor:
         """What the term would be if ``rounded`` [B, K] were off by the working precision's rounding; a sum."""
@@ -495,8 +517,8 @@ def _largest_size(cfg: SmartSentencePredictionConfig) -> Tuple[float, str]:
     return cfg.smart_epsilon, "--smart-epsilon"
 
 
-def _unknown_to_first_order(cfg: SmartSentencePredictionConfig) -> Optional[str]:
-    """Which flag the first-order form does not know, and what to do about it; None if it knows them all."""
+def _unknown_to_carried_change(cfg: SmartSentencePredictionConfig) -> Optional[str]:
+    """Which flag the forms that carry a change do not know, and what to do about it; None if they know them all."""
     if cfg.smart_dropout != "shared":
         return f"does not know --smart-dropout {cfg.smart_dropout}; use shared"
     for flag, value in (("--smart-reuse", cfg.smart_reuse), ("--smart-recompute", cfg.smart_recompute)):
@@ -583,8 +605,8 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
             "--smart-recompute is set with --smart-dropout off, which takes a second clean pass; use shared or "
             "independent"
         )
-    if cfg.smart_mode == "tangent" and _unknown_to_first_order(cfg):
-        raise UsageError(f"--smart-mode is tangent, which {_unknown_to_first_order(cfg)}, or --smart-mode auto")
+    if cfg.smart_mode == "tangent" and _unknown_to_carried_change(cfg):
+        raise UsageError(f"--smart-mode is tangent, which {_unknown_to_carried_change(cfg)}, or --smart-mode auto")
     num_classes = task.cfg.num_classes
     if cfg.regression_target:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
