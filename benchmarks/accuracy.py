@@ -33,6 +33,8 @@ VARIANTS: Dict[str, Tuple[List[str], Dict[str, Any]]] = {
     "every-2": (["--smart-every", "2"], {}),
     "bregman-every-2": (["--smart-bregman-every", "2"], {}),
     "reuse": (["--smart-reuse"], {}),
+    "search-layers-3": (["--smart-search-layers", "3"], {}),
+    "search-layers-0": (["--smart-search-layers", "0"], {}),
 }
 TERMS = ("task_loss", "smart_loss", "bregman_loss")
 

@@ -50,6 +50,7 @@ VARIANTS = [
     ("SMART + MBPP, 1 step", [*SMART, "--optimizer", "mbpp"]),
     ("SMART + MBPP, 2 steps", [*SMART, "--smart-steps", "2", "--optimizer", "mbpp"]),
     ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"]),
+    ("SMART + MBPP, --smart-search-layers 0", [*SMART, "--smart-search-layers", "0", "--optimizer", "mbpp"]),
     ("SMART + MBPP, --smart-recompute", [*SMART, "--smart-recompute", "--optimizer", "mbpp"]),
     ("SMART + MBPP, first order", [*SMART, "--smart-mode", "tangent", "--optimizer", "mbpp"]),
     ("SMART + MBPP, finite", [*SMART, "--smart-epsilon", "1e-4", "--smart-mode", "finite", "--optimizer", "mbpp"]),

@@ -31,9 +31,10 @@ __all__ = [
     "Forward",
     "Substitute",
     "bare",
+    "captured",
     "changed",
     "embedding_weight",
-    "looked_up",
+    "layer_count",
     "perturbed",
     "recomputed",
     "token_mask",
@@ -65,16 +66,39 @@ def embedding_weight(model: nn.Module) -> Tensor:
     return _encoder(model).embed_tokens.weight
 
 
+def layer_count(model: nn.Module) -> int:
+    return len(_encoder(model).layers)
+
+
 def token_mask(model: nn.Module, src_tokens: Tensor) -> Tensor:
     """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
     return src_tokens.ne(_encoder(model).padding_idx).unsqueeze(-1).float()
 
 
 @contextmanager
-def looked_up(model: nn.Module) -> Iterator[List[Tensor]]:
-    """The embeddings [B, T, C] that the block's forwards look up, in order."""
+def captured(
+    model: nn.Module, place: str, layers: int = 0, differentiable: bool = False, leaf: bool = False
+) -> Iterator[List[Tensor]]:
+    """What the block's forwards perturb, [B, T, C] each, or what comes of it after ``layers`` layers.
+
+    Args:
+        place: "token" or "input" (the table above).
+        differentiable: it requires a gradient, also where nothing before it does.
+        leaf: it is cut off from what it was computed from as well.
+    """
     found: List[Tensor] = []
-    handle = _encoder(model).embed_tokens.register_forward_hook(lambda module, args, output: found.append(output))
+
+    def note(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> Tensor:
+        tensor = output.transpose(0, 1) if layers else output  # layers have [T, B, C]
+        if leaf:
+            tensor = tensor.detach()
+        if (differentiable or leaf) and not tensor.requires_grad:
+            tensor.requires_grad_()
+        found.append(tensor)
+        return tensor.transpose(0, 1) if layers else tensor
+
+    encoder = _encoder(model)
+    handle = (encoder.layers[layers - 1] if layers else getattr(encoder, _MODULES[place])).register_forward_hook(note)
     try:
         yield found
     finally:
@@ -435,6 +459,14 @@ class Forward:
         else:
             logits, _ = torch.func.functional_call(bare(self.model), weights, kwargs=self.inputs)
         return logits
+
+    def hidden(self, weights: Dict[str, Tensor], perturbation: Tensor, layers: int) -> Tensor:
+        """What comes after the first ``layers`` layers, [B, T, C]; the others are not run."""
+        others = list(_encoder(self.model).layers)[layers:]
+        skipped = _replaced([(layer, "forward", lambda x, **_: x) for layer in others])
+        with captured(self.model, self.place, layers) as found, skipped:
+            self(weights, perturbation)
+        return found[0]
 
     def products(
         self, weights: Dict[str, Tensor], direction: Tensor, size: float = 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toolkit import assert_close, assert_equal
 
-from smart_fairseq.method.adversary import Adversary, find_perturbation, norm, project
+from smart_fairseq.method.adversary import Adversary, find_perturbation, linearized, norm, project
 from smart_fairseq.method.divergence import squared_error, symmetric_kl
 
 EVERY_BALL = [
@@ -171,3 +171,19 @@ def test_nothing_is_left_behind() -> None:
         )
     assert not found.requires_grad and found.dtype == torch.float32
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_linearized_outputs(outputs: int) -> None:
+    """Against the Jacobian written out; of several outputs only their differences are promised."""
+    weight = torch.randn(4 * 3, outputs, dtype=torch.float64)
+    inputs = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    logits = torch.tanh(inputs).reshape(2, -1) @ weight
+    step = torch.randn(2, 4, 3, dtype=torch.float64)
+    expected = ((1 - torch.tanh(inputs.detach()).square()) * step).reshape(2, -1) @ weight
+    change = linearized(logits, inputs)(step) - logits.detach()
+    if outputs > 1:
+        change, expected = (x - x[:, -1:] for x in (change, expected))
+    assert_close(change, expected)
+    logits.sum().backward()  # the graph is still there
+    assert inputs.grad is not None

@@ -119,9 +119,49 @@ def test_an_overflow_leaves_the_perturbation(class_data: Path) -> None:
     assert_equal(found, torch.full((1, 2, 2), 0.5))
 
 
+@pytest.mark.parametrize(("steps", "layers", "expected"), [(1, 0, 7), (3, 0, 7), (1, 4, 7.5), (3, 4, 9.5), (1, 8, 8)])
+def test_cost_of_searching_through_some_layers(steps: int, layers: int, expected: float, class_data: Path) -> None:
+    """6 for the rest; of 8 layers those above take a backward pass once, those below two passes a step."""
+    flags = [*BOLD, "--smart-steps", str(steps), "--smart-search-layers", str(layers)]
+    task, model, criterion = set_up(class_data, *flags)
+    _, plain_model, plain = set_up(class_data, criterion="sentence_prediction")
+    sample = batch(task, 4)
+    assert 3 * flops(model, criterion, sample) / flops(plain_model, plain, sample) == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("layers", [0, 3, 8])
+def test_searching_through_some_layers_finds_what_all_find(layers: int, place: str, class_data: Path) -> None:
+    """In float64, with dropout: up to the curvature of what is taken to first order, which for all 8 is the head's."""
+    flags = ["--smart-epsilon", "1e-4", "--smart-step-size", "1e-4", "--smart-noise-std", "1e-5", "--smart-steps", "3"]
+    flags += ["--dropout", "0.2", "--attention-dropout", "0.2", "--smart-embedding", place]
+    found = []
+    for more in ([], ["--smart-search-layers", str(layers)]):
+        task, model, criterion = set_up(class_data, *flags, *more)
+        seen: List[torch.Tensor] = []
+        criterion._size = lambda perturbation, mask, seen=seen: seen.append(perturbation) or perturbation.sum()
+        _, log = loss_and_log(criterion, model.double(), batch(task, 4))
+        found.append((seen[0], log["smart_loss"]))
+    (exact, value), (ours, ours_value) = found
+    assert_close(ours_value, value, rtol=1e-3)
+    assert float((ours - exact).norm() / exact.norm()) < 0.01
+
+
+def test_a_frozen_table_is_searched_all_the_same(class_data: Path) -> None:
+    task, model, criterion = set_up(class_data, *NO_DROPOUT, *BOLD, "--smart-search-layers", "0")
+    _, before = loss_and_log(criterion, model, batch(task, 4))
+    model.encoder.sentence_encoder.embed_tokens.weight.requires_grad_(False)
+    loss, log = loss_and_log(criterion, model, batch(task, 4))
+    assert_equal(log["smart_loss"], before["smart_loss"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--smart-search-layers", "-1"], "--smart-search-layers is -1; it must be a whole number from 0"),
+        (["--smart-search-layers", "2", "--smart-recompute"], "which --smart-recompute does not keep"),
+        (["--smart-search-layers", "2", "--smart-dropout", "independent"], "--smart-dropout independent does not keep"),
+        (["--smart-search-layers", "2", "--smart-mode", "tangent"], "does not know --smart-search-layers; leave it"),
         (["--smart-every", "0"], "--smart-every is 0; it must be a whole number from 1"),
         (["--smart-bregman-every", "-1"], "--smart-bregman-every is -1"),
         (
@@ -133,3 +173,18 @@ def test_an_overflow_leaves_the_perturbation(class_data: Path) -> None:
 def test_refusals(flags: List[str], message: str, class_data: Path) -> None:
     with pytest.raises(UsageError, match=message):
         set_up(class_data, *flags)
+
+
+def test_more_layers_than_there_are(class_data: Path) -> None:
+    with pytest.raises(
+        UsageError, match="--smart-search-layers is 3; it must be at most 2, the model's number of layers"
+    ):
+        train(command(class_data, "--smart-search-layers", "3"))
+
+
+def test_half_precision_does_not_see_the_noise_after_some_layers(class_data: Path) -> None:
+    half = ["--fp16", "--fp16-no-flatten-grads", *BOLD, "--smart-noise-std", "1e-5", "--smart-search-layers"]
+    with pytest.raises(UsageError, match=r"--smart-search-layers is 1 .* use 0"):
+        train(command(class_data, *half, "1"))
+    log = train(command(class_data, *half, "0", "--fp16-init-scale", "4", max_update=2))
+    assert all(line["smart_loss"] > 0 for line in log["train_inner"])

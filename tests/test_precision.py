@@ -27,9 +27,8 @@ WIDER = ["--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128", "--encod
 def set_up(data: Path, kind: str, *flags: str, **options: Any) -> Tuple[Any, Any, Any]:
     """Task, model and criterion with weights of the size that trained encoders have."""
     regression = ["--regression-target"] if kind == "regression" else []
-    arguments = command(
-        data, *WIDER, *regression, *flags, optimizer="adam", num_classes=1 if regression else 2, **options
-    )
+    options = {"num_classes": 1 if regression else 2, **options}
+    arguments = command(data, *WIDER, *regression, *flags, optimizer="adam", **options)
     _, task, model, criterion = build(arguments)
     generator = torch.Generator(DEVICE).manual_seed(4)
     for module in model.modules():
@@ -308,15 +307,48 @@ def test_the_task_loss_and_its_gradient_stay(class_data: Path) -> None:
 
 
 def test_cost(class_data: Path) -> None:
-    """9 forward-equivalents without the teacher's one: 3 for the direction, 2 and 4 for the pass with its change."""
+    """Without the teacher: 2 forward-equivalents for the direction, or 3 in any number of classes; 2 and 4 for the
+    pass with its change. By two forwards in half precision no more than in float32."""
 
-    def cost(*flags: str, **options: Any) -> int:
+    def cost(dtype: torch.dtype, *flags: str, **options: Any) -> float:
         wide = ["--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512"]
         task, model, criterion = set_up(class_data, "classes", *wide, *flags, **options)
-        return flops(model, criterion, batch(task, 4))
+        return flops(model.to(dtype), criterion, batch(task, 4))
 
-    forward = cost(criterion="sentence_prediction") / 3
-    assert 8 < cost("--smart-mode", "tangent") / forward < 9.25
+    forward = cost(torch.float32, criterion="sentence_prediction") / 3
+    tangent = ["--smart-mode", "tangent"]
+    for classes, expected in ((2, 8), (3, 9), (4, 9)):
+        found = cost(torch.float32, *tangent, num_classes=classes) / forward
+        assert found == pytest.approx(expected, abs=0.25)
+    finite = ["--smart-epsilon", "1e-2", "--smart-step-size", "1", "--smart-mode", "finite"]
+    assert cost(torch.bfloat16, *finite, "--smart-epsilon", "2e-2") / forward == pytest.approx(7, abs=0.25)
+    assert cost(torch.float32, *finite, "--smart-epsilon", "1e-5") / forward == pytest.approx(9, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", ["classes", "regression"])
+@pytest.mark.parametrize(("radius", "noticed"), [("1e-5", False), ("1e-2", True)])
+def test_a_first_step_from_the_clean_pass(
+    radius: str, noticed: bool, kind: str, class_data: Path, regression_data: Path
+) -> None:
+    """What the first order changes, seen in float64, is less than float32 resolves where float32 takes it."""
+    data = class_data if kind == "classes" else regression_data
+    flags = [*NO_DROPOUT, "--smart-epsilon", radius, "--smart-step-size", radius]
+    task, model, criterion = set_up(data, kind, *flags)
+    sample = batch(task, 8)
+    rough, _, _ = term_and_gradient(model, criterion, sample)
+    assert criterion._starts_to_first_order() != noticed
+    values, gradients = [], []
+    for below in (0.0, 1.0):
+        _, _, criterion = set_up(data, kind, *flags)
+        criterion._choose_form(in_float64(model))
+        assert not criterion._starts_to_first_order()
+        criterion._first_order_below = below
+        value, gradient, _ = term_and_gradient(in_float64(model), criterion, sample)
+        values.append(value)
+        gradients.append(gradient)
+    changed = abs(values[1] / values[0] - 1)
+    assert 0 < changed < 1e-4 and distance(gradients[1], gradients[0]) < 2e-4
+    assert (changed > abs(rough / values[0] - 1)) == noticed
 
 
 def test_products_are_the_jacobian_and_its_transpose(class_data: Path) -> None:

@@ -16,7 +16,7 @@ import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq.criterions import register_criterion
@@ -34,7 +34,9 @@ from ..method.adversary import (
     ascend,
     find_perturbation,
     gradient_by_change,
+    gradient_of,
     gradient_to_first_order,
+    linearized,
     norm,
 )
 from ..method.divergence import (
@@ -51,9 +53,10 @@ from ..optim.mbpp import MBPPConfig
 from ..perturb import (
     Forward,
     Substitute,
+    captured,
     changed,
     embedding_weight,
-    looked_up,
+    layer_count,
     recomputed,
     token_mask,
     without_gelu_outputs,
@@ -150,6 +153,13 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
             "took anyway, instead of one found anew (an example's first is found)"
         },
     )
+    smart_search_layers: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "approximation: the ascent runs through the first N layers, and takes the others to first order "
+            "from the clean pass; 0: no forward of its own at all; not set: through all"
+        },
+    )
     smart_bregman_weight: Optional[float] = field(
         default=None,
         metadata={"help": "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"},
@@ -199,6 +209,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         self.memory = PerturbationMemory(self.adversary) if cfg.smart_reuse else None
         self._form: Optional[str] = None  # of the term, once the model is known
         self._resolved = 0.0  # the least entry of a perturbation that the working precision resolves
+        self._first_order_below = 0.0  # noise from which it costs no digits of the term that two forwards have
         self._checked = self._warned = False
         self.teacher = TeacherLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
@@ -224,8 +235,8 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             return " ".join(f"--{name.replace('_', '-')} {getattr(values, name)}" for name in names)
 
         form = self._form or "not at all"
-        if self._form == TWO_FORWARDS and self.cfg.smart_noise_std < self._resolved:
-            form += f", the first step to first order (entries are resolved from {self._resolved:.0e} on)"
+        if self._form == TWO_FORWARDS and self._starts_to_first_order():
+            form += ", the first ascent step to first order"
         text = f"SMART: smoothness term {form}, Bregman weight {self.bregman_weight:g}; "
         text += flags(SmartSentencePredictionConfig, self.cfg, "smart_")
         if self.bregman_weight:
@@ -250,12 +261,13 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         with contextlib.ExitStack() as passes:
             if start is not None and carried:
                 size = self.size if self._form == CARRIED_CHANGE else 0.0
-                gradient_fn = self._gradient_of_change(forward, masks, size)
-                perturbation = ascend(gradient_fn, start.noise, start.mask, self.adversary, start.gradient)
+                gradient_fn = self._gradient_of_change(forward, masks) if size else self._first_order(forward, masks)
+                perturbation = ascend(gradient_fn, start.noise, start.mask, self.adversary)
                 change = passes.enter_context(changed(model, perturbation / self.size, forward.place, size))
             elif start is not None:
                 passes.enter_context(recomputed(model) if self.cfg.smart_recompute else without_gelu_outputs(model))
-            lookup = passes.enter_context(looked_up(model)) if start is not None else []
+                lookup = passes.enter_context(captured(model, "token"))
+                entered = passes.enter_context(self._entered(forward))
             output = passes.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         clean = output[0]
@@ -268,7 +280,9 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
                 smoothness = self.divergence_of_change(clean, moved).sum()
                 rounding = moved
             else:
-                smoothness, perturbation = self._finite_smoothness(forward, sample, clean, masks, start, lookup[0])
+                smoothness, perturbation = self._finite_smoothness(
+                    forward, sample, clean, masks, start, lookup[0], entered
+                )
                 rounding = clean
             terms.append(("smart", smart_weight, smoothness))
             log["smart_delta"] = self._size(perturbation.detach(), start.mask)
@@ -331,30 +345,59 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         # at least float32, whatever the model's precision
         noise = noise.to(torch.promote_types(embeddings.dtype, torch.float32)) * self.cfg.smart_noise_std
         known = self.memory.recall(sample["id"], noise) if self.memory else None
-        # fresh dropout masks change the output more than any noise, so that nothing is lost in rounding
-        resolved = self.cfg.smart_noise_std >= self._resolved or self.cfg.smart_dropout == "independent"
         gradient = None
-        if known is None and not resolved:
-            gradient = self._gradient_of_change(forward, masks)(noise * mask)
+        if known is None and self._form == TWO_FORWARDS and self._starts_to_first_order() and not self._from_clean_pass:
+            gradient = self._first_order(forward, masks)(noise * mask)
         return _Start(noise, mask, gradient, known)
 
-    def _gradient_of_change(self, forward: Forward, masks: RandomState, size: float = 0.0) -> GradientFn:
-        """For the ascent: to first order with size 0, at the perturbed point with the perturbation's size."""
+    @property
+    def _few_outputs(self) -> bool:
+        """Whether the Jacobian of the outputs, a backward pass for each but one, costs no more than its products."""
+        return int(self.task.cfg.num_classes) <= 3
+
+    @property
+    def _from_clean_pass(self) -> bool:
+        """Whether the first order is taken from the clean pass, which then keeps its activations for it."""
+        return self.cfg.smart_search_layers is not None or (self._few_outputs and not self.cfg.smart_recompute)
+
+    def _starts_to_first_order(self) -> bool:
+        """Whether the first ascent step is taken to first order: two forwards would be off by as much, or by more."""
+        if self.cfg.smart_dropout == "independent":  # fresh masks change the output more than any noise
+            return False
+        return self.cfg.smart_noise_std < (self._first_order_below if self._from_clean_pass else self._resolved)
+
+    def _entered(self, forward: Forward) -> ContextManager[List[Tensor]]:
+        """What the clean pass's outputs are linearized in."""
+        layers = self.cfg.smart_search_layers
+        if self._from_clean_pass and (layers is not None or self._starts_to_first_order()):
+            return captured(forward.model, forward.place, layers or 0, differentiable=True)
+        return contextlib.nullcontext([])
+
+    def _first_order(self, forward: Forward, masks: RandomState) -> GradientFn:
+        """The gradient to first order, from a pass of its own before the clean one."""
         weights = forward.frozen_weights()
 
-        def first_order(direction: Tensor) -> Any:
+        def products(direction: Tensor) -> Any:
             with self._dropout(forward.model, masks):
                 return forward.products(weights, direction)
 
-        def at_the_point(perturbation: Tensor) -> Any:
+        if not self._few_outputs:
+            return gradient_to_first_order(products, self.divergence_of_change)
+        with self._dropout(forward.model, masks), captured(forward.model, forward.place, leaf=True) as entered:
+            outputs = forward(weights)
+        return gradient_of(linearized(outputs, entered[0]), outputs.detach(), self.divergence)
+
+    def _gradient_of_change(self, forward: Forward, masks: RandomState) -> GradientFn:
+        """The gradient at the perturbed point, whatever the precision."""
+        weights = forward.frozen_weights()
+
+        def products(perturbation: Tensor) -> Any:
             with self._dropout(forward.model, masks):
-                logits, back, pull_back = forward.products(weights, perturbation / size, size)
-            back = size * back.to(perturbation.dtype)
+                logits, back, pull_back = forward.products(weights, perturbation / self.size, self.size)
+            back = self.size * back.to(perturbation.dtype)
             return logits.to(back.dtype) + back, -back, pull_back
 
-        if size:
-            return gradient_by_change(at_the_point, self.divergence_of_change)
-        return gradient_to_first_order(first_order, self.divergence_of_change)
+        return gradient_by_change(products, self.divergence_of_change)
 
     def _finite_smoothness(
         self,
@@ -364,30 +407,47 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         masks: RandomState,
         start: "_Start",
         lookup: Tensor,
+        entered: List[Tensor],
     ) -> Tuple[Tensor, Tensor]:
         """R_s summed over the batch as the divergence of two outputs, and the perturbation [B, T, C].
 
-        ``lookup`` [B, T, C]: the clean pass's embeddings.
+        ``lookup`` [B, T, C]: the clean pass's embeddings. ``entered``: what it is linearized in, if it is.
         """
         if self.cfg.smart_dropout == "off":
-            with without_dropout(forward.model):
+            with without_dropout(forward.model), self._entered(forward) as entered:
                 clean = forward()
-        weights = forward.frozen_weights()
-
-        def frozen(perturbation: Tensor) -> Tensor:
-            with self._dropout(forward.model, masks):
-                return forward(weights, perturbation)
-
         perturbation = start.known
         if perturbation is None:
-            perturbation = find_perturbation(
-                frozen, clean, start.noise, start.mask, self.divergence, self.adversary, start.gradient
-            )
+            perturbation = self._find(forward, clean, masks, start, entered)
         if self.memory:
             perturbation = self.memory.watched(sample["id"], perturbation, start.mask)
         with self._dropout(forward.model, masks), without_gelu_outputs(forward.model):
             adversarial = forward(perturbation=perturbation, lookup=lookup)
         return self.divergence(adversarial, clean).sum(), perturbation
+
+    def _find(
+        self, forward: Forward, clean: Tensor, masks: RandomState, start: "_Start", entered: List[Tensor]
+    ) -> Tensor:
+        """Algorithm 1, lines 4 to 8; arguments as for `_finite_smoothness`."""
+        weights, layers, gradient = forward.frozen_weights(), self.cfg.smart_search_layers, start.gradient
+
+        def logits_fn(perturbation: Tensor) -> Tensor:
+            with self._dropout(forward.model, masks):
+                return forward(weights, perturbation)
+
+        def upper_layers_linear(perturbation: Tensor) -> Tensor:
+            if not layers:
+                return linear(perturbation)
+            with self._dropout(forward.model, masks):
+                return linear(forward.hidden(weights, perturbation, layers) - entered[0].detach())
+
+        if entered:
+            linear = linearized(clean, entered[0])
+            if layers is None:
+                gradient = gradient_of(linear, clean, self.divergence)(start.noise * start.mask)
+            else:
+                logits_fn = upper_layers_linear
+        return find_perturbation(logits_fn, clean, start.noise, start.mask, self.divergence, self.adversary, gradient)
 
     def _working_precision(self, model: nn.Module) -> torch.dtype:
         """The dtype that the model's products are taken in: autocast's under --amp, otherwise its weights'."""
@@ -412,6 +472,9 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
         spread = embedding_weight(model).shape[1] ** 0.5 if self.adversary.norm == "l2" else 1
         least = spread * (1e6 * rounding if exact else self._resolved)
         size, flags = _largest_size(self.cfg)
+        # and an ascent step to first order by about four times the size of the noise
+        self._first_order_below = max(self._resolved, rounding * spread / size / 4)
+        self._check_search(model, dtype)
         why = f"{flags} {size:g} is below what {str(dtype).split('.')[1]} resolves here ({least:.0e})"
         if mode == "tangent":
             self._form = FIRST_ORDER
@@ -427,6 +490,16 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
             self._form = FIRST_ORDER
         return self._form
+
+    def _check_search(self, model: nn.Module, dtype: torch.dtype) -> None:
+        searched, there = self.cfg.smart_search_layers or 0, layer_count(model)
+        require(searched <= there, "--smart-search-layers", searched, f"at most {there}, the model's number of layers")
+        noise = self.cfg.smart_noise_std
+        if searched and noise < self._resolved:
+            raise UsageError(
+                f"--smart-search-layers is {searched} and --smart-noise-std {noise:g}, below what "
+                f"{str(dtype).split('.')[1]} resolves ({self._resolved:.0e}) after any layer; use 0, or more noise"
+            )
 
     def _noise_floor(self, clean: Tensor, rounded: Tensor, model: nn.Module) -> Tensor:
         """What the term would be if ``rounded`` [B, K] were off by the working precision's rounding; a sum."""
@@ -521,7 +594,11 @@ def _unknown_to_carried_change(cfg: SmartSentencePredictionConfig) -> Optional[s
     """Which flag the forms that carry a change do not know, and what to do about it; None if they know them all."""
     if cfg.smart_dropout != "shared":
         return f"does not know --smart-dropout {cfg.smart_dropout}; use shared"
-    for flag, value in (("--smart-reuse", cfg.smart_reuse), ("--smart-recompute", cfg.smart_recompute)):
+    for flag, value in (
+        ("--smart-reuse", cfg.smart_reuse),
+        ("--smart-recompute", cfg.smart_recompute),
+        ("--smart-search-layers", cfg.smart_search_layers is not None),
+    ):
         if value:
             return f"does not know {flag}; leave it out"
     if _divergence_name(cfg) in ("kl", "js"):
@@ -600,6 +677,14 @@ def _check_flags(cfg: SmartSentencePredictionConfig, task: Any) -> None:
         ("--smart-bregman-every", cfg.smart_bregman_every),
     ):
         require(number >= 1, flag, number, "a whole number from 1")
+    if cfg.smart_search_layers is not None:
+        layers = cfg.smart_search_layers
+        require(layers >= 0, "--smart-search-layers", layers, "a whole number from 0 to the model's number of layers")
+        if cfg.smart_recompute or cfg.smart_dropout == "independent":
+            flag = "--smart-recompute" if cfg.smart_recompute else "--smart-dropout independent"
+            raise UsageError(
+                f"--smart-search-layers needs the clean pass as it was, which {flag} does not keep; leave one out"
+            )
     if cfg.smart_recompute and cfg.smart_dropout == "off":
         raise UsageError(
             "--smart-recompute is set with --smart-dropout off, which takes a second clean pass; use shared or "

@@ -32,7 +32,9 @@ __all__ = [
     "ascend",
     "find_perturbation",
     "gradient_by_change",
+    "gradient_of",
     "gradient_to_first_order",
+    "linearized",
     "norm",
     "normalize",
     "project",
@@ -40,6 +42,8 @@ __all__ = [
 
 # perturbation [B, T, C] -> gradient [B, T, C]
 GradientFn = Callable[[Tensor], Tensor]
+# perturbation [B, T, C] -> outputs [B, K]
+LogitsFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,21 @@ def _cotangent(divergence: Divergence, first: Tensor, second: Tensor, *, of: int
     return _unit(torch.autograd.grad(value, pair[of])[0])
 
 
+def gradient_of(logits_fn: LogitsFn, clean_logits: Tensor, divergence: Divergence) -> GradientFn:
+    """The gradient, for `ascend`, of the divergence between two outputs; arguments as for `find_perturbation`."""
+
+    def gradient(perturbation: Tensor) -> Tensor:
+        perturbation = perturbation.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = logits_fn(perturbation)
+        cotangent = _cotangent(divergence, logits, clean_logits, of=0)
+        return torch.autograd.grad(logits, perturbation, cotangent.to(logits.dtype))[0]
+
+    return gradient
+
+
 def find_perturbation(
-    logits_fn: Callable[[Tensor], Tensor],
+    logits_fn: LogitsFn,
     clean_logits: Tensor,
     noise: Tensor,
     mask: Tensor,
@@ -160,19 +177,38 @@ def find_perturbation(
         clean_logits: [B, K], outputs without perturbation; held fixed.
         divergence: l_s, one number per example.
         first_gradient: as for `ascend`; where ``logits_fn`` works in a precision that does not resolve the noise,
-            by `gradient_to_first_order`.
+            that of `linearized` outputs.
     Returns:
         [B, T, C], dtype of ``noise``, detached.
     """
+    return ascend(gradient_of(logits_fn, clean_logits, divergence), noise, mask, adversary, first_gradient)
 
-    def gradient(perturbation: Tensor) -> Tensor:
-        perturbation = perturbation.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = logits_fn(perturbation)
-        cotangent = _cotangent(divergence, logits, clean_logits, of=0)
-        return torch.autograd.grad(logits, perturbation, cotangent.to(logits.dtype))[0]
 
-    return ascend(gradient, noise, mask, adversary, first_gradient)
+def linearized(outputs: Tensor, inputs: Tensor) -> LogitsFn:
+    """The outputs to first order in the inputs: d -> f(x) + J d, with no forward at all.
+
+    J comes from the graph of ``outputs``, which stays, by one backward pass for each class but the last: only the
+    differences of logits count, those to the last one, which itself is given no change.
+
+    Args:
+        outputs: [B, K], raw model outputs; an example's own depend on its own inputs alone.
+        inputs: [B, T, C], what they were computed from.
+    Returns:
+        A function from [B, T, C] to [B, K], float64, in which small changes of the outputs are not lost.
+    """
+    single = outputs.shape[1] == 1
+    differences = outputs if single else outputs[:, :-1] - outputs[:, -1:]
+    rows = [
+        torch.autograd.grad(difference.sum(), inputs, retain_graph=True)[0] for difference in differences.unbind(dim=1)
+    ]
+    jacobian = torch.stack(rows).to(torch.promote_types(inputs.dtype, torch.float32))
+    reference = outputs.detach().double()
+
+    def logits(step: Tensor) -> Tensor:
+        change = torch.einsum("kbtc,btc->bk", jacobian, step.to(jacobian.dtype)).double()
+        return reference + (change if single else torch.nn.functional.pad(change, (0, 1)))
+
+    return logits
 
 
 def gradient_to_first_order(
