@@ -42,7 +42,8 @@ MODELS = {
     "roberta_large": (["--arch", "roberta_large"], 50265),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMART = ["--criterion", "smart_sentence_prediction", "--smart-epsilon", "1e-2", "--smart-step-size", "1e-2"]
+PAPER = ["--criterion", "smart_sentence_prediction"]
+SMART = [*PAPER, "--smart-epsilon", "1e-2", "--smart-step-size", "1"]
 VARIANTS = [
     ("plain", ["--criterion", "sentence_prediction", "--optimizer", "adam"]),
     ("MBPP alone", [*SMART, "--smart-weight", "0", "--optimizer", "mbpp"]),
@@ -52,8 +53,9 @@ VARIANTS = [
     ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"]),
     ("SMART + MBPP, --smart-search-layers 0", [*SMART, "--smart-search-layers", "0", "--optimizer", "mbpp"]),
     ("SMART + MBPP, --smart-recompute", [*SMART, "--smart-recompute", "--optimizer", "mbpp"]),
-    ("SMART + MBPP, first order", [*SMART, "--smart-mode", "tangent", "--optimizer", "mbpp"]),
-    ("SMART + MBPP, finite", [*SMART, "--smart-epsilon", "1e-4", "--smart-mode", "finite", "--optimizer", "mbpp"]),
+    ("SMART + MBPP, the paper's radius", [*PAPER, "--optimizer", "mbpp"]),
+    ("SMART + MBPP, the paper's radius, tangent", [*PAPER, "--smart-mode", "tangent", "--optimizer", "mbpp"]),
+    ("SMART + MBPP, the paper's radius, finite", [*PAPER, "--smart-mode", "finite", "--optimizer", "mbpp"]),
 ]
 
 
@@ -257,7 +259,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     names = [*(label for label, _ in VARIANTS), "literal"]
     parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help="rows of the table; default: all")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
