@@ -1,19 +1,28 @@
-"""Checks of what exists only once training is about to begin: files, data, the model.
+"""Checks before training: of the flags, and of what exists only then, files, data and the model.
 
 Each raises `UsageError` with one line, or returns.
 """
 
 import logging
+import math
 import os
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from .errors import UsageError, require
+from .errors import NOT_SHARDED, UsageError, require
+from .forms import divergence_name, unknown_to_carried_change
 from .perturb import embedding_weight
 
-__all__ = ["check_best_metric", "check_labels", "check_model", "check_restore_file", "resolution"]
+__all__ = [
+    "bregman_weight",
+    "check_best_metric",
+    "check_flags",
+    "check_labels",
+    "check_model",
+    "check_restore_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +114,83 @@ def check_model(model: nn.Module) -> None:
     embedding_weight(model)
 
 
-def resolution(model: nn.Module, dtype: torch.dtype) -> float:
-    """The smallest perturbation of the embeddings that ``dtype`` resolves: rounding of their median entry."""
-    median = float(embedding_weight(model).detach().float().abs().median())
-    return torch.finfo(dtype).eps * median
+def _optimizer_name(cfg: Any) -> Optional[str]:
+    """The value of --optimizer; None in fairseq-validate, which has none."""
+    return getattr(cfg.smart_optimizer, "_name", None)
+
+
+def bregman_weight(cfg: Any) -> float:
+    optimizer = _optimizer_name(cfg)
+    has_teacher = optimizer == "mbpp"
+    weight = cfg.smart_bregman_weight
+    if weight is None:
+        if optimizer is not None and not has_teacher:
+            logger.info(
+                f"--smart-bregman-weight is not set and --optimizer is {optimizer}: no Bregman term "
+                "(--optimizer mbpp brings it, with weight 1)"
+            )
+        return 1.0 if has_teacher else 0.0
+    require(weight >= 0 and math.isfinite(weight), "--smart-bregman-weight", weight, "0 or above")
+    if weight > 0 and optimizer is not None and not has_teacher:
+        raise UsageError(
+            f"--smart-bregman-weight is {weight:g} but --optimizer is {optimizer}; "
+            "a value above 0 needs --optimizer mbpp, which keeps the teacher"
+        )
+    return weight
+
+
+def check_flags(cfg: Any, task: Any) -> None:
+    """Raise `UsageError` for values that would train something else than the user believes."""
+    require(cfg.smart_weight >= 0 and math.isfinite(cfg.smart_weight), "--smart-weight", cfg.smart_weight, "0 or above")
+    for flag, value in (
+        ("--smart-epsilon", cfg.smart_epsilon),
+        ("--smart-noise-std", cfg.smart_noise_std),  # at the clean point itself the gradient is 0
+        ("--smart-step-size", cfg.smart_step_size),
+    ):
+        require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+    if cfg.smart_ddp_backend == "fully_sharded":
+        raise UsageError(NOT_SHARDED)
+    optimizer = _optimizer_name(cfg)
+    if cfg.smart_validate_with == "teacher" and optimizer not in (None, "mbpp"):
+        raise UsageError(
+            f"--smart-validate-with is teacher but --optimizer is {optimizer}; it needs --optimizer mbpp, which keeps "
+            "the teacher"
+        )
+    lowest = 1 if cfg.smart_weight else 0
+    require(
+        cfg.smart_steps >= lowest,
+        "--smart-steps",
+        cfg.smart_steps,
+        f"{lowest} or more (--smart-weight 0 switches the term off)",
+    )
+    for flag, number in (
+        ("--smart-every", cfg.smart_every),
+        ("--smart-bregman-every", cfg.smart_bregman_every),
+    ):
+        require(number >= 1, flag, number, "a whole number from 1")
+    if cfg.smart_search_layers is not None:
+        layers = cfg.smart_search_layers
+        require(layers >= 0, "--smart-search-layers", layers, "a whole number from 0 to the model's number of layers")
+        if cfg.smart_recompute or cfg.smart_dropout == "independent":
+            flag = "--smart-recompute" if cfg.smart_recompute else "--smart-dropout independent"
+            raise UsageError(
+                f"--smart-search-layers needs the clean pass as it was, which {flag} does not keep; leave one out"
+            )
+    if cfg.smart_recompute and cfg.smart_dropout == "off":
+        raise UsageError(
+            "--smart-recompute is set with --smart-dropout off, which takes a second clean pass; use shared or "
+            "independent"
+        )
+    if cfg.smart_mode == "tangent" and unknown_to_carried_change(cfg):
+        raise UsageError(f"--smart-mode is tangent, which {unknown_to_carried_change(cfg)}, or --smart-mode auto")
+    num_classes = task.cfg.num_classes
+    if cfg.regression_target:
+        require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
+        if divergence_name(cfg) != "squared":
+            raise UsageError(
+                f"--smart-divergence is {divergence_name(cfg)} with --regression-target, whose single output is no "
+                "distribution; use squared or auto"
+            )
+        return
+    if cfg.smart_weight or cfg.smart_bregman_weight:
+        require(num_classes >= 2, "--num-classes", num_classes, "2 or more without --regression-target")

@@ -10,7 +10,7 @@ import reference
 import torch
 from fairseq import optim
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
-from toolkit import NO_DROPOUT, assert_close, batch, build, command
+from toolkit import NO_DROPOUT, assert_close, batch, build, command, watch_perturbations
 
 from smart_fairseq.method.noise import example_noise
 
@@ -94,6 +94,7 @@ def test_against_the_literal_algorithm(
     place: str,
     class_data: Path,
     regression_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """x~, R_s, D_Breg and all gradients; a ball small enough to bind and a noise that partly leaves it."""
     settings = dict(radius=2e-2, step_size=3e-2, steps=steps, norm=norm, scope=scope, projection=projection)
@@ -116,7 +117,7 @@ def test_against_the_literal_algorithm(
     regression = kind == "regression"
     tokens = sample["net_input"]["src_tokens"]
     seen = []
-    criterion._size = lambda perturbation, mask: seen.append(perturbation) or perturbation.sum()
+    watch_perturbations(monkeypatch, seen)
     torch.manual_seed(77)
     loss, sample_size, log = criterion(model, sample)
     (loss / sample_size).backward()

@@ -6,7 +6,7 @@ from typing import Any, List
 import pytest
 import torch
 from test_cost import set_up
-from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, command, flops, train
+from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, command, flops, train, watch_perturbations
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.method.adversary import Adversary
@@ -62,13 +62,13 @@ def test_a_reused_perturbation_is_a_projected_step_from_the_last_one(class_data:
     task, model, criterion = set_up(class_data, *NO_DROPOUT, *BOLD, "--smart-reuse")
     sample = batch(task, 4)
     used: List[torch.Tensor] = []
-    watched = criterion.memory.watched
+    watched = criterion.smoothness.memory.watched
 
     def note(ids: Any, perturbation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         used.append(perturbation.detach().clone())
         return watched(ids, perturbation, mask)
 
-    criterion.memory.watched = note
+    criterion.smoothness.memory.watched = note
     for _ in range(2):
         torch.manual_seed(5)
         criterion(model, sample)[0].backward()
@@ -131,7 +131,9 @@ def test_cost_of_searching_through_some_layers(steps: int, layers: int, expected
 
 @pytest.mark.parametrize("place", ["token", "input"])
 @pytest.mark.parametrize("layers", [0, 3, 8])
-def test_searching_through_some_layers_finds_what_all_find(layers: int, place: str, class_data: Path) -> None:
+def test_searching_through_some_layers_finds_what_all_find(
+    layers: int, place: str, class_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64, with dropout: up to the curvature of what is taken to first order, which for all 8 is the head's."""
     flags = ["--smart-epsilon", "1e-4", "--smart-step-size", "1e-4", "--smart-noise-std", "1e-5", "--smart-steps", "3"]
     flags += ["--dropout", "0.2", "--attention-dropout", "0.2", "--smart-embedding", place]
@@ -139,7 +141,7 @@ def test_searching_through_some_layers_finds_what_all_find(layers: int, place: s
     for more in ([], ["--smart-search-layers", str(layers)]):
         task, model, criterion = set_up(class_data, *flags, *more)
         seen: List[torch.Tensor] = []
-        criterion._size = lambda perturbation, mask, seen=seen: seen.append(perturbation) or perturbation.sum()
+        watch_perturbations(monkeypatch, seen)
         _, log = loss_and_log(criterion, model.double(), batch(task, 4))
         found.append((seen[0], log["smart_loss"]))
     (exact, value), (ours, ours_value) = found

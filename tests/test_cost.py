@@ -10,7 +10,7 @@ import torch
 from toolkit import BOLD, HALF_TYPES, ROOT, assert_equal, batch, build, command, flops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import smart_fairseq.criterions.smart_sentence_prediction as module
+import smart_fairseq.smoothness as module
 from smart_fairseq.errors import UsageError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

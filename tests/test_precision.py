@@ -9,7 +9,7 @@ import pytest
 import torch
 from toolkit import DEVICE, HALF_TYPES, NO_DROPOUT, assert_close, batch, build, command, flops, train, write_data
 
-from smart_fairseq.criterions.smart_sentence_prediction import CARRIED_CHANGE, FIRST_ORDER, TWO_FORWARDS
+from smart_fairseq.forms import CARRIED_CHANGE, CLEAN_PASS, FIRST_ORDER, FORWARD, TWO_FORWARDS, Form
 from smart_fairseq.method.divergence import (
     squared_change,
     squared_change_of_classes,
@@ -43,7 +43,8 @@ def term_and_gradient(
 ) -> Tuple[float, Dict[str, torch.Tensor], Any]:
     """R_s per example, and the gradient of R_s over the squared radius, which every precision can hold."""
     found: Dict[str, Any] = {}
-    original = criterion.divergence_of_change, criterion.divergence
+    settings = criterion.smoothness
+    original = settings.divergence_of_change, settings.divergence
 
     def catch(divergence: Any) -> Any:
         def watched(*arguments: torch.Tensor) -> torch.Tensor:
@@ -54,12 +55,12 @@ def term_and_gradient(
 
         return watched
 
-    criterion.divergence_of_change, criterion.divergence = (catch(divergence) for divergence in original)
+    settings.divergence_of_change, settings.divergence = (catch(divergence) for divergence in original)
     torch.manual_seed(seed)
     _, size, log = criterion(model, sample)
-    criterion.divergence_of_change, criterion.divergence = original
+    settings.divergence_of_change, settings.divergence = original
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scaled = found["term"].sum() / criterion.size**2
+    scaled = found["term"].sum() / settings.size**2
     gradients = torch.autograd.grad(scaled, [p for _, p in parameters], allow_unused=True)
     kept = {name: g.double() for (name, _), g in zip(parameters, gradients) if g is not None}
     return float(log["smart_loss"]) / size, kept, log
@@ -126,7 +127,7 @@ def test_two_forwards_in_float32(
     flags = [*NO_DROPOUT, "--smart-epsilon", radius, "--smart-step-size", "1"]
     task, model, criterion = set_up(data, kind, *flags)
     term, exact, aligned, _ = both(model, criterion, set_up(data, kind, *flags)[2], batch(task, 8))
-    assert criterion._form == TWO_FORWARDS
+    assert criterion._form.term == TWO_FORWARDS
     assert term == pytest.approx(exact, rel=relative) and aligned > 1 - 1e-5
 
 
@@ -143,7 +144,7 @@ def test_finite_mode_in_float32(
     sample, exact_criterion = batch(task, 8), set_up(data, kind, *flags)[2]
     term, gradient, _ = term_and_gradient(model, criterion, sample)
     exact, exact_gradient, _ = term_and_gradient(in_float64(model), exact_criterion, sample)
-    assert (criterion._form, exact_criterion._form) == (CARRIED_CHANGE, TWO_FORWARDS)
+    assert (criterion._form.term, exact_criterion._form.term) == (CARRIED_CHANGE, TWO_FORWARDS)
     assert term == pytest.approx(exact, rel=1e-5) and distance(gradient, exact_gradient) < 1e-5
 
 
@@ -163,7 +164,7 @@ def test_a_carried_change_is_the_difference_of_two_forwards(flags: List[str], cl
     results = []
     for form in (CARRIED_CHANGE, TWO_FORWARDS):
         task, model, criterion = set_up(class_data, "classes", *shared)
-        criterion._form = form
+        criterion._form = Form(form, FORWARD, torch.float64)
         results.append(term_and_gradient(in_float64(model), criterion, batch(task, 6)))
     (term, gradient, _), (exact, exact_gradient, _) = results
     assert term == pytest.approx(exact, rel=1e-9) and distance(gradient, exact_gradient) < 1e-8
@@ -177,11 +178,11 @@ def test_finite_mode_in_half_precision(dtype: torch.dtype, radius: str, class_da
     model.to(dtype)
     sample = batch(task, 8)
     term, exact, aligned, _ = both(model, criterion, set_up(class_data, "classes", *flags, "finite")[2], sample)
-    assert criterion._form == CARRIED_CHANGE
+    assert criterion._form.term == CARRIED_CHANGE
     assert term == pytest.approx(exact, rel=0.02) and aligned > 0.999
     _, _, to_first_order = set_up(class_data, "classes", *flags, "auto")
     rough, _, _ = term_and_gradient(model, to_first_order, sample)
-    assert to_first_order._form == FIRST_ORDER
+    assert to_first_order._form.term == FIRST_ORDER
     assert abs(rough - exact) > 2 * abs(term - exact)
 
 
@@ -205,7 +206,7 @@ def test_two_forwards_in_half_precision(dtype: torch.dtype, flags: List[str], cl
     term, exact, aligned, log = both(
         model.to(dtype), criterion, set_up(class_data, "classes", *shared)[2], batch(task, 8)
     )
-    assert criterion._form == TWO_FORWARDS and criterion.cfg.smart_noise_std < criterion._resolved
+    assert criterion._form[:2] == (TWO_FORWARDS, CLEAN_PASS)
     assert term == pytest.approx(exact, rel=0.05) and aligned > 0.99
     assert float(log["smart_delta"]) == pytest.approx(8 * criterion.cfg.smart_epsilon, rel=1e-3)
 
@@ -243,7 +244,7 @@ def test_bregman_term(dtype: torch.dtype, kind: str, class_data: Path, regressio
         student = copy.deepcopy(model).to(dtype)
         forward = Forward(student, sample["net_input"], "sentence_classification_head", "token")
         criterion.teacher.weights = lambda _: {n: t.to(dtype) for n, t in zip(names, teacher)}
-        value = criterion.divergence(forward(), criterion._teacher_output(forward)).mean()
+        value = criterion.smoothness.divergence(forward(), criterion._teacher_output(forward)).mean()
         # at a size that float16 can hold
         (1e2 * value).backward()
         return float(value.detach()), {n: p.grad.double() for n, p in student.named_parameters() if p.grad is not None}
@@ -336,13 +337,11 @@ def test_a_first_step_from_the_clean_pass(
     task, model, criterion = set_up(data, kind, *flags)
     sample = batch(task, 8)
     rough, _, _ = term_and_gradient(model, criterion, sample)
-    assert criterion._starts_to_first_order() != noticed
+    assert criterion._form.first_step == (FORWARD if noticed else CLEAN_PASS)
     values, gradients = [], []
-    for below in (0.0, 1.0):
+    for first_step in (FORWARD, CLEAN_PASS):
         _, _, criterion = set_up(data, kind, *flags)
-        criterion._choose_form(in_float64(model))
-        assert not criterion._starts_to_first_order()
-        criterion._first_order_below = below
+        criterion._form = Form(TWO_FORWARDS, first_step, torch.float64)
         value, gradient, _ = term_and_gradient(in_float64(model), criterion, sample)
         values.append(value)
         gradients.append(gradient)

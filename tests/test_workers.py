@@ -20,9 +20,9 @@ from fairseq.optim import build_optimizer
 from fairseq_cli import train as fairseq_train
 from toolkit import BOLD, NO_DROPOUT, assert_close, batch, build, command, parse, write_data
 
-from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionCriterion
 from smart_fairseq.errors import UsageError, explain
 from smart_fairseq.perturb import bare
+from smart_fairseq.smoothness import TwoForwards
 
 # processes that fork from one which has imported everything and done nothing: they start at once
 FORKS = multiprocessing.get_context("forkserver")
@@ -77,13 +77,13 @@ def in_worker(arguments: Sequence[str], out: str, options: Dict[str, Any]) -> No
 
 def break_smoothness(when: Callable[[Dict[str, Any]], bool]) -> None:
     """Where ``when`` is true of the batch, the smoothness term is not a number."""
-    whole = SmartSentencePredictionCriterion._finite_smoothness
+    whole = TwoForwards.value
 
-    def broken(self: Any, forward: Any, sample: Any, *rest: Any) -> Any:
-        term, *others = whole(self, forward, sample, *rest)
-        return (term * float("nan") if when(sample) else term, *others)
+    def broken(self: TwoForwards, clean: Any) -> Any:
+        term = whole(self, clean)
+        return term * float("nan") if when(self.sample) else term
 
-    SmartSentencePredictionCriterion._finite_smoothness = broken  # type: ignore[method-assign]
+    TwoForwards.value = broken  # type: ignore[method-assign]
 
 
 def start(arguments: Sequence[str], out: Path, workers: int = 1, **options: Any) -> List[Any]:

@@ -16,6 +16,7 @@ from fairseq.utils import apply_to_sample
 from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
+from smart_fairseq.smoothness import SmoothnessTerm
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = str(Path(smart_fairseq.__file__).parent)
@@ -205,3 +206,14 @@ def batch(task: Any, size: int, start: int = 0) -> Dict[str, Any]:
     dataset = task.dataset("train")
     sample = dataset.collater([dataset[i] for i in range(start, start + size)])
     return apply_to_sample(lambda tensor: tensor.to(DEVICE), sample)  # type: ignore[no-any-return]
+
+
+def watch_perturbations(monkeypatch: Any, seen: List[torch.Tensor]) -> None:
+    """Note the perturbation [B, T, C] of every smoothness term from here on."""
+    sizes = SmoothnessTerm.sizes
+
+    def noting(term: SmoothnessTerm) -> torch.Tensor:
+        seen.append(term.perturbation.detach())
+        return sizes(term)
+
+    monkeypatch.setattr(SmoothnessTerm, "sizes", noting)
