@@ -48,6 +48,8 @@ VARIANTS = [
     ("plain", ["--criterion", "sentence_prediction", "--optimizer", "adam"]),
     ("MBPP alone", [*SMART, "--smart-weight", "0", "--optimizer", "mbpp"]),
     ("SMART, 1 step, no teacher", [*SMART, "--optimizer", "adam"]),
+    ("SMART, 2 steps, no teacher", [*SMART, "--smart-steps", "2", "--optimizer", "adam"]),
+    ("SMART, 3 steps, no teacher", [*SMART, "--smart-steps", "3", "--optimizer", "adam"]),
     ("SMART + MBPP, 1 step", [*SMART, "--optimizer", "mbpp"]),
     ("SMART + MBPP, 2 steps", [*SMART, "--smart-steps", "2", "--optimizer", "mbpp"]),
     ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"]),
