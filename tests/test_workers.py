@@ -21,6 +21,7 @@ from fairseq_cli import train as fairseq_train
 from toolkit import BOLD, NO_DROPOUT, assert_close, batch, build, command, parse, write_data
 
 from smart_fairseq.errors import UsageError, explain
+from smart_fairseq.forms import CARRIED_CHANGE, FIRST_ORDER, TWO_FORWARDS
 from smart_fairseq.perturb import bare
 from smart_fairseq.smoothness import TwoForwards
 
@@ -150,6 +151,8 @@ def assert_same_run(folder: Path, names: Sequence[str], *, count: int, tolerance
 CASES = {
     "plain": (24, "4", "1", []),
     "tangent": (24, "4", "1", ["--smart-mode", "tangent"]),
+    "carried change": (24, "4", "1", ["--smart-mode", "finite"]),
+    "the first step from the clean pass": (24, "4", "1", ["--smart-search-layers", "0"]),
     "clean pass without dropout": (24, "4", "1", ["--smart-dropout", "off"]),
     "the clean pass recomputed": (24, "4", "1", ["--smart-recompute"]),
     "regression": (24, "4", "1", ["--regression-target", "--num-classes", "1"]),
@@ -256,10 +259,18 @@ def test_a_term_dropped_on_one_worker(class_data: Path, tmp_path: Path) -> None:
 # --- torch's DistributedDataParallel, which fairseq's pytorch_ddp does not get to run on a CPU ---------
 
 
-def prepared(data: Path, mode: str, unused: bool) -> Any:
+WAYS = {
+    TWO_FORWARDS: [],
+    CARRIED_CHANGE: ["--smart-mode", "finite"],
+    FIRST_ORDER: ["--smart-mode", "tangent"],
+    "recompute": ["--smart-recompute"],
+    "from the clean pass": ["--smart-search-layers", "1"],
+}
+
+
+def prepared(data: Path, way: str, unused: bool) -> Any:
     """Task, model and criterion with a teacher that is not the student."""
-    flags = ["--smart-recompute"] if mode == "recompute" else ["--smart-mode", mode]
-    arguments = command(data, *FIXED, *flags)
+    arguments = command(data, *FIXED, *WAYS[way])
     cfg, task, model, criterion = build(arguments)
     for parameter_name, parameter in model.encoder.lm_head.named_parameters():
         # the LM head plays no part in classification; its weight is the embeddings'
@@ -285,10 +296,10 @@ def gradients(model: Any, criterion: Any, samples: Sequence[Any], seed: int) -> 
     return {name: p.grad.clone() for name, p in bare(model).named_parameters() if p.grad is not None}
 
 
-def in_ddp(rank: int, port: int, data: Path, mode: str, unused: bool, out: Path) -> None:
+def in_ddp(rank: int, port: int, data: Path, way: str, unused: bool, out: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    task, model, criterion = prepared(data, mode, unused)
+    task, model, criterion = prepared(data, way, unused)
     # as fairseq wraps it
     model = ModuleProxyWrapper(
         torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
@@ -303,18 +314,19 @@ def in_ddp(rank: int, port: int, data: Path, mode: str, unused: bool, out: Path)
 
 
 @pytest.mark.parametrize("unused", [True, False], ids=["find-unused-parameters", "all parameters used"])
-@pytest.mark.parametrize("mode", ["finite", "tangent", "recompute"])
-def test_torch_ddp(mode: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_torch_ddp(way: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
     """Two workers' gradients, averaged by DDP's reducer, against one with all examples; accumulation in between."""
     port = free_port()
-    processes = [FORKS.Process(target=in_ddp, args=(r, port, class_data, mode, unused, tmp_path)) for r in (0, 1)]
+    processes = [FORKS.Process(target=in_ddp, args=(r, port, class_data, way, unused, tmp_path)) for r in (0, 1)]
     for process in processes:
         process.start()
     assert join(processes) == [0, 0]
-    task, model, criterion = prepared(class_data, mode, unused)
+    task, model, criterion = prepared(class_data, way, unused)
     first, second = batch(task, 8), batch(task, 8, start=8)
     expected = [gradients(model, criterion, samples, seed)
                 for samples, seed in (([first], 1), ([second, first], 2), ([first], 1))]  # fmt: skip
+    assert criterion._form.term == (way if way in (CARRIED_CHANGE, FIRST_ORDER) else TWO_FORWARDS)
     for rank in (0, 1):
         for ours, one in zip(torch.load(tmp_path / f"{rank}.pt"), expected):
             assert ours.keys() >= one.keys()
