@@ -47,9 +47,13 @@ class Form(NamedTuple):
     term: str
     first_step: str
     dtype: torch.dtype  # in which the model works
+    search_layers: Optional[int] = None  # that the ascent runs through, where the others are taken to first order
 
     def in_words(self) -> str:
-        return self.term if self.first_step == FORWARD else f"{self.term}, the first ascent step {self.first_step}"
+        if self.search_layers:
+            return f"{self.term}, the ascent through {self.search_layers} layer(s) and {CLEAN_PASS} above them"
+        steps = "the first ascent step" if self.search_layers is None else "every ascent step"
+        return self.term if self.first_step == FORWARD else f"{self.term}, {steps} {self.first_step}"
 
 
 def choose_form(cfg: Any, model: nn.Module, num_classes: int) -> Form:
@@ -76,7 +80,8 @@ def choose_form(cfg: Any, model: nn.Module, num_classes: int) -> Form:
         _check_search(cfg, model, resolved, name)
         # a step to first order is off by about four times the noise
         harmless = max(resolved, rounding * spread / size / 4)
-        return Form(TWO_FORWARDS, _first_step(cfg, num_classes, resolved, harmless), dtype)
+        first_step = _first_step(cfg, num_classes, resolved, harmless)
+        return Form(TWO_FORWARDS, first_step, dtype, cfg.smart_search_layers)
     if unknown:
         raise UsageError(
             f"{why}: two forwards would measure rounding; the form that is right {unknown}, or a larger size"

@@ -185,13 +185,13 @@ class TwoForwards(SmoothnessTerm):
         if self.form.first_step != CLEAN_PASS:
             yield
             return
-        layers = self.settings.cfg.smart_search_layers or 0
+        layers = self.form.search_layers or 0
         with captured(self.forward.model, self.forward.place, layers, differentiable=True) as self._entered:
             yield
 
     def _find(self, clean: Tensor) -> Tensor:
         """Algorithm 1, lines 4 to 8."""
-        settings, forward, layers = self.settings, self.forward, self.settings.cfg.smart_search_layers
+        settings, forward, layers = self.settings, self.forward, self.form.search_layers
         weights, gradient = forward.frozen_weights(), self._first_gradient
 
         def logits_fn(perturbation: Tensor) -> Tensor:

@@ -177,6 +177,17 @@ def test_refusals(flags: List[str], message: str, class_data: Path) -> None:
         set_up(class_data, *flags)
 
 
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ("0", "two forwards, every ascent step to first order from the clean pass, Bregman"),
+        ("1", "two forwards, the ascent through 1 layer(s) and to first order from the clean pass above them, Bregman"),
+    ],
+)
+def test_the_log_says_what_is_searched(layers: str, words: str, class_data: Path) -> None:
+    assert words in "\n".join(train(command(class_data, "--smart-search-layers", layers, max_update=1))["text"])
+
+
 def test_more_layers_than_there_are(class_data: Path) -> None:
     with pytest.raises(
         UsageError, match="--smart-search-layers is 3; it must be at most 2, the model's number of layers"
