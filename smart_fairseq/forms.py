@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # the term, as the log has it
 TWO_FORWARDS = "by two forwards"
-CARRIED_CHANGE = "by the change that a forward carries along"  # the same value, without the rounding
+CARRIED_CHANGE = "by the exact change that a forward carries along"  # the same value, without the rounding
 FIRST_ORDER = "to first order (tangent)"
 
 # the gradient of the first ascent step by two forwards
@@ -68,11 +68,16 @@ def choose_form(cfg: Any, model: nn.Module, num_classes: int) -> Form:
     rounding = _resolution(model, dtype)
     resolved = 16 * rounding
     unknown = unknown_to_carried_change(cfg)
-    exact = mode == "finite" and torch.finfo(dtype).bits >= 32 and not unknown
+    exact = mode == "finite" and torch.finfo(dtype).bits >= 32
     # an l2 norm is spread over the entries of a token
     spread = embedding_weight(model).shape[1] ** 0.5 if cfg.smart_norm == "l2" else 1
-    least = spread * (1e6 * rounding if exact else resolved)
+    least = spread * (1e6 * rounding if exact and not unknown else resolved)
     size, flags = _largest_size(cfg)
+    if exact and unknown and size < spread * 1e6 * rounding:
+        logger.warning(
+            f"--smart-mode finite: {flags} {size:g} is too small for two forwards to be exact to 1e-5 in {name}, and "
+            f"the form that is exact {unknown}; two forwards are taken"
+        )
     why = f"{flags} {size:g} is below what {name} resolves here ({least:.0e})"
     if mode == "tangent":
         return Form(FIRST_ORDER, FORWARD, dtype)
@@ -151,7 +156,7 @@ def unknown_to_carried_change(cfg: Any) -> Optional[str]:
         ("--smart-search-layers", cfg.smart_search_layers is not None),
     ):
         if value:
-            return f"does not know {flag}; leave it out"
+            return f"does not know {flag}; leave that flag out"
     if divergence_name(cfg) in ("kl", "js"):
         return f"does not know --smart-divergence {divergence_name(cfg)}; use auto"
     return None

@@ -182,7 +182,7 @@ def check_flags(cfg: Any, task: Any) -> None:
             "independent"
         )
     if cfg.smart_mode == "tangent" and unknown_to_carried_change(cfg):
-        raise UsageError(f"--smart-mode is tangent, which {unknown_to_carried_change(cfg)}, or --smart-mode auto")
+        raise UsageError(f"--smart-mode is tangent, which {unknown_to_carried_change(cfg)}, or use --smart-mode auto")
     num_classes = task.cfg.num_classes
     if cfg.regression_target:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")

@@ -163,12 +163,12 @@ def test_a_frozen_table_is_searched_all_the_same(class_data: Path) -> None:
         (["--smart-search-layers", "-1"], "--smart-search-layers is -1; it must be a whole number from 0"),
         (["--smart-search-layers", "2", "--smart-recompute"], "which --smart-recompute does not keep"),
         (["--smart-search-layers", "2", "--smart-dropout", "independent"], "--smart-dropout independent does not keep"),
-        (["--smart-search-layers", "2", "--smart-mode", "tangent"], "does not know --smart-search-layers; leave it"),
+        (["--smart-search-layers", "2", "--smart-mode", "tangent"], "does not know --smart-search-layers; leave that"),
         (["--smart-every", "0"], "--smart-every is 0; it must be a whole number from 1"),
         (["--smart-bregman-every", "-1"], "--smart-bregman-every is -1"),
         (
             ["--smart-reuse", "--smart-mode", "tangent"],
-            "does not know --smart-reuse; leave it out, or",
+            "does not know --smart-reuse; leave that flag out, or use",
         ),
     ],
 )
@@ -186,6 +186,14 @@ def test_refusals(flags: List[str], message: str, class_data: Path) -> None:
 )
 def test_the_log_says_what_is_searched(layers: str, words: str, class_data: Path) -> None:
     assert words in "\n".join(train(command(class_data, "--smart-search-layers", layers, max_update=1))["text"])
+
+
+def test_finite_mode_says_where_it_is_not_exact(class_data: Path) -> None:
+    def log(*flags: str) -> str:
+        return "\n".join(train(command(class_data, "--smart-mode", "finite", *flags, max_update=1))["text"])
+
+    assert "by the exact change that a forward carries along" in log() and "two forwards" not in log()
+    assert "does not know --smart-recompute; leave that flag out; two forwards are taken" in log("--smart-recompute")
 
 
 def test_more_layers_than_there_are(class_data: Path) -> None:

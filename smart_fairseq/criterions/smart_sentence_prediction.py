@@ -117,7 +117,7 @@ class SmartSentencePredictionConfig(SentencePredictionConfig):
         default=False,
         metadata={
             "help": "save memory: keep no activations of the clean pass while the perturbed pass's are held "
-            "(one more forward)"
+            "(one or two more forwards)"
         },
     )
     smart_every: int = field(
