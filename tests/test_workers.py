@@ -151,7 +151,7 @@ def assert_same_run(folder: Path, names: Sequence[str], *, count: int, tolerance
 CASES = {
     "plain": (24, "4", "1", []),
     "tangent": (24, "4", "1", ["--smart-mode", "tangent"]),
-    "carried change": (24, "4", "1", ["--smart-mode", "finite"]),
+    "carried change": (24, "4", "1", ["--smart-mode", "finite", "--smart-epsilon", "1e-3"]),
     "the first step from the clean pass": (24, "4", "1", ["--smart-search-layers", "0"]),
     "clean pass without dropout": (24, "4", "1", ["--smart-dropout", "off"]),
     "the clean pass recomputed": (24, "4", "1", ["--smart-recompute"]),
@@ -261,7 +261,7 @@ def test_a_term_dropped_on_one_worker(class_data: Path, tmp_path: Path) -> None:
 
 WAYS = {
     TWO_FORWARDS: [],
-    CARRIED_CHANGE: ["--smart-mode", "finite"],
+    CARRIED_CHANGE: ["--smart-mode", "finite", "--smart-epsilon", "1e-3"],
     FIRST_ORDER: ["--smart-mode", "tangent"],
     "recompute": ["--smart-recompute"],
     "from the clean pass": ["--smart-search-layers", "1"],
