@@ -71,9 +71,10 @@ def choose_form(cfg: Any, model: nn.Module, num_classes: int) -> Form:
     exact = mode == "finite" and torch.finfo(dtype).bits >= 32
     # an l2 norm is spread over the entries of a token
     spread = embedding_weight(model).shape[1] ** 0.5 if cfg.smart_norm == "l2" else 1
-    least = spread * (1e6 * rounding if exact and not unknown else resolved)
+    least_exact = spread * 1e6 * rounding
+    least = least_exact if exact and not unknown else spread * resolved
     size, flags = _largest_size(cfg)
-    if exact and unknown and size < spread * 1e6 * rounding:
+    if exact and unknown and size < least_exact:
         logger.warning(
             f"--smart-mode finite: {flags} {size:g} is too small for two forwards to be exact to 1e-5 in {name}, and "
             f"the form that is exact {unknown}; two forwards are taken"

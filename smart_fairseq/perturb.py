@@ -108,17 +108,17 @@ def captured(
 @contextmanager
 def _replaced(replacements: List[Tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """Run a block with other attributes: (module, name, value)."""
-    before = [(module, name, dict(vars(module))) for module, name, _ in replacements]
+    before = [(module, name, vars(module).get(name)) for module, name, _ in replacements]
     for module, name, value in replacements:
         setattr(module, name, value)
     try:
         yield
     finally:
         for module, name, own in before:
-            if name in own:
-                setattr(module, name, own[name])
-            else:  # what its class has
+            if own is None:  # it is its class's
                 delattr(module, name)
+            else:
+                setattr(module, name, own)
 
 
 def recomputed(model: nn.Module) -> ContextManager[None]:

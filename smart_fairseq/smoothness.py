@@ -64,11 +64,6 @@ class Settings:
     divergence_of_change: Divergence
     memory: Optional[PerturbationMemory] = None
 
-    @property
-    def size(self) -> float:
-        """The perturbation's, over which a change of the output is taken."""
-        return self.adversary.radius if self.adversary.projection == "ball" else 1.0
-
 
 class SmoothnessTerm:
     """R_s of one batch, its perturbation, and what the log says of it.
@@ -223,22 +218,21 @@ class CarriedChange(SmoothnessTerm):
         settings, exact = self.settings, self.form.term == CARRIED_CHANGE
         gradient_fn = self._at_the_point() if exact else self._first_order()
         self.perturbation = ascend(gradient_fn, self.noise, self.mask, settings.adversary)
-        direction, size = self.perturbation / settings.size, settings.size if exact else 0.0
-        with changed(self.forward.model, direction, self.forward.place, size) as self._change:
+        size = settings.adversary.size
+        direction = self.perturbation / size
+        with changed(self.forward.model, direction, self.forward.place, size if exact else 0.0) as change:
             yield
+        self._moved = size * change[0].to(self.perturbation.dtype)
 
     def value(self, clean: Tensor) -> Tensor:
-        return self.settings.divergence_of_change(clean, self._moved()).sum()
+        return self.settings.divergence_of_change(clean, self._moved).sum()
 
     def noise_floor(self, clean: Tensor) -> Tensor:
-        return self._rounded(clean, self._moved())
-
-    def _moved(self) -> Tensor:
-        return self.settings.size * self._change[0].to(self.perturbation.dtype)
+        return self._rounded(clean, self._moved)
 
     def _at_the_point(self) -> GradientFn:
         """The gradient at the perturbed point, whatever the precision."""
-        forward, weights, size = self.forward, self.forward.frozen_weights(), self.settings.size
+        forward, weights, size = self.forward, self.forward.frozen_weights(), self.settings.adversary.size
 
         def products(perturbation: Tensor) -> Any:
             with self._dropout():

@@ -60,7 +60,7 @@ def term_and_gradient(
     _, size, log = criterion(model, sample)
     settings.divergence_of_change, settings.divergence = original
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scaled = found["term"].sum() / settings.size**2
+    scaled = found["term"].sum() / settings.adversary.size**2
     gradients = torch.autograd.grad(scaled, [p for _, p in parameters], allow_unused=True)
     kept = {name: g.double() for (name, _), g in zip(parameters, gradients) if g is not None}
     return float(log["smart_loss"]) / size, kept, log

@@ -247,7 +247,7 @@ class SmartSentencePredictionCriterion(SentencePredictionCriterion):
             terms.append(("smart", smart_weight, term.value(clean)))
             log["smart_delta"] = term.sizes()
             log["smart_noise"] = term.noise_floor(clean)
-            log["smart_square"] = sample_size * self.smoothness.size**2
+            log["smart_square"] = sample_size * self.smoothness.adversary.size**2
         if target is not None:
             terms.append(("bregman", teacher_weight, self.smoothness.divergence(clean, target).sum()))
 

@@ -65,6 +65,11 @@ class Adversary:
     scope: str = "example"
     projection: str = "ball"
 
+    @property
+    def size(self) -> float:
+        """What the projection makes of a large perturbation's norm."""
+        return self.radius if self.projection == "ball" else 1.0
+
 
 def norm(tensor: Tensor, adversary: Adversary) -> Tensor:
     """The norm of each example or token, kept broadcastable.

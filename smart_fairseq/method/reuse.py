@@ -23,7 +23,6 @@ class PerturbationMemory:
 
     def __init__(self, adversary: Adversary) -> None:
         self.adversary = adversary
-        self._size = adversary.radius if adversary.projection == "ball" else 1.0
         self._kept: Dict[int, Tensor] = {}
 
     def recall(self, example_ids: Tensor, like: Tensor) -> Optional[Tensor]:
@@ -42,7 +41,7 @@ class PerturbationMemory:
         for row, perturbation in zip(found, kept):
             length = min(len(perturbation), len(row))  # type: ignore[arg-type]
             row[:length] = perturbation[:length]  # type: ignore[index]
-        return (found * self._size).to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return (found * self.adversary.size).to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def watched(self, example_ids: Tensor, perturbation: Tensor, mask: Tensor) -> Tensor:
         """The perturbation [B, T, C] as a leaf: when its gradient comes, it is moved along it and kept.
@@ -59,7 +58,7 @@ class PerturbationMemory:
             direction = torch.where(direction.isfinite(), direction, torch.zeros_like(direction))
             moved = project(leaf.detach() + self.adversary.step_size * direction, self.adversary)
             lengths = mask.sum(dim=(1, 2)).long().tolist()
-            for number, row, length in zip(example_ids.tolist(), (moved / self._size).half().cpu(), lengths):
+            for number, row, length in zip(example_ids.tolist(), (moved / self.adversary.size).half().cpu(), lengths):
                 self._kept[number] = row[:length].clone()  # padding is on the right
 
         leaf.register_hook(move)  # type: ignore[no-untyped-call]
