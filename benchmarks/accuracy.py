@@ -12,7 +12,7 @@ import logging
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "demo"), str(ROOT)]
@@ -26,7 +26,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq_cli import train  # noqa: E402
 
 # flags, and settings of fairseq's configuration, because on the command line it takes --bf16 for --tpu
-VARIANTS: Dict[str, Tuple[List[str], Dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "float32": ([], {}),
     "bfloat16": ([], {"bf16": True}),
     "float16": ([], {"fp16": True, "fp16_no_flatten_grads": True}),
@@ -39,7 +39,7 @@ VARIANTS: Dict[str, Tuple[List[str], Dict[str, Any]]] = {
 TERMS = ("task_loss", "smart_loss", "bregman_loss")
 
 
-def train_one(variant: str, arguments: List[str]) -> None:
+def train_one(variant: str, arguments: list[str]) -> None:
     """fairseq-train in this process, with its format of log lines."""
     form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
     logging.basicConfig(format=form, level=logging.INFO, stream=sys.stdout, force=True)
@@ -49,7 +49,7 @@ def train_one(variant: str, arguments: List[str]) -> None:
     distributed_utils.call_main(cfg, train.main)
 
 
-def planned(args: argparse.Namespace) -> List[trainings.Run]:
+def planned(args: argparse.Namespace) -> list[trainings.Run]:
     """The runs of the chosen variants."""
     place = args.demo
     data, imported = place / "data" / "generated-bin", place / "encoder" / "fairseq"
@@ -66,7 +66,7 @@ def planned(args: argparse.Namespace) -> List[trainings.Run]:
     return runs
 
 
-def row(variant: str, runs: List[trainings.Run]) -> Dict[str, Any]:
+def row(variant: str, runs: list[trainings.Run]) -> dict[str, Any]:
     """What the runs of one variant say."""
     terms = {name: [found for found in (table.term(run, name) for run in runs) if found] for name in TERMS}
     return {

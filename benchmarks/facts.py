@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import torch
 
@@ -26,7 +26,7 @@ def _processor() -> str:
         return platform.machine()
 
 
-def facts(script: str, device: str = "cpu") -> Dict[str, Any]:
+def facts(script: str, device: str = "cpu") -> dict[str, Any]:
     """For the head of a report; ``script`` is the benchmark's file."""
     return {
         # without this machine's folders

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,7 +30,7 @@ ENCODER = Path(fairseq.__file__).parent / "examples" / "roberta" / "multiprocess
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
 
 
-def write_columns(task: Task, rows: Dict[str, List[Row]], folder: Path) -> None:
+def write_columns(task: Task, rows: dict[str, list[Row]], folder: Path) -> None:
     """What `cut` makes in the recipe: SPLIT.raw.inputN and SPLIT.label."""
     folder.mkdir(parents=True)
     for split, part in rows.items():
@@ -42,7 +41,7 @@ def write_columns(task: Task, rows: Dict[str, List[Row]], folder: Path) -> None:
             (folder / f"{split}.label").write_text("".join(f"{row.label}\n" for row in part))
 
 
-def fairseqs_route(task: Task, splits: List[str], folder: Path, bpe: Path, out: Path, workers: int) -> float:
+def fairseqs_route(task: Task, splits: list[str], folder: Path, bpe: Path, out: Path, workers: int) -> float:
     """Seconds for encoding and indexing."""
     start = time.perf_counter()
     names = [f"input{place}" for place in range(task.texts)]
@@ -101,14 +100,14 @@ def with_dev_ids(data_dir: Path, scratch: Path) -> Path:
 
 def measure(
     name: str, data_dir: Path, bpe: Path, workers: int, repeat: int
-) -> Tuple[List[float], List[float], int, bool]:
+) -> tuple[list[float], list[float], int, bool]:
     """(our seconds, fairseq's seconds, rows, equal) of one task, taken in turns."""
     with tempfile.TemporaryDirectory() as text:
         scratch, task = Path(text), TASKS[name]
         if name == "MRPC":
             data_dir = with_dev_ids(data_dir, scratch)
         rows, _ = read_task(task, data_dir)
-        times: Tuple[List[float], List[float]] = ([], [])
+        times: tuple[list[float], list[float]] = ([], [])
         equal = True
         for number in range(repeat):
             write_columns(task, rows, scratch / f"columns{number}")

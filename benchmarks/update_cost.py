@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 from facts import facts
@@ -64,7 +65,7 @@ VARIANTS = [
 class Variant:
     """A model with its optimizer and a way to take one update."""
 
-    def __init__(self, flags: List[str], args: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, flags: list[str], args: argparse.Namespace, folder: Path) -> None:
         model_flags, _ = MODELS[args.model]
         parser = options.get_training_parser()
         arguments = [
@@ -95,10 +96,10 @@ class Variant:
         if self.has_teacher:
             self.criterion.teacher.connect(self.optimizer)
 
-    def loss(self, sample: Dict[str, Any]) -> torch.Tensor:
+    def loss(self, sample: dict[str, Any]) -> torch.Tensor:
         return self.criterion(self.model, sample)[0]
 
-    def update(self, sample: Dict[str, Any]) -> None:
+    def update(self, sample: dict[str, Any]) -> None:
         self.optimizer.zero_grad()
         (self.loss(sample) / len(sample["id"])).backward()
         self.optimizer.step()
@@ -111,10 +112,10 @@ class Literal(Variant):
         super().__init__(["--criterion", "sentence_prediction", "--optimizer", "adam"], args, folder)
         self.teacher = copy.deepcopy(self.model.state_dict())
 
-    def logits(self, sample: Dict[str, Any]) -> torch.Tensor:
+    def logits(self, sample: dict[str, Any]) -> torch.Tensor:
         return self.model(**sample["net_input"], features_only=True, classification_head_name=HEAD)[0]
 
-    def loss(self, sample: Dict[str, Any]) -> torch.Tensor:
+    def loss(self, sample: dict[str, Any]) -> torch.Tensor:
         task_loss = self.criterion(self.model, sample)[0]
         clean = self.logits(sample)  # once more: the criterion kept its own
         tokens = sample["net_input"]["src_tokens"]
@@ -141,7 +142,7 @@ class Literal(Variant):
                 tensor.data.copy_(student[name])
         return task_loss + symmetric_kl(adversarial, clean).sum() + symmetric_kl(clean, target).sum()
 
-    def update(self, sample: Dict[str, Any]) -> None:
+    def update(self, sample: dict[str, Any]) -> None:
         super().update(sample)
         for name, tensor in self.model.state_dict().items():
             self.teacher[name] = 0.99 * self.teacher[name] + 0.01 * tensor
@@ -160,7 +161,7 @@ def write_dictionaries(folder: Path, words: int) -> None:
     labels.save(str(folder / "label" / "dict.txt"))
 
 
-def batches(args: argparse.Namespace) -> List[Dict[str, Any]]:
+def batches(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Random full-length batches, one per round."""
     generator = torch.Generator().manual_seed(2)
     found = []
@@ -184,7 +185,7 @@ def timed(action: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_activations(variant: Variant, sample: Dict[str, Any], device: str) -> float:
+def peak_activations(variant: Variant, sample: dict[str, Any], device: str) -> float:
     """GiB beyond what is there before the update: weights, gradients, optimizer state and teacher."""
     for parameter in variant.model.parameters():
         if parameter.requires_grad:
@@ -206,7 +207,7 @@ def peak_activations(variant: Variant, sample: Dict[str, Any], device: str) -> f
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def cuda_counts(variant: Variant, sample: Dict[str, Any]) -> Dict[str, int]:
+def cuda_counts(variant: Variant, sample: dict[str, Any]) -> dict[str, int]:
     """How often an update waits for the device, and how many kernels it launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with warnings.catch_warnings(record=True) as waits, torch.profiler.profile(activities=activities) as profile:
@@ -218,12 +219,12 @@ def cuda_counts(variant: Variant, sample: Dict[str, Any]) -> Dict[str, int]:
     return {"synchronisations": sum("synchroniz" in str(w.message) for w in waits), "launches": launches}
 
 
-def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dictionaries(folder, MODELS[args.model][1])
         chosen = args.variants or [*(label for label, _ in VARIANTS), "literal"]
-        variants: Dict[str, Variant] = {
+        variants: dict[str, Variant] = {
             label: Variant(flags, args, folder) for label, flags in VARIANTS if label in chosen
         }
         if "literal" in chosen:
@@ -237,7 +238,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         rows[label]["activations_gib"] = peak_activations(variant, samples[0], args.device)
         if args.device == "cuda":
             rows[label].update(cuda_counts(variant, samples[0]))
-    times: Dict[str, List[float]] = {label: [] for label in variants}
+    times: dict[str, list[float]] = {label: [] for label in variants}
     rounds = tqdm(samples[1:], desc="rounds", disable=not sys.stderr.isatty())
     for sample in rounds:
         for label, variant in variants.items():

@@ -14,7 +14,7 @@ import collections
 import os
 import shutil
 import typing
-from typing import Any, List
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch
 __all__ = ["allow_fairseq_checkpoints", "copy_checkpoints_whole"]
 
 
-def _what_checkpoints_hold() -> List[Any]:
+def _what_checkpoints_hold() -> list[Any]:
     from fairseq.distributed.utils import _TensorPlaceholder
     from omegaconf import DictConfig, ListConfig, nodes
     from omegaconf.base import ContainerMetadata, Metadata

@@ -10,8 +10,9 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Iterator, Optional, Type
+from typing import Any
 
 __all__ = ["UsageError", "excepthook", "explain", "require"]
 
@@ -33,13 +34,13 @@ def require(condition: bool, flag: str, value: Any, allowed: str) -> None:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what it arose from, outermost first."""
-    current: Optional[BaseException] = error
+    current: BaseException | None = error
     while current is not None:
         yield current
         current = current.__cause__ or current.__context__
 
 
-def explain(error: BaseException) -> Optional[str]:
+def explain(error: BaseException) -> str | None:
     """The one line for a failure that a user can mend, or None for any other error."""
     for link in _chain(error):
         if isinstance(link, UsageError):
@@ -65,7 +66,7 @@ def explain(error: BaseException) -> Optional[str]:
     return _explain_checkpoint(error)
 
 
-def _explain_checkpoint(error: BaseException) -> Optional[str]:
+def _explain_checkpoint(error: BaseException) -> str | None:
     """A checkpoint that cannot be read, or that holds another model."""
     unfit = re.search(r"Cannot load model parameters from checkpoint (.+?);", str(error))
     reasons = [str(link) for link in _chain(error)]
@@ -100,7 +101,7 @@ def _explain_checkpoint(error: BaseException) -> Optional[str]:
 _previous_hook = sys.excepthook
 
 
-def excepthook(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print what `explain` knows as one line on standard error; Python then exits with status 1."""
     line = explain(error)
     if line is None:

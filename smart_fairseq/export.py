@@ -30,8 +30,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
@@ -48,7 +49,7 @@ REPLACED_CRITERION = ("SentencePredictionCriterion", "sentence_prediction")
 REPLACED_OPTIMIZER = ("FairseqAdam", "adam")
 
 
-def load_checkpoint(path: Path) -> Dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with torch's safe loader; `UsageError` if it is none of fairseq's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -62,7 +63,7 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     return state
 
 
-def teacher_weights(path: Path, state: Dict[str, Any]) -> Dict[str, Tensor]:
+def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     """The model's state with the teacher's weights in the place of those that were trained.
 
     The teacher is a list without names, in the order of the model's parameters, or one flat tensor (--fp16).
@@ -80,7 +81,7 @@ def teacher_weights(path: Path, state: Dict[str, Any]) -> Dict[str, Tensor]:
             f"{path}: holds no teacher; a checkpoint of a run with --optimizer mbpp is needed, saved after an update "
             "and without --no-save-optimizer-state"
         )
-    model: Dict[str, Tensor] = dict(state["model"])
+    model: dict[str, Tensor] = dict(state["model"])
     embeddings, tied = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
     if tied in model and embeddings in model and torch.equal(model[tied], model[embeddings]):
         del model[tied]
@@ -117,12 +118,12 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def without_ours(settings: Dict[str, Any]) -> Dict[str, Any]:
+def without_ours(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without those of this package's flags."""
     return {key: value for key, value in settings.items() if not key.startswith(OUR_PREFIXES)}
 
 
-def architecture_of(path: Path, model: Dict[str, Any]) -> Any:
+def architecture_of(path: Path, model: dict[str, Any]) -> Any:
     """The model class of a checkpoint; `UsageError` unless it is RoBERTa or smart_bert."""
     from fairseq.models.roberta import RobertaModel
 
@@ -142,7 +143,7 @@ def stream_scale(eps: float) -> float:
     return 2.0 ** round(math.log2(scale)) if eps <= 1e-10 else scale
 
 
-def scale_residual_stream(model: Dict[str, Tensor], scale: float) -> Dict[str, Tensor]:
+def scale_residual_stream(model: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Multiply the residual stream of a post-norm RoBERTa by `scale`, leaving features and heads unchanged.
 
     Args:
@@ -182,7 +183,7 @@ def scale_residual_stream(model: Dict[str, Tensor], scale: float) -> Dict[str, T
     return scaled
 
 
-def to_plain_roberta(path: Path, state: Dict[str, Any]) -> Dict[str, Any]:
+def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint as plain fairseq would have written it for `--arch roberta`.
 
     Args:
@@ -242,7 +243,7 @@ def to_plain_roberta(path: Path, state: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def is_fairseqs(section: str, name: Optional[str]) -> bool:
+def is_fairseqs(section: str, name: str | None) -> bool:
     """Whether fairseq itself registers this criterion or optimizer (None: none was chosen)."""
     from fairseq.registry import REGISTRIES
 
@@ -250,7 +251,7 @@ def is_fairseqs(section: str, name: Optional[str]) -> bool:
     return name is None or (kind is not None and kind.__module__.startswith("fairseq."))
 
 
-def save_checkpoint(state: Dict[str, Any], path: Path) -> None:
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write `state` to `path`, completely or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -261,7 +262,7 @@ def save_checkpoint(state: Dict[str, Any], path: Path) -> None:
             part.unlink()
 
 
-def export(checkpoint: Path, out: Path, teacher: bool = False) -> List[str]:
+def export(checkpoint: Path, out: Path, teacher: bool = False) -> list[str]:
     """Write `checkpoint`, or the teacher in it, to `out` for plain fairseq; returns lines for the user.
 
     Raises:
@@ -279,7 +280,7 @@ def export(checkpoint: Path, out: Path, teacher: bool = False) -> List[str]:
     return [f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 with one line on standard error."""
     parser = argparse.ArgumentParser(
         prog="export", description="turn a checkpoint of this plugin into one that plain fairseq loads"

@@ -5,7 +5,7 @@ Two outputs cannot be told apart when the perturbation between them is below wha
 """
 
 import logging
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class Form(NamedTuple):
     term: str
     first_step: str
     dtype: torch.dtype  # in which the model works
-    search_layers: Optional[int] = None  # that the ascent runs through, where the others are taken to first order
+    search_layers: int | None = None  # that the ascent runs through, where the others are taken to first order
 
     def in_words(self) -> str:
         if self.search_layers:
@@ -137,7 +137,7 @@ def _resolution(model: nn.Module, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * median
 
 
-def _largest_size(cfg: Any) -> Tuple[float, str]:
+def _largest_size(cfg: Any) -> tuple[float, str]:
     """The size that a perturbation can reach, and the flags that limit it."""
     if cfg.smart_projection == "normalize":
         return 1.0, "--smart-projection normalize"
@@ -147,7 +147,7 @@ def _largest_size(cfg: Any) -> Tuple[float, str]:
     return cfg.smart_epsilon, "--smart-epsilon"
 
 
-def unknown_to_carried_change(cfg: Any) -> Optional[str]:
+def unknown_to_carried_change(cfg: Any) -> str | None:
     """Which flag the forms that carry a change do not know, and what to do about it; None if they know them all."""
     if cfg.smart_dropout != "shared":
         return f"does not know --smart-dropout {cfg.smart_dropout}; use shared"

@@ -13,7 +13,7 @@ Two habits of fairseq stand in the way, and are met here:
 import functools
 import inspect
 import logging
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ _REPORTED = {
 }
 
 
-def place_predictions(log: Dict[str, Any], example_ids: Tensor, task: Any) -> None:
+def place_predictions(log: dict[str, Any], example_ids: Tensor, task: Any) -> None:
     """Replace the lists ``pred`` and ``targ`` of a batch by one float64 tensor ``predictions``.
 
     Its rows are predictions, targets and how often the example was seen: [3, B] where there is one worker,
@@ -52,7 +52,7 @@ def place_predictions(log: Dict[str, Any], example_ids: Tensor, task: Any) -> No
     log["predictions"] = values
 
 
-def log_glue_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+def log_glue_metrics(logging_outputs: list[dict[str, Any]]) -> None:
     """Log the metrics that were asked for, in percent with one decimal, from `place_predictions`."""
     placed = [log["predictions"] for log in logging_outputs if "predictions" in log]
     if not placed:

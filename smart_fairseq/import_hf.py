@@ -36,8 +36,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from fairseq.criterions.masked_lm import MaskedLmConfig
@@ -125,12 +126,12 @@ class Vocabulary(NamedTuple):
     and `counts` are the lines of dict.txt, ids 4 to len(rows) - 2. `files` are the BPE files, by name.
     """
 
-    rows: List[int]
-    symbols: List[str]
-    counts: List[int]
-    files: Dict[str, bytes]
-    bpe: Dict[str, Any]
-    notes: List[str]
+    rows: list[int]
+    symbols: list[str]
+    counts: list[int]
+    files: dict[str, bytes]
+    bpe: dict[str, Any]
+    notes: list[str]
 
 
 def refuse(where: Any, what: str, allowed: str) -> NoReturn:
@@ -138,7 +139,7 @@ def refuse(where: Any, what: str, allowed: str) -> NoReturn:
     raise UsageError(f"{where}: {what}; {allowed}")
 
 
-def read_json(path: Path) -> Dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `UsageError` if the file is missing, broken, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +176,7 @@ def read_config(model_dir: Path) -> Config:
     if not isinstance(hidden_act, str) or hidden_act not in activations:
         refuse(path, f"hidden_act is {hidden_act!r}", "allowed: " + ", ".join(map(repr, activations)))
 
-    def number(key: str, default: Optional[int] = None, least: int = 1) -> int:
+    def number(key: str, default: int | None = None, least: int = 1) -> int:
         value = raw.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             refuse(path, f"{key} is {value!r}", f"a whole number of at least {least} is needed")
@@ -209,7 +210,7 @@ def read_config(model_dir: Path) -> Config:
 # Vocabulary
 
 
-def read_tokenizer_json(model_dir: Path, kind: str) -> Dict[str, Any]:
+def read_tokenizer_json(model_dir: Path, kind: str) -> dict[str, Any]:
     """tokenizer.json's "model" of the given kind ("BPE" or "WordPiece"), its vocabulary with the added tokens."""
     path = model_dir / "tokenizer.json"
     content = read_json(path)
@@ -221,8 +222,8 @@ def read_tokenizer_json(model_dir: Path, kind: str) -> Dict[str, Any]:
 
 
 def arrange(
-    path: Path, tokens: Dict[str, int], special_tokens: Sequence[str], row_count: int, symbol_of: Dict[str, str]
-) -> Tuple[List[int], List[str], List[int]]:
+    path: Path, tokens: dict[str, int], special_tokens: Sequence[str], row_count: int, symbol_of: dict[str, str]
+) -> tuple[list[int], list[str], list[int]]:
     """Put the rows of the embedding table into fairseq's order and name them.
 
     Args:
@@ -248,18 +249,18 @@ def arrange(
             f"config.json's vocab_size {row_count} allows 0 to {row_count - 1}",
         )
 
-    by_row: Dict[int, str] = {}
+    by_row: dict[int, str] = {}
     for token, row in tokens.items():
         if row in by_row:
             refuse(path, f"{by_row[row]!r} and {token!r} share the id {row}", "every token needs its own")
         by_row[row] = token
     special_rows = [tokens[token] for token in special_tokens]
-    names: List[Optional[str]] = [None] * row_count
+    names: list[str | None] = [None] * row_count
     for token, row in tokens.items():
         names[row] = symbol_of.get(token, token)
     rest = [row for row in range(row_count) if row not in set(special_rows)]
 
-    used: Set[str] = set(FAIRSEQ_SPECIALS)
+    used: set[str] = set(FAIRSEQ_SPECIALS)
     kept = set()
     for row in rest:
         name = names[row]
@@ -305,7 +306,7 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     if unfit:
         refuse(merges_path, f"{' '.join(unfit[0])!r} is not a merge", "a merge is two symbols with a space between")
 
-    ids: Dict[str, int] = {symbol: number for number, symbol in enumerate(bytes_to_unicode().values())}
+    ids: dict[str, int] = {symbol: number for number, symbol in enumerate(bytes_to_unicode().values())}
     for number, (left, right) in enumerate(merges):
         # two merges may give the same symbol; the first names it
         ids.setdefault(left + right, 256 + number)
@@ -335,7 +336,7 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     )
 
 
-def read_lines(path: Path) -> List[str]:
+def read_lines(path: Path) -> list[str]:
     """The file's lines without line ends; `UsageError` if it is missing or not UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -374,13 +375,13 @@ def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     )
 
 
-def read_lowercase(model_dir: Path) -> Tuple[bool, List[str]]:
+def read_lowercase(model_dir: Path) -> tuple[bool, list[str]]:
     """Whether BERT's tokenizer lower-cases, and what to tell about how that was found.
 
     bpe.json can say nothing else about the tokenizer, so other deviations from BERT's are refused.
     """
     config_path, tokenizer_path = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
-    settings: Dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     path = config_path
     if tokenizer_path.exists():
         normalizer = read_json(tokenizer_path).get("normalizer") or {}
@@ -424,7 +425,7 @@ class Weights:
             prefix = ""
         # TensorFlow's names, in BERT's own release
         renamed = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-        self._keys: Dict[str, str] = {}
+        self._keys: dict[str, str] = {}
         for key in keys:
             name = key[len(prefix) :] if key.startswith(prefix) else key
             for old, new in renamed.items():
@@ -450,7 +451,7 @@ class Weights:
             refuse(self.path, f"{name} is of type {tensor.dtype}", "allowed: floating point")
         return tensor.float().contiguous()
 
-    def rest(self) -> List[str]:
+    def rest(self) -> list[str]:
         """Names of what was not taken."""
         return sorted(self._keys)
 
@@ -472,7 +473,7 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
         )
 
 
-def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> Tuple[Dict[str, Tensor], bool, List[str]]:
+def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tuple[dict[str, Tensor], bool, list[str]]:
     """Rename, permute and fold the tensors into the state of fairseq's RobertaModel.
 
     Args:
@@ -540,12 +541,12 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> Tu
 # Output
 
 
-def architecture(config: Config, untied: bool) -> Dict[str, Any]:
+def architecture(config: Config, untied: bool) -> dict[str, Any]:
     """The model's settings by fairseq's names: what the flags say and model.pt's configuration holds."""
     sizes = config.sizes
     # RoBERTa's rows 0 and 1 of the position table stand for no position
     positions = sizes.position_rows - (2 if config.model_type == "roberta" else 0)
-    settings: Dict[str, Any] = {
+    settings: dict[str, Any] = {
         "arch": "smart_bert",
         "encoder_layers": sizes.layers,
         "encoder_embed_dim": sizes.embed_dim,
@@ -563,7 +564,7 @@ def architecture(config: Config, untied: bool) -> Dict[str, Any]:
     return settings
 
 
-def architecture_flags(settings: Dict[str, Any]) -> List[str]:
+def architecture_flags(settings: dict[str, Any]) -> list[str]:
     """fairseq-train's flags for these settings: {"encoder_layers": 6} gives ["--encoder-layers", "6"]."""
     flags = []
     for name, value in settings.items():
@@ -573,7 +574,7 @@ def architecture_flags(settings: Dict[str, Any]) -> List[str]:
     return flags
 
 
-def build_checkpoint(state: Dict[str, Tensor], settings: Dict[str, Any]) -> Dict[str, Any]:
+def build_checkpoint(state: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as fairseq-train writes it after 0 updates, task masked_lm, of plain containers and tensors."""
     config = OmegaConf.structured(FairseqConfig())
     config.task = MaskedLMConfig(data=".", tokens_per_sample=settings["max_positions"])
@@ -637,7 +638,7 @@ def staged(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> Dict[str, Any]:
+def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Convert `model_dir` and write `out_dir`, completely or not at all.
 
     Args:
@@ -679,7 +680,7 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> Dic
 
     untied = state["encoder.lm_head.weight"] is not state["encoder.sentence_encoder.embed_tokens.weight"]
     settings = architecture(config, untied)
-    report: Dict[str, Any] = {
+    report: dict[str, Any] = {
         "model_type": config.model_type,
         "sizes": {**config.sizes._asdict(), "max_positions": settings["max_positions"]},
         "layer_norm_eps": config.layer_norm_eps,
@@ -710,7 +711,7 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> Dic
     return {**report, "notes": notes}
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 with one line on standard error."""
     parser = argparse.ArgumentParser(
         prog="import_hf", description="turn a Hugging Face folder (BERT, RoBERTa) into a checkpoint for fairseq"

@@ -15,8 +15,9 @@ import contextlib
 import functools
 import math
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 from fairseq.models import BaseFairseqModel
@@ -78,7 +79,7 @@ def token_mask(model: nn.Module, src_tokens: Tensor) -> Tensor:
 @contextmanager
 def captured(
     model: nn.Module, place: str, layers: int = 0, differentiable: bool = False, leaf: bool = False
-) -> Iterator[List[Tensor]]:
+) -> Iterator[list[Tensor]]:
     """What the block's forwards perturb, [B, T, C] each, or what comes of it after ``layers`` layers.
 
     Args:
@@ -86,9 +87,9 @@ def captured(
         differentiable: it requires a gradient, also where nothing before it does.
         leaf: it is cut off from what it was computed from as well.
     """
-    found: List[Tensor] = []
+    found: list[Tensor] = []
 
-    def note(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> Tensor:
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         tensor = output.transpose(0, 1) if layers else output  # layers have [T, B, C]
         if leaf:
             tensor = tensor.detach()
@@ -106,7 +107,7 @@ def captured(
 
 
 @contextmanager
-def _replaced(replacements: List[Tuple[nn.Module, str, Any]]) -> Iterator[None]:
+def _replaced(replacements: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """Run a block with other attributes: (module, name, value)."""
     before = [(module, name, vars(module).get(name)) for module, name, _ in replacements]
     for module, name, value in replacements:
@@ -121,7 +122,7 @@ def _replaced(replacements: List[Tuple[nn.Module, str, Any]]) -> Iterator[None]:
                 setattr(module, name, own)
 
 
-def recomputed(model: nn.Module) -> ContextManager[None]:
+def recomputed(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken."""
     layers = list(_encoder(model).layers)
     return _replaced(
@@ -129,7 +130,7 @@ def recomputed(model: nn.Module) -> ContextManager[None]:
     )
 
 
-def _gelus(model: nn.Module, function: Callable[[Tensor], Tensor]) -> List[Tuple[nn.Module, str, Any]]:
+def _gelus(model: nn.Module, function: Callable[[Tensor], Tensor]) -> list[tuple[nn.Module, str, Any]]:
     """For `_replaced`: ``function`` as the activation of every module that has gelu."""
     modules = bare(model).modules()
     return [(module, "activation_fn", function) for module in modules if getattr(module, "activation_fn", None) is gelu]
@@ -141,8 +142,8 @@ def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
 
     The output is what the next linear layer keeps; it is computed again, which costs no product of matrices.
     """
-    kept: Dict[int, Tensor] = {}  # the input by the output's storage, as long as that lives
-    inputs: Optional[List[Tensor]] = None
+    kept: dict[int, Tensor] = {}  # the input by the output's storage, as long as that lives
+    inputs: list[Tensor] | None = None
 
     def remembered(x: Tensor) -> Tensor:
         nonlocal inputs
@@ -177,7 +178,7 @@ def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Optional[Tensor] = None) -> Iterator[None]:
+def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Tensor | None = None) -> Iterator[None]:
     """Add ``perturbation`` to the embeddings of the one forward that runs inside the block.
 
     Args:
@@ -190,7 +191,7 @@ def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Option
     """
     calls = 0
 
-    def add(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         # the sum is taken in the wider precision of the two and rounded once
@@ -223,13 +224,13 @@ def perturbed(model: nn.Module, perturbation: Tensor, place: str, lookup: Option
 # written out, with sums in float32. What is done entry by entry or along a row, LayerNorm, softmax and gelu,
 # keeps its inputs alone for the gradient and is computed again.
 
-_Formula = Callable[..., Tuple[Tensor, Tensor]]  # (value, change, ...) -> (result, its change)
+_Formula = Callable[..., tuple[Tensor, Tensor]]  # (value, change, ...) -> (result, its change)
 
 
 def _difference(function: Callable[..., Tensor], ordinary: Callable[..., Tensor], size: float) -> _Formula:
     """The formula of ``ordinary``, which is ``function`` up to rounding, for changes over ``size``."""
 
-    def formula(value: Tensor, change: Tensor, *parameters: Any) -> Tuple[Tensor, Tensor]:
+    def formula(value: Tensor, change: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
         # one copy each, where the two gradients, nearly opposite and as large as 1 / size, meet
         wide, *others = (x.double() if isinstance(x, Tensor) else x for x in (value, *parameters))
         moved = function(wide + size * change.double(), *others) - function(wide, *others)
@@ -259,13 +260,13 @@ def _dual(formula: _Formula, ordinary: Callable[..., Tensor], differentiable: bo
     return apply
 
 
-def _widened(*tensors: Tensor) -> List[Tensor]:
+def _widened(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def _layer_norm_change(
     value: Tensor, change: Tensor, weight: Tensor, bias: Tensor, module: Any
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
     scale = torch.rsqrt(variance + module.eps)
@@ -283,7 +284,7 @@ def _normalized(layer_norm: Callable[..., Tensor], module: Any, x: Tensor) -> Te
     return layer_norm(x, module.weight, module.bias, module)
 
 
-def _softmax_change(value: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
+def _softmax_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     shares = torch.softmax(wide, dim=-1)
     moved = shares * (moved - (shares * moved).sum(dim=-1, keepdim=True))
@@ -294,7 +295,7 @@ def _softmax(value: Tensor) -> Tensor:
     return torch.softmax(value, dim=-1)
 
 
-def _gelu_change(value: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
+def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     slope = torch.special.ndtr(wide) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
     return gelu(value), (slope * moved).to(value.dtype)
@@ -322,9 +323,9 @@ def _self_attention(
     query: Tensor,
     key: Any = None,
     value: Any = None,
-    key_padding_mask: Optional[Tensor] = None,
+    key_padding_mask: Tensor | None = None,
     **_: Any,
-) -> Tuple[Tensor, None]:
+) -> tuple[Tensor, None]:
     """Self-attention as in fairseq's MultiheadAttention; [T, B, C] -> [T, B, C]."""
     length, batch, channels = query.shape
 
@@ -370,8 +371,8 @@ def _written_out(model: nn.Module, size: float, differentiable: bool) -> Iterato
 
 @contextmanager
 def changed(
-    model: nn.Module, direction: Tensor, place: str, size: float = 0.0, leaf: Optional[List[Tensor]] = None
-) -> Iterator[List[Tensor]]:
+    model: nn.Module, direction: Tensor, place: str, size: float = 0.0, leaf: list[Tensor] | None = None
+) -> Iterator[list[Tensor]]:
     """Within the block, one forward of the model also yields the change of its output along ``direction``.
 
     The forward returns the ordinary logits f(x); the change, differentiable like they are, is in the yielded
@@ -383,15 +384,15 @@ def changed(
         leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
             in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
     """
-    changes: List[Tensor] = []
+    changes: list[Tensor] = []
 
-    def enter(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> Tensor:
+    def enter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if leaf is not None:
             output = output.detach().requires_grad_()
             leaf.append(output)
         return forward_ad.make_dual(output, direction.to(output.dtype))
 
-    def leave(module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # taken apart here, inside a distributed wrapper, which would not let the change through
         logits, change = forward_ad.unpack_dual(output[0])
         changes.append(change)
@@ -414,7 +415,7 @@ def changed(
 class Substitute:
     """The bare model under other weights, for a pass of the ordinary criterion; nothing is copied or swapped."""
 
-    def __init__(self, model: nn.Module, weights: Dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         self.model, self.weights = bare(model), weights
 
     def __getattr__(self, name: str) -> Any:  # the model's heads and targets, for which the criterion asks
@@ -432,16 +433,16 @@ class Forward:
     wrapper sees nothing of it.
     """
 
-    def __init__(self, model: nn.Module, net_input: Dict[str, Tensor], head: str, place: str) -> None:
+    def __init__(self, model: nn.Module, net_input: dict[str, Tensor], head: str, place: str) -> None:
         self.model = model
         self.inputs = {**net_input, "features_only": True, "classification_head_name": head}
         self.place = place
 
     def __call__(
         self,
-        weights: Optional[Dict[str, Tensor]] = None,
-        perturbation: Optional[Tensor] = None,
-        lookup: Optional[Tensor] = None,
+        weights: dict[str, Tensor] | None = None,
+        perturbation: Tensor | None = None,
+        lookup: Tensor | None = None,
     ) -> Tensor:
         """The logits [B, K].
 
@@ -460,7 +461,7 @@ class Forward:
             logits, _ = torch.func.functional_call(bare(self.model), weights, kwargs=self.inputs)
         return logits
 
-    def hidden(self, weights: Dict[str, Tensor], perturbation: Tensor, layers: int) -> Tensor:
+    def hidden(self, weights: dict[str, Tensor], perturbation: Tensor, layers: int) -> Tensor:
         """What comes after the first ``layers`` layers, [B, T, C]; the others are not run."""
         others = list(_encoder(self.model).layers)[layers:]
         skipped = _replaced([(layer, "forward", lambda x, **_: x) for layer in others])
@@ -469,8 +470,8 @@ class Forward:
         return found[0]
 
     def products(
-        self, weights: Dict[str, Tensor], direction: Tensor, size: float = 0.0
-    ) -> Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        self, weights: dict[str, Tensor], direction: Tensor, size: float = 0.0
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Outputs, their change along ``direction``, and the way back (cotangent -> J' cotangent).
 
         With size 0 all of them at the clean point x, where the change is J d. Otherwise all of them at x + size d,
@@ -481,7 +482,7 @@ class Forward:
         Returns:
             [B, K], [B, K], and a function from [B, K] to [B, T, C]; dtypes of the model.
         """
-        leaf: List[Tensor] = []
+        leaf: list[Tensor] = []
         with contextlib.ExitStack() as block:
             if size:
                 block.enter_context(perturbed(self.model, size * direction, self.place))
@@ -495,6 +496,6 @@ class Forward:
 
         return logits, change[0], pull_back
 
-    def frozen_weights(self) -> Dict[str, Tensor]:
+    def frozen_weights(self) -> dict[str, Tensor]:
         """The model's own weights without their gradients: a pass under them keeps no activation for them."""
         return {name: parameter.detach() for name, parameter in bare(self.model).named_parameters()}

@@ -11,9 +11,10 @@ right where. Either is used in the same way:
     value = term.value(clean)
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Settings:
     adversary: Adversary
     divergence: Divergence
     divergence_of_change: Divergence
-    memory: Optional[PerturbationMemory] = None
+    memory: PerturbationMemory | None = None
 
 
 class SmoothnessTerm:
@@ -145,11 +146,11 @@ class TwoForwards(SmoothnessTerm):
         super().__init__(settings, form, forward, sample)
         memory = settings.memory
         self._known = memory.recall(sample["id"], self.noise) if memory else None
-        self._first_gradient: Optional[Tensor] = None
+        self._first_gradient: Tensor | None = None
         if self._known is None and form.first_step == OWN_PASS:
             self._first_gradient = self._first_order()(self.noise * self.mask)
-        self._looked_up: List[Tensor] = []
-        self._entered: List[Tensor] = []  # what the clean outputs are linearized in, if they are
+        self._looked_up: list[Tensor] = []
+        self._entered: list[Tensor] = []  # what the clean outputs are linearized in, if they are
 
     @contextmanager
     def clean_pass(self) -> Iterator[None]:

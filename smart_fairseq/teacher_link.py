@@ -19,7 +19,8 @@ Before the first update there is no average yet: the teacher is the weights them
 
 import functools
 import inspect
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-def _split(flat: Tensor, like: List[Tensor]) -> Iterator[Tensor]:
+def _split(flat: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
     """The pieces of ``flat`` that belong to the tensors of ``like`` on its device, in order, as views."""
     offset = 0
     for tensor in like:
@@ -52,12 +53,12 @@ class TeacherLink:
         on_epoch: called with the bare model when an epoch begins, before its first batch.
     """
 
-    def __init__(self, on_epoch: Optional[Callable[[nn.Module], None]] = None) -> None:
+    def __init__(self, on_epoch: Callable[[nn.Module], None] | None = None) -> None:
         self.on_epoch = on_epoch
         self.update_num = 0  # of the update that is being taken
         self._optimizer: Any = None
-        self._names: Optional[List[str]] = None
-        self._cache: Dict[str, Tensor] = {}
+        self._names: list[str] | None = None
+        self._cache: dict[str, Tensor] = {}
         self._cache_version = -1
 
     def listen(self, task: Any) -> None:
@@ -90,7 +91,7 @@ class TeacherLink:
         """Whether an optimizer was heard of."""
         return self._optimizer is not None
 
-    def weights(self, model: nn.Module) -> Dict[str, Tensor]:
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The teacher's weights by parameter name, in the model's precision, without gradients.
 
         Raises:
@@ -110,9 +111,9 @@ class TeacherLink:
             self._cache_version = mbpp.teacher_version
         return self._cache
 
-    def _by_name(self, model: nn.Module, teacher: List[Tensor]) -> Dict[str, Tensor]:
+    def _by_name(self, model: nn.Module, teacher: list[Tensor]) -> dict[str, Tensor]:
         # the model's own parameters, in the order of what the optimizer updates
-        updated: List[Tensor] = getattr(self._optimizer, "fp16_params", None) or list(self._optimizer.params)
+        updated: list[Tensor] = getattr(self._optimizer, "fp16_params", None) or list(self._optimizer.params)
         if self._names is None:
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             if not all(id(parameter) in names for parameter in updated):

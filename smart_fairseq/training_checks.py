@@ -6,7 +6,7 @@ Each raises `UsageError` with one line, or returns.
 import logging
 import math
 import os
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,7 +114,7 @@ def check_model(model: nn.Module) -> None:
     embedding_weight(model)
 
 
-def _optimizer_name(cfg: Any) -> Optional[str]:
+def _optimizer_name(cfg: Any) -> str | None:
     """The value of --optimizer; None in fairseq-validate, which has none."""
     return getattr(cfg.smart_optimizer, "_name", None)
 

@@ -4,7 +4,6 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import List
 
 # tiny tensors: a second thread costs more than it saves, and many times as much on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -38,7 +37,7 @@ def pytest_runtest_call() -> None:
     seed_everything()
 
 
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if toolkit.DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.exit("SMART_TEST_DEVICE is cuda (make test-gpu), and torch finds no CUDA device", returncode=2)
     for item in items:

@@ -4,8 +4,8 @@ import json
 import os
 import random
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Sequence
 
 import pytest
 
@@ -23,7 +23,7 @@ def sentence(generator: random.Random, most: int = 9) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(generator.randint(1, most)))
 
 
-def sentences(count: int, seed: int = 0) -> List[str]:
+def sentences(count: int, seed: int = 0) -> list[str]:
     generator = random.Random(seed)
     return [sentence(generator) for _ in range(count)]
 
@@ -88,7 +88,7 @@ def make_pairs(folder: Path, labels: Sequence[str], rows: int = 30, seed: int = 
 
 
 def fairseq_route(
-    texts: Dict[str, List[List[str]]], labels: Dict[str, List[str]], bpe: Path, out: Path, regression: bool = False
+    texts: dict[str, list[list[str]]], labels: dict[str, list[str]], bpe: Path, out: Path, regression: bool = False
 ) -> Path:
     """fairseq's recipe: texts[split][input] and labels[split] through its BPE encoder and fairseq-preprocess.
 
@@ -109,7 +109,7 @@ def fairseq_route(
         write(work / f"{split}.label", *words)
     data = out / "data-bin"
 
-    def flags(name: str, splits: Sequence[str]) -> List[str]:
+    def flags(name: str, splits: Sequence[str]) -> list[str]:
         found = ["--trainpref", str(work / f"train.{name}")]
         for kind in ("valid", "test"):
             prefixes = [str(work / f"{split}.{name}") for split in splits if split.startswith(kind)]
@@ -148,7 +148,7 @@ def assert_same_folder(ours: Path, fairseqs: Path) -> None:
     assert extra == set(names)
 
 
-def cut(path: Path, columns: Sequence[int], header: bool = True) -> List[List[str]]:
+def cut(path: Path, columns: Sequence[int], header: bool = True) -> list[list[str]]:
     """What `tail -n +2 | cut -f` gives: the columns from 1."""
     lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     lines = lines[1 if header else 0 :]

@@ -5,7 +5,7 @@ to output. Only the starting noise is handed in, because any Gaussian sample is 
 """
 
 import math
-from typing import Callable, List, Tuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def size(vector: Tensor, norm: str) -> float:
     return max(abs(x) for x in entries) if norm == "inf" else math.sqrt(sum(x * x for x in entries))
 
 
-def pieces(tensor: Tensor, length: int, scope: str) -> List[Tensor]:
+def pieces(tensor: Tensor, length: int, scope: str) -> list[Tensor]:
     """The parts of one example's [T, C] over which a norm is taken; views, so that they can be written to."""
     return [tensor[:length]] if scope == "example" else [tensor[t] for t in range(length)]
 
@@ -69,11 +69,11 @@ def perturb(
 def objective(
     student: Callable[[Tensor], Tensor],
     teacher: Callable[[Tensor], Tensor],
-    embeddings: List[Tensor],
-    perturbed: List[Tensor],
+    embeddings: list[Tensor],
+    perturbed: list[Tensor],
     targets: Tensor,
     regression: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """L, R_s and D_Breg, each a mean over the examples."""
     task, smooth, bregman = [], [], []
     for x, x_tilde, target in zip(embeddings, perturbed, targets):

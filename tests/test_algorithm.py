@@ -2,8 +2,9 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Tuple
+from typing import Any
 
 import pytest
 import reference
@@ -43,7 +44,7 @@ def embeddings_of(model: Any, tokens: torch.Tensor, place: str) -> torch.Tensor:
     return encoder.embed_tokens(tokens) if place == "token" else encoder.forward_embedding(tokens[None])[0][0]
 
 
-def prepared(data: Path, kind: str, *flags: str) -> Tuple[Any, ...]:
+def prepared(data: Path, kind: str, *flags: str) -> tuple[Any, ...]:
     """A float64 model two updates away from its teacher, a batch, and the teacher as a model of its own."""
     regression = ["--regression-target"] if kind == "regression" else []
     arguments = command(

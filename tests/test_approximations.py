@@ -1,7 +1,7 @@
 """Approximations that are off by default: what they save, and that they are what they say."""
 
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_reused_perturbation_is_a_projected_step_from_the_last_one(class_data:
     """Against the step written out: from the first epoch's perturbation along the gradient of R_s there."""
     task, model, criterion = set_up(class_data, *NO_DROPOUT, *BOLD, "--smart-reuse")
     sample = batch(task, 4)
-    used: List[torch.Tensor] = []
+    used: list[torch.Tensor] = []
     watched = criterion.smoothness.memory.watched
 
     def note(ids: Any, perturbation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ def test_searching_through_some_layers_finds_what_all_find(
     found = []
     for more in ([], ["--smart-search-layers", str(layers)]):
         task, model, criterion = set_up(class_data, *flags, *more)
-        seen: List[torch.Tensor] = []
+        seen: list[torch.Tensor] = []
         watch_perturbations(monkeypatch, seen)
         _, log = loss_and_log(criterion, model.double(), batch(task, 4))
         found.append((seen[0], log["smart_loss"]))
@@ -172,7 +172,7 @@ def test_a_frozen_table_is_searched_all_the_same(class_data: Path) -> None:
         ),
     ],
 )
-def test_refusals(flags: List[str], message: str, class_data: Path) -> None:
+def test_refusals(flags: list[str], message: str, class_data: Path) -> None:
     with pytest.raises(UsageError, match=message):
         set_up(class_data, *flags)
 

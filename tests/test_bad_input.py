@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from smart_fairseq.errors import UsageError, explain
 FAIRSEQ_TRAIN = Path(sys.executable).parent / "fairseq-train"
 
 
-def refusal(arguments: List[str]) -> str:
+def refusal(arguments: list[str]) -> str:
     """Run fairseq-train, which must stop before the first update with status 1 or 2; its last line on stderr."""
     run = subprocess.run([str(FAIRSEQ_TRAIN), *arguments], capture_output=True, text=True)
     assert run.returncode in (1, 2), run.stdout + run.stderr
@@ -27,7 +27,7 @@ def refusal(arguments: List[str]) -> str:
     return run.stderr.strip().splitlines()[-1]
 
 
-def library_refusal(arguments: List[str]) -> str:
+def library_refusal(arguments: list[str]) -> str:
     """The same in this process, which is faster: the message that the program would print."""
     with pytest.raises(Exception) as caught:
         train(arguments)
@@ -68,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("flags", "line"), CASES, ids=lambda case: " ".join(case) if isinstance(case, list) else "")
-def test_flags(flags: List[str], line: str, class_data: Path) -> None:
+def test_flags(flags: list[str], line: str, class_data: Path) -> None:
     assert library_refusal(command(class_data, *flags)).startswith(line)
 
 
@@ -191,7 +191,7 @@ def checkpoint(class_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "checkpoint_last.pt"
 
 
-def start_from(checkpoint: Path, data: Path, *flags: str) -> List[str]:
+def start_from(checkpoint: Path, data: Path, *flags: str) -> list[str]:
     reset = ["--reset-optimizer", "--reset-dataloader", "--reset-meters"]
     return command(data, "--restore-file", str(checkpoint), *reset, *flags)
 

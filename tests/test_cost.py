@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ from peak_memory import PeakMemory
 LIKE_ROBERTA = ["--encoder-layers", "8", "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "256"]
 
 
-def set_up(data: Path, *flags: str, **options: Any) -> Tuple[Any, Any, Any]:
+def set_up(data: Path, *flags: str, **options: Any) -> tuple[Any, Any, Any]:
     options = {"optimizer": "adam", **options}
     _, task, model, criterion = build(command(data, *LIKE_ROBERTA, *flags, **options))
     return task, model.train(), criterion
 
 
-def passes(model: Any, criterion: Any, sample: Any) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+def passes(model: Any, criterion: Any, sample: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of a batch."""
     model.zero_grad()
     torch.manual_seed(3)
@@ -73,7 +73,7 @@ def test_leaving_out_gelus_outputs_changes_nothing(
 
 
 @pytest.mark.parametrize("flags", [["--smart-dropout", "off"], ["--smart-mode", "tangent"]])
-def test_recomputing_is_refused_where_it_is_not_there(flags: List[str], class_data: Path) -> None:
+def test_recomputing_is_refused_where_it_is_not_there(flags: list[str], class_data: Path) -> None:
     with pytest.raises(UsageError, match="--smart-recompute"):
         set_up(class_data, "--smart-recompute", *flags)
 
@@ -119,7 +119,7 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count: Dict[str, int] = {}
+        self.count: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count[func.__name__] = self.count.get(func.__name__, 0) + 1

@@ -3,7 +3,7 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from smart_fairseq.errors import UsageError
 from smart_fairseq.perturb import perturbed, token_mask
 
 
-def set_up(data: Path, *flags: str, optimizer: str = "adam", **options: Any) -> Tuple[Any, Any, Any]:
+def set_up(data: Path, *flags: str, optimizer: str = "adam", **options: Any) -> tuple[Any, Any, Any]:
     """Task, model in training mode, criterion."""
     cfg, task, model, criterion = build(command(data, *flags, optimizer=optimizer, **options))
     torch.nn.init.normal_(model.classification_heads["sentence_classification_head"].out_proj.weight, std=1.0)
@@ -26,7 +26,7 @@ def set_up(data: Path, *flags: str, optimizer: str = "adam", **options: Any) -> 
 
 def step(
     model: Any, criterion: Any, sample: Any, seed: int = 3
-) -> Tuple[torch.Tensor, Dict[str, Any], List[torch.Tensor]]:
+) -> tuple[torch.Tensor, dict[str, Any], list[torch.Tensor]]:
     """Loss, log and gradients of one batch."""
     model.zero_grad()
     torch.manual_seed(seed)
@@ -35,9 +35,9 @@ def step(
     return loss.detach(), log, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def count_forwards(model: Any) -> List[int]:
+def count_forwards(model: Any) -> list[int]:
     """A list that grows by one for every pass through the first layer."""
-    passes: List[int] = []
+    passes: list[int] = []
     model.encoder.sentence_encoder.layers[0].register_forward_hook(lambda *_: passes.append(1))
     return passes
 
@@ -127,7 +127,7 @@ NOISE = ["--smart-noise-std", "1e-3"]
         (["--smart-dropout", "independent"], "mbpp", 4),
     ],
 )
-def test_number_of_forwards(flags: List[str], optimizer: str, expected: int, class_data: Path) -> None:
+def test_number_of_forwards(flags: list[str], optimizer: str, expected: int, class_data: Path) -> None:
     task, model, criterion = set_up(class_data, *flags, optimizer=optimizer)
     passes = count_forwards(model)
     step(model, criterion, batch(task, 4))
@@ -263,12 +263,12 @@ def test_the_ascent_computes_no_weight_gradients_and_keeps_no_activation_for_the
     """What the ascent's graph saves for backward is much less than what an ordinary pass saves."""
     task, model, criterion = set_up(class_data, *NO_DROPOUT, *BOLD)
     sample = batch(task, 8)
-    saved: Dict[str, int] = {}
+    saved: dict[str, int] = {}
 
     def record(label: str) -> Any:
         # storages, so that views of one tensor count once; weights are there in any case
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen: Dict[int, int] = {}
+        seen: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -488,6 +488,6 @@ def test_below_the_precision_the_term_is_taken_to_first_order(class_data: Path) 
         (["--smart-divergence", "js"], "does not know --smart-divergence js; use auto, or a larger size"),
     ],
 )
-def test_what_half_precision_cannot_hold_is_refused(flags: List[str], line: str, class_data: Path) -> None:
+def test_what_half_precision_cannot_hold_is_refused(flags: list[str], line: str, class_data: Path) -> None:
     with pytest.raises(UsageError, match=line):
         train(command(class_data, *HALF, *flags, max_update=1))

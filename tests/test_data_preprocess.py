@@ -1,5 +1,6 @@
 """The command as users call it: several tasks, subsets, shortening, ANLI's mixtures, replacement of folders."""
 
+import itertools
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ def test_subsets_are_nested_and_balanced():
     order = nested_order(rows, seed=7)
     assert sorted(order) == list(range(100))
     parts = [subset(rows, fraction, order) for fraction in (0.001, 0.03, 0.3, 0.6, 0.9, 1)]
-    for smaller, larger in zip(parts, parts[1:]):
+    for smaller, larger in itertools.pairwise(parts):
         assert set(smaller) < set(larger)
     assert [Counter(row.label for row in part) for part in parts[1:4]] == [
         {"a": 1, "b": 1, "c": 1},

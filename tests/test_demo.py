@@ -8,7 +8,7 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 from toolkit import ROOT
@@ -108,7 +108,7 @@ def test_other_lines_are_passed_over(line: str) -> None:
     assert trainings.parse_line(line) is None
 
 
-def made_run(method: str, seed: int, accuracies: List[float], tmp_path: Path = Path(".")) -> Any:
+def made_run(method: str, seed: int, accuracies: list[float], tmp_path: Path = Path(".")) -> Any:
     made = trainings.Run(f"{method}-{seed}", method, seed, [], tmp_path / "log", updates=20)
     made.seconds, made.first_update, made.last_update = 30.0, 1.0, 20.0
     for update in range(20):
@@ -232,7 +232,7 @@ def test_the_pin_names_one_version_and_its_hash() -> None:
         (["--encoder", "nowhere"], "--encoder is nowhere"),
     ],
 )
-def test_bad_options(arguments: List[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and expected in said

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import torch
@@ -38,14 +38,14 @@ print("RESULT" + json.dumps([features.tolist(), logits.tolist()]))
 """
 
 
-def in_plain_fairseq(file: Path, data: Path, head: str = "") -> List[torch.Tensor]:
+def in_plain_fairseq(file: Path, data: Path, head: str = "") -> list[torch.Tensor]:
     arguments = json.dumps([str(file.parent), file.name, str(data), head, TOKENS])
     done = subprocess.run([sys.executable, "-c", PLAIN_FAIRSEQ, arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [torch.tensor(part) for part in json.loads(done.stdout.split("RESULT")[1])]
 
 
-def here(file: Path, head: str = "", **overrides: Any) -> List[torch.Tensor]:
+def here(file: Path, head: str = "", **overrides: Any) -> list[torch.Tensor]:
     models, _ = checkpoint_utils.load_model_ensemble([str(file)], {"load_checkpoint_heads": True, **overrides})
     model = models[0].eval()
     tokens = torch.tensor(TOKENS)
@@ -63,7 +63,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
+def trained(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A few updates of SMART on the imported model, and the data it saw."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_task_data(folder / "data", imported / "dict.txt")
@@ -84,7 +84,7 @@ def trained(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[st
 HEAD = "sentence_classification_head"
 
 
-def test_trained_model_predicts_the_same_without_this_package(trained: Dict[str, Path], tmp_path: Path) -> None:
+def test_trained_model_predicts_the_same_without_this_package(trained: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "plain.pt"
     assert main([str(trained["checkpoint"]), str(out)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
@@ -93,7 +93,7 @@ def test_trained_model_predicts_the_same_without_this_package(trained: Dict[str,
         assert (actual - wanted).abs().max() < 1e-5
 
 
-def test_without_the_scale_it_would_not(trained: Dict[str, Path], tmp_path: Path) -> None:
+def test_without_the_scale_it_would_not(trained: dict[str, Path], tmp_path: Path) -> None:
     """The effect that the test above rests on: fairseq's epsilon moves these logits by far more than 1e-5."""
     state = torch.load(trained["checkpoint"], weights_only=True)
     vars(state["cfg"]["model"])["smart_layer_norm_eps"] = 1e-5
@@ -103,7 +103,7 @@ def test_without_the_scale_it_would_not(trained: Dict[str, Path], tmp_path: Path
     assert (naive - expected).abs().max() > 1e-4
 
 
-def test_nothing_of_this_package_remains(trained: Dict[str, Path], tmp_path: Path) -> None:
+def test_nothing_of_this_package_remains(trained: dict[str, Path], tmp_path: Path) -> None:
     """The pickle names no class, flag or component of ours, and holds no optimizer state."""
     out = tmp_path / "plain.pt"
     main([str(trained["checkpoint"]), str(out)])
@@ -198,7 +198,7 @@ def test_plain_containers() -> None:
 # Errors
 
 
-def run_refused(arguments: List[str], capsys: pytest.CaptureFixture[str]) -> str:
+def run_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()

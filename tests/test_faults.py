@@ -4,8 +4,9 @@ import itertools
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_overflow_in_a_pass(where: str, class_data: Path, caplog: pytest.LogCapt
     criterion.teacher.connect(optimizer)
     mbpp = optimizer.fp32_optimizer
 
-    def update() -> Dict[str, Any]:
+    def update() -> dict[str, Any]:
         optimizer.zero_grad()
         loss, size, log = criterion(model, batch(task, 4))
         optimizer.backward(loss)
@@ -179,7 +180,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     """Ends bit-equal to a run that nobody killed; dropout on."""
     data = write_data(tmp_path / "data", train=64)
 
-    def arguments(name: str) -> List[str]:
+    def arguments(name: str) -> list[str]:
         return command(
             data, "--save-interval-updates", "2", "--keep-interval-updates", "1", "--mbpp-warmup-ratio", "0.5",
             save_dir=tmp_path / name, max_update=24,
@@ -282,7 +283,7 @@ def test_a_dying_worker_stops_the_other(dying: int, class_data: Path, tmp_path: 
 def test_another_number_of_workers_keeps_the_teacher(before: int, after: int, class_data: Path, tmp_path: Path) -> None:
     """Three updates with some workers and three with others equal six with one."""
 
-    def run(name: str, workers: int, max_update: int) -> Dict[str, Any]:
+    def run(name: str, workers: int, max_update: int) -> dict[str, Any]:
         # the teacher's momentum must not depend on --max-update, which differs between the two halves
         arguments = command(
             class_data, *FIXED, "--mbpp-warmup-ratio", "0", "--batch-size", str(8 // workers),

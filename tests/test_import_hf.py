@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ MINILM = Path(os.environ.get("SMART_TEST_MINILM", "/nonexistent"))
 # Folders as Hugging Face writes them
 
 
-def config_for(family: str, vocabulary: int) -> Dict[str, Any]:
+def config_for(family: str, vocabulary: int) -> dict[str, Any]:
     offset = {"bert": 0, "roberta": 2}[family]
     return {
         "model_type": family,
@@ -59,7 +60,7 @@ def config_for(family: str, vocabulary: int) -> Dict[str, Any]:
     }
 
 
-def body_of(config: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+def body_of(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Random weights, gains included, under names without prefix; small embeddings so that epsilon matters."""
     generator = torch.Generator().manual_seed(3)
 
@@ -72,7 +73,7 @@ def body_of(config: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     def norm(name: str) -> None:
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + normal(DIM), normal(DIM)
 
-    tensors: Dict[str, torch.Tensor] = {
+    tensors: dict[str, torch.Tensor] = {
         "embeddings.word_embeddings.weight": normal(config["vocab_size"], DIM, std=0.01),
         "embeddings.position_embeddings.weight": normal(config["max_position_embeddings"], DIM, std=0.01),
         "embeddings.token_type_embeddings.weight": normal(config["type_vocab_size"], DIM, std=0.01),
@@ -89,7 +90,7 @@ def body_of(config: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     return tensors
 
 
-def head_of(config: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+def head_of(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -108,7 +109,7 @@ def head_of(config: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     }
 
 
-def roberta_tokens() -> Dict[str, int]:
+def roberta_tokens() -> dict[str, int]:
     """A vocab.json: the specials, then GPT-2's tokens in an order of their own, fillers, <mask> last."""
     characters = list(bytes_to_unicode().values())
     products = ["".join(merge) for merge in MERGES]
@@ -221,7 +222,7 @@ def load(folder: Path) -> Any:
     return hub
 
 
-def fairseq_ids(hf_tokens: torch.Tensor, names: List[str], dictionary: Dictionary, family: str) -> torch.Tensor:
+def fairseq_ids(hf_tokens: torch.Tensor, names: list[str], dictionary: Dictionary, family: str) -> torch.Tensor:
     """The same tokens in fairseq's ids, by name alone."""
     if family == "bert":
         to_fairseq = {"[CLS]": "<s>", "[PAD]": "<pad>", "[SEP]": "</s>", "[UNK]": "<unk>", "[MASK]": "<mask>"}
@@ -246,7 +247,7 @@ def sentences(family: str) -> torch.Tensor:
     return picked
 
 
-def names_of(family: str) -> List[str]:
+def names_of(family: str) -> list[str]:
     return BERT_TOKENS if family == "bert" else list(roberta_tokens())
 
 
@@ -557,7 +558,7 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
-def edit_tensors(change: Callable[[Dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -636,7 +637,7 @@ def test_errors_are_one_line_and_leave_nothing(
     capsys: pytest.CaptureFixture[str],
     family: str,
     damage: Callable[[Path], None],
-    expected: List[str],
+    expected: list[str],
 ) -> None:
     source = write_hf(tmp_path / "hf", family)
     damage(source)
@@ -687,7 +688,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not (MINILM / "model.safetensors").exists(), reason="no MiniLM folder (SMART_TEST_MINILM)")
-def test_minilm(tmp_path: Path, record_property: Callable[[str, Optional[float]], None]) -> None:
+def test_minilm(tmp_path: Path, record_property: Callable[[str, float | None], None]) -> None:
     """all-MiniLM-L6-v2: below 1e-5 on real token ids, of short sentences and of all 512 positions."""
     from tokenizers import BertWordPieceTokenizer
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +15,18 @@ from smart_fairseq.optim.mbpp import MBPP
 from smart_fairseq.teacher_link import TeacherLink
 
 
-def optimizer_for(data: Path, parameters: List[torch.Tensor], *flags: str, **options: Any) -> MBPP:
+def optimizer_for(data: Path, parameters: list[torch.Tensor], *flags: str, **options: Any) -> MBPP:
     return optim.build_optimizer(parse(command(data, *flags, **options)).optimizer, parameters)
 
 
-def some_parameters(dtype: torch.dtype = torch.float32) -> List[torch.nn.Parameter]:
+def some_parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
     return [
         torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 4), (5,), (1, 2, 3))
     ]
 
 
-def take_steps(optimizer: MBPP, parameters: List[torch.nn.Parameter], count: int) -> List[List[torch.Tensor]]:
+def take_steps(optimizer: MBPP, parameters: list[torch.nn.Parameter], count: int) -> list[list[torch.Tensor]]:
     """The weights after each of ``count`` steps along made-up gradients."""
     history = []
     for _ in range(count):
@@ -137,7 +137,7 @@ def test_the_average_is_float32_and_does_not_stall(dtype: torch.dtype, class_dat
 # --- the base optimizer -----------------------------------------------------------------------------
 
 
-def reference_steps(make: Any, count: int = 4) -> List[torch.nn.Parameter]:
+def reference_steps(make: Any, count: int = 4) -> list[torch.nn.Parameter]:
     parameters = some_parameters()
     optimizer = make(parameters)
     for update in range(count):
@@ -245,7 +245,7 @@ def test_before_the_first_update_the_teacher_is_the_weights(class_data: Path) ->
     [[], ["--fp16", "--fp16-no-flatten-grads"], ["--memory-efficient-fp16", "--fp16"]],
     ids=["fp32", "fp16", "memory-efficient-fp16"],
 )
-def test_the_teacher_by_name_in_every_precision(precision: List[str], class_data: Path) -> None:
+def test_the_teacher_by_name_in_every_precision(precision: list[str], class_data: Path) -> None:
     """Names fit tensors, in the model's precision, through fairseq's wrappers; a frozen parameter stays out."""
     cfg, _, model, _ = build(command(class_data, *precision, "--mbpp-momentum", "0.5", "--mbpp-warmup-ratio", "0"))
     if precision:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return kind, data, checkpoint, true_metrics(kind, data, checkpoint)
 
 
-def true_metrics(kind: str, data: Path, checkpoint: Path) -> Dict[str, float]:
+def true_metrics(kind: str, data: Path, checkpoint: Path) -> dict[str, float]:
     """From predictions made one example at a time, by scikit-learn and SciPy."""
     from fairseq import checkpoint_utils
 
@@ -66,7 +66,7 @@ def true_metrics(kind: str, data: Path, checkpoint: Path) -> Dict[str, float]:
     return {key: round(100 * float(value), 1) for key, value in found.items()}
 
 
-def validation(data: Path, kind: str, checkpoint: Path, *flags: str) -> List[str]:
+def validation(data: Path, kind: str, checkpoint: Path, *flags: str) -> list[str]:
     """Arguments of a run that takes one update with learning rate 0 and validates."""
     arguments = command(
         data, *REPORT[kind], "--restore-file", str(checkpoint), "--reset-optimizer", "--reset-dataloader",

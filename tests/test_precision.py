@@ -3,7 +3,7 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from smart_fairseq.perturb import Forward
 WIDER = ["--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128", "--encoder-layers", "3"]
 
 
-def set_up(data: Path, kind: str, *flags: str, **options: Any) -> Tuple[Any, Any, Any]:
+def set_up(data: Path, kind: str, *flags: str, **options: Any) -> tuple[Any, Any, Any]:
     """Task, model and criterion with weights of the size that trained encoders have."""
     regression = ["--regression-target"] if kind == "regression" else []
     options = {"num_classes": 1 if regression else 2, **options}
@@ -40,9 +40,9 @@ def set_up(data: Path, kind: str, *flags: str, **options: Any) -> Tuple[Any, Any
 
 def term_and_gradient(
     model: Any, criterion: Any, sample: Any, seed: int = 3
-) -> Tuple[float, Dict[str, torch.Tensor], Any]:
+) -> tuple[float, dict[str, torch.Tensor], Any]:
     """R_s per example, and the gradient of R_s over the squared radius, which every precision can hold."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     settings = criterion.smoothness
     original = settings.divergence_of_change, settings.divergence
 
@@ -66,7 +66,7 @@ def term_and_gradient(
     return float(log["smart_loss"]) / size, kept, log
 
 
-def cosine(a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]) -> float:
+def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     names = sorted(set(a) & set(b))
     first, second = (torch.cat([gradients[name].flatten() for name in names]) for gradients in (a, b))
     return float(first @ second / first.norm() / second.norm())
@@ -103,14 +103,14 @@ def in_float64(model: Any) -> Any:
     return model
 
 
-def distance(a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]) -> float:
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Of two gradients, relative to the second; one may lack what is 0."""
     differences = [gradient - a.get(name, 0) for name, gradient in b.items()]
     norms = [torch.cat([g.flatten() for g in gradients]).norm() for gradients in (differences, b.values())]
     return float(norms[0] / norms[1])
 
 
-def both(model: Any, criterion: Any, exact_criterion: Any, sample: Any) -> Tuple[float, float, float, Any]:
+def both(model: Any, criterion: Any, exact_criterion: Any, sample: Any) -> tuple[float, float, float, Any]:
     """R_s, the same in float64, the cosine of their parameter gradients, and the log."""
     term, gradient, log = term_and_gradient(model, criterion, sample)
     exact, exact_gradient, _ = term_and_gradient(in_float64(model), exact_criterion, sample)
@@ -135,7 +135,7 @@ def test_two_forwards_in_float32(
 @pytest.mark.parametrize("flags", [["--smart-step-size", "1"], ["--smart-steps", "3"]], ids=" ".join)
 @pytest.mark.parametrize("radius", ["1e-5", "1e-4", "1e-3"])
 def test_finite_mode_in_float32(
-    radius: str, flags: List[str], kind: str, class_data: Path, regression_data: Path
+    radius: str, flags: list[str], kind: str, class_data: Path, regression_data: Path
 ) -> None:
     """R_s and its parameter gradient within 1e-5 of two forwards in float64."""
     data = class_data if kind == "classes" else regression_data
@@ -158,7 +158,7 @@ def test_finite_mode_in_float32(
     ],
     ids=" ".join,
 )
-def test_a_carried_change_is_the_difference_of_two_forwards(flags: List[str], class_data: Path) -> None:
+def test_a_carried_change_is_the_difference_of_two_forwards(flags: list[str], class_data: Path) -> None:
     """In float64, at any size, as far as that resolves two forwards."""
     shared = [*NO_DROPOUT, "--smart-epsilon", "1e-2", *flags, "--smart-mode", "finite"]
     results = []
@@ -199,7 +199,7 @@ def test_finite_mode_in_half_precision(dtype: torch.dtype, radius: str, class_da
     ids=lambda flags: " ".join(flags) or "default",
 )
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_two_forwards_in_half_precision(dtype: torch.dtype, flags: List[str], class_data: Path) -> None:
+def test_two_forwards_in_half_precision(dtype: torch.dtype, flags: list[str], class_data: Path) -> None:
     """At a radius that half precision resolves, from noise that it does not: every example goes up all the way."""
     shared = [*NO_DROPOUT, "--smart-epsilon", "2e-2", "--smart-step-size", "1", *flags]
     task, model, criterion = set_up(class_data, "classes", *shared)
@@ -240,7 +240,7 @@ def test_bregman_term(dtype: torch.dtype, kind: str, class_data: Path, regressio
         average_(teacher, [p.detach() for p in weights], 0.99)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
 
-    def term(dtype: torch.dtype) -> Tuple[float, Dict[str, torch.Tensor]]:
+    def term(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
         student = copy.deepcopy(model).to(dtype)
         forward = Forward(student, sample["net_input"], "sentence_classification_head", "token")
         criterion.teacher.weights = lambda _: {n: t.to(dtype) for n, t in zip(names, teacher)}
@@ -263,7 +263,7 @@ def task_criterion_loss(model: Any, criterion: Any, sample: Any) -> torch.Tensor
 
 @pytest.mark.parametrize("place", ["token", "input"])
 @pytest.mark.parametrize("flags", [["--smart-steps", "3"], ["--smart-norm", "l2", "--smart-norm-scope", "token"]])
-def test_steps_norms_and_places(flags: List[str], place: str, class_data: Path) -> None:
+def test_steps_norms_and_places(flags: list[str], place: str, class_data: Path) -> None:
     """In float64 both forms agree to second order for every way to ascend."""
     shared = [*NO_DROPOUT, "--smart-epsilon", "1e-5", "--smart-step-size", "1e-5", "--smart-embedding", place, *flags]
     results = []

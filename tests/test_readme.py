@@ -4,7 +4,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
@@ -18,13 +18,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md"))]
 
 
-def own_fields(config: Any, base: Any) -> Dict[str, Any]:
+def own_fields(config: Any, base: Any) -> dict[str, Any]:
     """Fields that become flags: those with help text."""
     inherited = {field.name for field in fields(base)}
     return {f.name: f for f in fields(config) if f.name not in inherited and "help" in f.metadata}
 
 
-def table(prefix: str) -> List[List[str]]:
+def table(prefix: str) -> list[list[str]]:
     """Rows of the README's table whose first cell is a flag with this prefix."""
     rows = [line for line in README.splitlines() if line.startswith(f"| `--{prefix}")]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from toolkit import BOLD, ROOT, assert_equal, command, train
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
 
 
-def tensors(state: Any, path: str = "") -> Dict[str, torch.Tensor]:
+def tensors(state: Any, path: str = "") -> dict[str, torch.Tensor]:
     """All tensors of a nested state, by their path."""
     if torch.is_tensor(state):
         return {path: state}

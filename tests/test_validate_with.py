@@ -3,7 +3,7 @@
 import copy
 import logging
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from smart_fairseq.export import main
 LAGGING = [*NO_DROPOUT, "--lr", "1e-2", "--mbpp-momentum", "0.9", "--mbpp-warmup-ratio", "0"]
 
 
-def judged(checkpoint: Path, data: Path) -> Tuple[float, float]:
+def judged(checkpoint: Path, data: Path) -> tuple[float, float]:
     """Accuracy in percent and cross entropy in bits over the validation set, in float32."""
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data)})
     task.load_dataset("valid")
@@ -30,7 +30,7 @@ def judged(checkpoint: Path, data: Path) -> Tuple[float, float]:
     return 100 * float((logits.argmax(1) == sample["target"].view(-1)).float().mean()), float(loss)
 
 
-def validated(log: Dict[str, Any]) -> Tuple[float, float]:
+def validated(log: dict[str, Any]) -> tuple[float, float]:
     return log["valid"][-1]["valid_accuracy"], log["valid"][-1]["valid_loss"]
 
 

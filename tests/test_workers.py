@@ -8,8 +8,9 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def in_worker(arguments: Sequence[str], out: str, options: Dict[str, Any]) -> None:
+def in_worker(arguments: Sequence[str], out: str, options: dict[str, Any]) -> None:
     """fairseq-train in a process of its own; the sums of each update over all workers go to the file ``out``.
 
     Options: ``break_at``, an example in whose batch the smoothness term is not a number; ``common``, settings of
@@ -54,7 +55,7 @@ def in_worker(arguments: Sequence[str], out: str, options: Dict[str, Any]) -> No
     torch.set_num_threads(1)
     reduce_and_log = trainer.Trainer._reduce_and_log_stats
 
-    def record(self: Any, logs: List[Dict[str, Any]], sample_size: float, grad_norm: Any = None) -> Any:
+    def record(self: Any, logs: list[dict[str, Any]], sample_size: float, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
             sums = {key: float(sum(log[key] for log in logs)) for key in logs[0]}
             with open(out, "a") as lines:
@@ -76,7 +77,7 @@ def in_worker(arguments: Sequence[str], out: str, options: Dict[str, Any]) -> No
         os._exit(1)
 
 
-def break_smoothness(when: Callable[[Dict[str, Any]], bool]) -> None:
+def break_smoothness(when: Callable[[dict[str, Any]], bool]) -> None:
     """Where ``when`` is true of the batch, the smoothness term is not a number."""
     whole = TwoForwards.value
 
@@ -87,7 +88,7 @@ def break_smoothness(when: Callable[[Dict[str, Any]], bool]) -> None:
     TwoForwards.value = broken  # type: ignore[method-assign]
 
 
-def start(arguments: Sequence[str], out: Path, workers: int = 1, **options: Any) -> List[Any]:
+def start(arguments: Sequence[str], out: Path, workers: int = 1, **options: Any) -> list[Any]:
     """Start fairseq-train; the updates go to ``out`` with the worker's number as its suffix, what it prints to .log."""
     port = free_port()
     processes = []
@@ -104,7 +105,7 @@ def start(arguments: Sequence[str], out: Path, workers: int = 1, **options: Any)
     return processes
 
 
-def join(processes: Sequence[Any], timeout: float = 240) -> List[Optional[int]]:
+def join(processes: Sequence[Any], timeout: float = 240) -> list[int | None]:
     """Wait for processes; their exit codes, None for one that had to be killed after ``timeout`` seconds."""
     limit = time.monotonic() + timeout
     for process in processes:
@@ -123,7 +124,7 @@ def finish(processes: Sequence[Any], out: Path) -> None:
     assert codes == [0] * len(processes), logs
 
 
-def updates(out: Path, rank: int = 0) -> List[Dict[str, float]]:
+def updates(out: Path, rank: int = 0) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(f"{out}.{rank}").read_text().splitlines()]
 
 
@@ -179,7 +180,7 @@ def test_two_workers_equal_one(case: str, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", kind="regression" if case == "regression" else "classes", train=train)
     shared = [*FIXED, *flags, "--mbpp-warmup-ratio", "0.5"]
 
-    def arguments(name: str, *more: str) -> List[str]:
+    def arguments(name: str, *more: str) -> list[str]:
         return command(data, *shared, *more, save_dir=tmp_path / name, max_update=6)
 
     whole = str(2 * int(size) * int(frequency))
@@ -284,7 +285,7 @@ def prepared(data: Path, way: str, unused: bool) -> Any:
     return task, model.train(), criterion
 
 
-def gradients(model: Any, criterion: Any, samples: Sequence[Any], seed: int) -> Dict[str, torch.Tensor]:
+def gradients(model: Any, criterion: Any, samples: Sequence[Any], seed: int) -> dict[str, torch.Tensor]:
     """Of the loss over all samples; a distributed wrapper reduces with the last one, as fairseq's trainer does it."""
     model.zero_grad()
     torch.manual_seed(seed)

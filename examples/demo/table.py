@@ -1,8 +1,9 @@
 """The demo's closing table: what the runs' logs say, averaged over the seeds."""
 
 import math
+from collections.abc import Callable, Sequence
 from statistics import mean, stdev
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 from trainings import Numbers, Run
 
@@ -24,14 +25,14 @@ def result(run: Run, metrics: Sequence[str]) -> Result:
     """Metrics by name, from the run's validation lines; ties go to the later epoch, as fairseq's best checkpoint."""
     epochs = [{name: line.get(f"valid_{name}", math.nan) for name in metrics} for line in run.valid]
 
-    def rank(epoch: int) -> Tuple[float, int]:
+    def rank(epoch: int) -> tuple[float, int]:
         value = epochs[epoch][metrics[0]]
         return (-math.inf if math.isnan(value) else value), epoch
 
     return Result(epochs[max(range(len(epochs)), key=rank)], epochs[-1])
 
 
-def term(run: Run, name: str) -> Optional[Tuple[float, float]]:
+def term(run: Run, name: str) -> tuple[float, float] | None:
     """A term at the first update, and its mean over the last tenth of them; None if the run does not have it."""
     values = [_term_of(line, name, run.method) for line in run.inner]
     known = [value for value in values if value is not None]
@@ -40,7 +41,7 @@ def term(run: Run, name: str) -> Optional[Tuple[float, float]]:
     return known[0], mean(known[-max(1, len(known) // 10) :])
 
 
-def _term_of(line: Numbers, name: str, method: str) -> Optional[float]:
+def _term_of(line: Numbers, name: str, method: str) -> float | None:
     if name == "task_loss" and method == "plain":
         # all of the loss is the task's there; fairseq logs it in bits
         return line["loss"] * math.log(2)
@@ -62,12 +63,12 @@ def _terms(runs: Sequence[Run], name: str) -> str:
     return " -> ".join(f"{mean(values):.2g}" for values in zip(*found))
 
 
-def rows(runs: Sequence[Run], metrics: Sequence[str]) -> List[List[str]]:
+def rows(runs: Sequence[Run], metrics: Sequence[str]) -> list[list[str]]:
     """The table's cells, header first."""
     by_method = {method: [run for run in runs if run.method == method] for method in METHODS}
     results = {method: [result(run, metrics) for run in found] for method, found in by_method.items()}
 
-    def row(title: str, cell: Callable[[str], str]) -> List[str]:
+    def row(title: str, cell: Callable[[str], str]) -> list[str]:
         return [title, *(cell(method) for method in METHODS)]
 
     table = [["", *METHODS.values()]]
@@ -99,7 +100,7 @@ def laid_out(table: Sequence[Sequence[str]]) -> str:
 def in_words(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     """One line on what the table shows, and no more than the seeds show (a paired t-test)."""
     name = metrics[0]
-    last: Dict[str, Dict[int, float]] = {method: {} for method in METHODS}
+    last: dict[str, dict[int, float]] = {method: {} for method in METHODS}
     for run in runs:
         last[run.method][run.seed] = result(run, metrics).last[name]
     gains = [last["smart"][seed] - last["plain"][seed] for seed in last["plain"]]

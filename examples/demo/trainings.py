@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ SMART_COST = 3.0  # of an update with SMART in updates without, until both have 
 SECONDS_BETWEEN_LINES = 10.0
 LAST_LINES = 15
 
-Numbers = Dict[str, float]
+Numbers = dict[str, float]
 
 
 class TrainingFailed(Exception):
@@ -38,12 +39,12 @@ class Run:
     name: str
     method: str
     seed: int
-    command: List[str]
+    command: list[str]
     log: Path
     updates: int
-    inner: List[Numbers] = field(default_factory=list)  # one per update
-    valid: List[Numbers] = field(default_factory=list)  # one per epoch
-    epochs: List[Numbers] = field(default_factory=list)
+    inner: list[Numbers] = field(default_factory=list)  # one per update
+    valid: list[Numbers] = field(default_factory=list)  # one per epoch
+    epochs: list[Numbers] = field(default_factory=list)
     started: float = 0.0
     first_update: float = 0.0
     last_update: float = 0.0
@@ -53,7 +54,7 @@ class Run:
     def done(self) -> int:
         return len(self.inner)
 
-    def seconds_per_update(self) -> Optional[float]:
+    def seconds_per_update(self) -> float | None:
         return (self.last_update - self.first_update) / (self.done - 1) if self.done > 4 else None
 
 
@@ -62,16 +63,16 @@ class Event(NamedTuple):
 
     run: Run
     line: str
-    status: Optional[int] = None
+    status: int | None = None
 
 
-def parse_line(line: str) -> Optional[Tuple[str, Numbers]]:
+def parse_line(line: str) -> tuple[str, Numbers] | None:
     """(train_inner, train or valid; the numbers) of one of fairseq's JSON log lines, None for any other line."""
     found = LOG_LINE.search(line)
     if found is None:
         return None
     try:
-        entries: Dict[str, Any] = json.loads(found[2])
+        entries: dict[str, Any] = json.loads(found[2])
     except ValueError:
         return None
     numbers: Numbers = {}
@@ -97,9 +98,9 @@ def note(run: Run, line: str, now: float) -> bool:
     return True
 
 
-def seconds_left(runs: Sequence[Run], jobs: int) -> Optional[float]:
+def seconds_left(runs: Sequence[Run], jobs: int) -> float | None:
     """From the updates so far, counting an update of a method that has not begun by its usual ratio."""
-    rates: Dict[bool, List[float]] = {False: [], True: []}
+    rates: dict[bool, list[float]] = {False: [], True: []}
     for run in runs:
         rate = run.seconds_per_update()
         if rate is not None:
@@ -186,7 +187,7 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int) -> None:
     """Train them all, ``jobs`` at a time. Raises `TrainingFailed` at the first that fails and stops the others."""
     events: queue.Queue[Event] = queue.Queue()
     waiting = deque(runs)
-    processes: Dict[str, subprocess.Popen[str]] = {}
+    processes: dict[str, subprocess.Popen[str]] = {}
     progress = Progress(runs, jobs)
     try:
         while waiting or processes:

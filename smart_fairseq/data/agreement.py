@@ -10,9 +10,9 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
 ALL = "all"
 
 # figure 2, read off by the group order (all, *GROUPS): accuracy, then the divergence
-PAPER: Dict[str, Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...]]]] = {
+PAPER: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
     "valid": {
         "paper: RoBERTa": ((90.6, 97.2, 89.5, 68.0, 69.7), (0.36, 0.08, 0.61, 0.97, 1.12)),
         "paper: SMART": ((91.1, 97.7, 90.7, 67.4, 70.7), (0.26, 0.08, 0.41, 0.66, 0.76)),
@@ -54,7 +54,7 @@ def group_of(votes: Sequence[str]) -> str:
     return "/".join(map(str, [*counts, 0, 0][: max(3, len(counts))]))
 
 
-def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarray) -> Dict[str, Group]:
+def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarray) -> dict[str, Group]:
     """Groups in the figure's order, empty ones left out, then all rows that are in one.
 
     ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
@@ -85,11 +85,11 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
     return found
 
 
-def read_probabilities(path: Path) -> Tuple[Dict[str, List[float]], Tuple[str, ...]]:
+def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, ...]]:
     """Id to probabilities, and their labels, from a file that ``predict --probabilities`` wrote."""
-    labels: Tuple[str, ...] = ()
-    places: List[int] = []
-    found: Dict[str, List[float]] = {}
+    labels: tuple[str, ...] = ()
+    places: list[int] = []
+    found: dict[str, list[float]] = {}
     for number, line in read_lines(path):
         cells = line.split("\t")
         if number == 1:
@@ -110,7 +110,7 @@ def read_probabilities(path: Path) -> Tuple[Dict[str, List[float]], Tuple[str, .
     return found, labels
 
 
-def annotated_rows(task: Task, data_dir: Path, split: str) -> List[Row]:
+def annotated_rows(task: Task, data_dir: Path, split: str) -> list[Row]:
     """The official rows of a split with the annotators' labels."""
     found = find_sources(task, data_dir)
     if split not in found:
@@ -122,7 +122,7 @@ def annotated_rows(task: Task, data_dir: Path, split: str) -> List[Row]:
     return rows
 
 
-def analyse(task: Task, rows: Sequence[Row], path: Path) -> Dict[str, Group]:
+def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
     """One file of probabilities against the annotators."""
     probabilities, labels = read_probabilities(path)
     if set(labels) != set(task.labels):
@@ -138,7 +138,7 @@ def analyse(task: Task, rows: Sequence[Row], path: Path) -> Dict[str, Group]:
     return compare(labels, rows, np.array([probabilities[row.id] for row in rows]))
 
 
-def table(models: Dict[str, Dict[str, Group]], paper: Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...]]]) -> str:
+def table(models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]) -> str:
     """A line for each model and group, then the paper's."""
     lines = [f"{'':24} {'votes':>6} {'rows':>6} {'accuracy':>9} {'cross entropy':>14} {'divergence':>11}"]
     for name, groups in models.items():
@@ -154,7 +154,7 @@ def table(models: Dict[str, Dict[str, Group]], paper: Dict[str, Tuple[Tuple[floa
 
 
 def draw(
-    models: Dict[str, Dict[str, Group]], paper: Dict[str, Tuple[Tuple[float, ...], Tuple[float, ...]]], path: Path
+    models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]], path: Path
 ) -> None:
     """The figure: accuracy and divergence by group, a bar for each model and for the paper's."""
     try:
@@ -166,7 +166,7 @@ def draw(
     from matplotlib import pyplot
 
     names = (ALL, *GROUPS)
-    bars: Dict[str, Tuple[Sequence[float], Sequence[float]]] = {
+    bars: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         name: (
             [groups[group].accuracy if group in groups else math.nan for group in names],
             [groups[group].divergence if group in groups else math.nan for group in names],
@@ -192,8 +192,8 @@ def draw(
     pyplot.close(figure)
 
 
-def _named(texts: Sequence[str]) -> Dict[str, Path]:
-    found: Dict[str, Path] = {}
+def _named(texts: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         key = name if equals else Path(text).stem
@@ -203,7 +203,7 @@ def _named(texts: Sequence[str]) -> Dict[str, Path]:
     return found
 
 
-def _main(argv: Optional[Sequence[str]]) -> None:
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="agreement.py", description="Accuracy and cross entropy of predictions by the annotators' agreement."
     )
@@ -239,6 +239,6 @@ def _main(argv: Optional[Sequence[str]]) -> None:
         print(f"drew {options.picture}")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/agreement.py."""
     return command.run("agreement", _main, argv)

@@ -12,11 +12,12 @@ import shutil
 import struct
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 CHUNK = 512  # rows per unit of work
 
 # ids per input, sizes per input, unknown symbols, rows shortened
-Encoded = Tuple[List["array[int]"], List[List[int]], int, int]
+Encoded = tuple[list["array[int]"], list[list[int]], int, int]
 
 
 @dataclass
@@ -51,12 +52,12 @@ class _Worker:
     encoder: Encoder
     vocabulary: Vocabulary
     typecode: str
-    max_tokens: Optional[int]
+    max_tokens: int | None
     extra: int
 
 
-_worker: Optional[_Worker] = None
-_worker_key: Optional[Tuple[Any, ...]] = None
+_worker: _Worker | None = None
+_worker_key: tuple[Any, ...] | None = None
 
 
 def special_tokens(files: BpeFiles, texts: int) -> int:
@@ -64,7 +65,7 @@ def special_tokens(files: BpeFiles, texts: int) -> int:
     return 1 + (1 if texts == 2 and files.kind != "bert" else 0)
 
 
-def _start_worker(files: BpeFiles, max_tokens: Optional[int], extra: int) -> None:
+def _start_worker(files: BpeFiles, max_tokens: int | None, extra: int) -> None:
     """Load encoder and dictionary, unless a fork has brought them along."""
     global _worker, _worker_key
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # we are the parallelism
@@ -83,7 +84,7 @@ def integer_typecode(size: int) -> str:
     return "H" if size < 65500 else "I"
 
 
-def _encode_chunk(rows: Sequence[Tuple[str, ...]]) -> Encoded:
+def _encode_chunk(rows: Sequence[tuple[str, ...]]) -> Encoded:
     """The ids of some rows' texts. Runs in a worker."""
     if _worker is None:
         raise RuntimeError("worker was not started")
@@ -92,7 +93,7 @@ def _encode_chunk(rows: Sequence[Tuple[str, ...]]) -> Encoded:
     encode = worker.encoder.encode
     inputs = len(rows[0])
     ids = [array(worker.typecode) for _ in range(inputs)]
-    sizes: List[List[int]] = [[] for _ in range(inputs)]
+    sizes: list[list[int]] = [[] for _ in range(inputs)]
     unknown = shortened = 0
     for texts in rows:
         row = [[*map(number_of, encode(text.strip())), END] for text in texts]
@@ -105,7 +106,7 @@ def _encode_chunk(rows: Sequence[Tuple[str, ...]]) -> Encoded:
     return ids, sizes, unknown, shortened
 
 
-def _shorten(row: List[List[int]], limit: int) -> int:
+def _shorten(row: list[list[int]], limit: int) -> int:
     """Cut the longer part at its end, before the end symbol, until all have ``limit`` symbols; 1 if it was cut."""
     over = sum(map(len, row)) - limit
     if over <= 0:
@@ -123,7 +124,7 @@ class Pool:
     Raises `UsageError` at the start if an encoder's file is of the wrong kind.
     """
 
-    def __init__(self, files: BpeFiles, workers: int, max_tokens: Optional[int], texts: int) -> None:
+    def __init__(self, files: BpeFiles, workers: int, max_tokens: int | None, texts: int) -> None:
         self.files = files
         self.extra = special_tokens(files, texts)
         shortest = self.extra + 2 * texts
@@ -132,8 +133,8 @@ class Pool:
         _start_worker(files, max_tokens, self.extra)
         self.vocabulary = _worker.vocabulary if _worker else Vocabulary()
         self._workers, self._arguments = workers, (files, max_tokens, self.extra)
-        self._pool: Optional[ProcessPoolExecutor] = None
-        self._waiting: List[Future[Encoded]] = []
+        self._pool: ProcessPoolExecutor | None = None
+        self._waiting: list[Future[Encoded]] = []
 
     def __enter__(self) -> "Pool":
         return self
@@ -144,7 +145,7 @@ class Pool:
                 future.cancel()
             self._pool.shutdown()
 
-    def encode(self, rows: Sequence[Row]) -> Iterator[Tuple[Encoded, int]]:
+    def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Encoded, int]]:
         """(result, number of rows) of each chunk, in order."""
         chunks = [[row.texts for row in rows[start : start + CHUNK]] for start in range(0, len(rows), CHUNK)]
         if self._workers > 1 and len(chunks) > 1 and self._pool is None:
@@ -172,7 +173,7 @@ class IndexedWriter:
     def __init__(self, prefix: Path, typecode: str) -> None:
         self._prefix, self._typecode = prefix, typecode
         self._data = open(f"{prefix}.bin", "wb")
-        self._sizes: List[int] = []
+        self._sizes: list[int] = []
 
     def add(self, ids: "array[int]", sizes: Sequence[int]) -> None:
         ids.tofile(self._data)
@@ -198,7 +199,7 @@ class IndexedWriter:
             index.write(pointers.tobytes())
 
 
-def read_indexed(prefix: Path) -> List[np.ndarray]:
+def read_indexed(prefix: Path) -> list[np.ndarray]:
     """The rows of PREFIX.bin as int64 arrays. Raises `UsageError` if the two files do not belong together."""
     index = read_index(prefix)
     try:
@@ -211,7 +212,7 @@ def read_indexed(prefix: Path) -> List[np.ndarray]:
     return [part.astype(np.int64) for part in np.split(data, np.cumsum(index[1])[:-1])] if len(index[1]) else []
 
 
-def read_index(prefix: Path) -> Tuple[Any, np.ndarray]:
+def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
     """(type of the ids, sizes) from PREFIX.idx."""
     path = Path(f"{prefix}.idx")
     try:
@@ -227,7 +228,7 @@ def read_index(prefix: Path) -> Tuple[Any, np.ndarray]:
     return kind, np.frombuffer(raw, np.int32, count, 26)
 
 
-def label_dictionary(task: Task, counts: "Counter[str]") -> List[Tuple[str, int]]:
+def label_dictionary(task: Task, counts: "Counter[str]") -> list[tuple[str, int]]:
     """(label, count) in the order of the class ids, with fairseq's padding.
 
     For the tasks of fairseq's recipe that is its order: by frequency in the training part, then by name. The others
@@ -256,8 +257,8 @@ class Folder:
     path: Path
     task: Task
     pool: Pool
-    counts: Dict[str, SplitCount] = field(default_factory=dict)
-    labels: List[Tuple[str, int]] = field(default_factory=list)
+    counts: dict[str, SplitCount] = field(default_factory=dict)
+    labels: list[tuple[str, int]] = field(default_factory=list)
 
     def start(self, train: Sequence[Row]) -> None:
         """Write the dictionaries; class ids come from all rows of the training part."""
@@ -331,7 +332,7 @@ class Folder:
         (self.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """What `Folder.finish` wrote. Raises `UsageError` if the folder was not written by preprocess."""
     path = folder / MANIFEST
     try:

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from ..errors import UsageError
 from .readers import located, read_bytes, shown
@@ -32,7 +32,7 @@ class BpeFiles:
         return Path(self.folder) / "dict.txt"
 
 
-class Vocabulary(Dict[str, int]):
+class Vocabulary(dict[str, int]):
     """Symbol to id as fairseq's Dictionary numbers them; an unknown symbol gives `UNKNOWN`.
 
     ``size`` counts all entries, fairseq's four special ones included; ``lines`` is dict.txt as fairseq writes it.
@@ -89,7 +89,7 @@ def _needed(folder: Path, kind: str, *names: str) -> None:
             )
 
 
-def find_bpe(kind: Optional[str], folder: Path) -> BpeFiles:
+def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
     """Check what ``--bpe`` and ``--bpe-dir`` name. ``kind`` None: what bpe.json in the folder says, otherwise gpt2."""
     if kind is not None and kind not in KINDS:
         raise UsageError(f"--bpe is {shown(kind)}; it must be one of {', '.join(KINDS)}")
@@ -128,7 +128,7 @@ def _sentencepiece_model(folder: Path) -> Path:
 class Encoder:
     """From a text to its symbols."""
 
-    def encode(self, text: str) -> List[str]:
+    def encode(self, text: str) -> list[str]:
         raise NotImplementedError
 
 
@@ -151,10 +151,10 @@ class Gpt2Encoder(Encoder):
         if missing:
             raise located(encoder, 0, f"has no entry for {len(missing)} of the 256 bytes; GPT-2's is needed")
         self._find = self._bpe.pat.findall
-        self._known: Dict[str, List[str]] = {}
+        self._known: dict[str, list[str]] = {}
 
-    def encode(self, text: str) -> List[str]:
-        symbols: List[str] = []
+    def encode(self, text: str) -> list[str]:
+        symbols: list[str] = []
         known = self._known
         for word in self._find(text):
             pieces = known.get(word)
@@ -163,7 +163,7 @@ class Gpt2Encoder(Encoder):
             symbols += pieces
         return symbols
 
-    def _split(self, word: str) -> List[str]:
+    def _split(self, word: str) -> list[str]:
         try:
             return [str(number) for number in self._bpe.encode(word)]
         except KeyError as error:
@@ -197,7 +197,7 @@ class SentencepieceEncoder(Encoder):
         except (OSError, RuntimeError):
             raise located(path, 0, "is not a sentencepiece model") from None
 
-    def encode(self, text: str) -> List[str]:
+    def encode(self, text: str) -> list[str]:
         # a symbol that holds white space would be cut in two by fairseq-preprocess
         return " ".join(self._processor.encode(text, out_type=str)).split()
 
@@ -217,7 +217,7 @@ class BertEncoder(Encoder):
             raise located(path, 0, "has no [UNK], so it is not a BERT vocabulary: one symbol a line")
         self._tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
 
-    def encode(self, text: str) -> List[str]:
+    def encode(self, text: str) -> list[str]:
         return " ".join(self._tokenizer.encode(text, add_special_tokens=False).tokens).split()
 
 

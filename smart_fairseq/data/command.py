@@ -3,18 +3,19 @@
 import logging
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
 from ..errors import UsageError
 
 
-def _stop(number: int, _: Optional[FrameType]) -> None:
+def _stop(number: int, _: FrameType | None) -> None:
     # as an exception, so that what is half written is removed on the way out
     sys.exit(128 + number)
 
 
-def run(name: str, command: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
+def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Call a command; its exit status. Bad input and a failing disk give one line on standard error and status 2."""
     before = signal.signal(signal.SIGTERM, _stop)
     fairseq = logging.getLogger("fairseq")

@@ -16,9 +16,9 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 from ..errors import UsageError
 from . import command
@@ -35,7 +35,7 @@ class Resource:
     """One file to fetch: a zip to unpack in the data folder, or a file with its place there."""
 
     url: str
-    sha256: Optional[str]
+    sha256: str | None
     target: str = ""  # empty for a zip
 
     @property
@@ -51,7 +51,7 @@ _ANLI = Resource(
     "e5c058f2bb4e6190b0651badca2c590e45db95248f8b28cde674615ee40820bf",
 )
 
-RESOURCES: Dict[str, Tuple[Resource, ...]] = {
+RESOURCES: dict[str, tuple[Resource, ...]] = {
     "CoLA": (Resource(f"{_GLUE}/CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),),
     "SST-2": (Resource(f"{_GLUE}/SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),),
     "MRPC": (
@@ -125,7 +125,7 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def mirrored(url: str, mirror: Optional[str]) -> str:
+def mirrored(url: str, mirror: str | None) -> str:
     """The address with scheme and host replaced by those of ``mirror``."""
     if not mirror:
         return url
@@ -206,7 +206,7 @@ def verify(resource: Resource, path: Path) -> None:
         )
 
 
-def members(archive: zipfile.ZipFile, path: Path) -> List[zipfile.ZipInfo]:
+def members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
     """The files of an archive that belong in the data folder. Raises `UsageError` if a path leads out of it."""
     wanted = []
     for member in archive.infolist():
@@ -223,7 +223,7 @@ def members(archive: zipfile.ZipFile, path: Path) -> List[zipfile.ZipInfo]:
     return wanted
 
 
-def unpack(path: Path, folder: Path) -> List[str]:
+def unpack(path: Path, folder: Path) -> list[str]:
     """Unpack a zip into ``folder``, all of it or nothing; the names of its top folders."""
     partial = folder / f".unpack.partial-{os.getpid()}"
     try:
@@ -256,7 +256,7 @@ def complete(name: str, folder: Path) -> bool:
     return all((folder / resource.target).is_file() for resource in RESOURCES[name])
 
 
-def download(name: str, folder: Path, mirror: Optional[str] = None) -> None:
+def download(name: str, folder: Path, mirror: str | None = None) -> None:
     """Fetch one data set into ``folder``, unless it is there."""
     if complete(name, folder):
         print(f"{name}: already there")
@@ -282,7 +282,7 @@ def download(name: str, folder: Path, mirror: Optional[str] = None) -> None:
                 archive.unlink()
 
 
-def chosen(text: str, default: Iterable[str]) -> List[str]:
+def chosen(text: str, default: Iterable[str]) -> list[str]:
     """Parse ``--tasks``. Raises `UsageError` for an unknown name."""
     if text == "all":
         return list(default)
@@ -294,7 +294,7 @@ def chosen(text: str, default: Iterable[str]) -> List[str]:
     return [by_lower[name.lower()] for name in names]
 
 
-def _run(argv: Optional[Sequence[str]], default: Sequence[str], example: str) -> None:
+def _run(argv: Sequence[str] | None, default: Sequence[str], example: str) -> None:
     parser = argparse.ArgumentParser(
         prog="download.py",
         description=f"Fetch the official files, for example --tasks {example}; without: {', '.join(default)}.",
@@ -312,11 +312,11 @@ def _run(argv: Optional[Sequence[str]], default: Sequence[str], example: str) ->
         download(name, folder, options.mirror)
 
 
-def glue_main(argv: Optional[Sequence[str]] = None) -> int:
+def glue_main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/download.py."""
     return command.run("download", lambda given: _run(given, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
 
 
-def anli_main(argv: Optional[Sequence[str]] = None) -> int:
+def anli_main(argv: Sequence[str] | None = None) -> int:
     """examples/anli/download.py."""
     return command.run("download", lambda given: _run(given, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)

@@ -5,8 +5,9 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 from ..errors import UsageError
 from . import command
@@ -29,10 +30,10 @@ from .preprocess import whole_number
 from .readers import located, read_lines, shown
 from .tasks import TASKS, Task
 
-Scores = Dict[str, float]
+Scores = dict[str, float]
 
 
-def gold_labels(folder: Path, split: str, task: Task) -> List[str]:
+def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
     if task.regression:
         path = folder / "label" / f"{split}.label"
@@ -47,9 +48,9 @@ def gold_labels(folder: Path, split: str, task: Task) -> List[str]:
     return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
 
 
-def read_predictions(path: Path, task: Task) -> Dict[str, str]:
+def read_predictions(path: Path, task: Task) -> dict[str, str]:
     """Id to label, from a file that predict wrote (TSV, or ANLI's JSON lines). Raises with file and line."""
-    found: Dict[str, str] = {}
+    found: dict[str, str] = {}
     words = {letter: word for word, letter in LETTERS.items()}
     for number, line in read_lines(path):
         if path.suffix == ".jsonl":
@@ -102,7 +103,7 @@ def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], g
     return {**scores, **score(task.metrics, predicted, gold, task.regression)}
 
 
-def summary(runs: Sequence[Scores]) -> Dict[str, Scores]:
+def summary(runs: Sequence[Scores]) -> dict[str, Scores]:
     """Mean, median and standard deviation (with n - 1) over the runs."""
     columns = {name: [run[name] for run in runs] for name in runs[0]}
     return {
@@ -114,7 +115,7 @@ def summary(runs: Sequence[Scores]) -> Dict[str, Scores]:
     }
 
 
-def table(rows: Sequence[Tuple[str, Scores]]) -> str:
+def table(rows: Sequence[tuple[str, Scores]]) -> str:
     """Aligned columns, two decimals."""
     names = list(rows[0][1])
     cells = [["", *names]]
@@ -129,9 +130,9 @@ def table(rows: Sequence[Tuple[str, Scores]]) -> str:
     )
 
 
-def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> List[str]:
+def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[str]:
     """The predictions of one run, from one file or one for each round, in the order of the ids."""
-    found: Dict[str, str] = {}
+    found: dict[str, str] = {}
     for path in paths:
         found.update(read_predictions(path, task))
     lacking = [identity for identity in ids if identity not in found]
@@ -145,7 +146,7 @@ def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> List[s
     return [found[identity] for identity in ids]
 
 
-def evaluate(options: argparse.Namespace) -> Dict[str, Any]:
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
     with tempfile.TemporaryDirectory() as scratch:
         return _evaluate(_data_folder(options, Path(scratch)), options)
@@ -174,13 +175,13 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
     return official_folder(TASKS[options.task], splits, scratch / "data", options)
 
 
-def _evaluate(folder: Path, options: argparse.Namespace) -> Dict[str, Any]:
+def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     task = task_of(read_manifest(folder), folder)
     splits = chosen_splits(folder, options.split, "valid")
     if not splits:
         raise located(folder, 0, "has no valid split; name another with --split")
     gold = {split: gold_labels(folder, split, task) for split in splits}
-    runs: Dict[str, Dict[str, Scores]] = {split: {} for split in splits}
+    runs: dict[str, dict[str, Scores]] = {split: {} for split in splits}
     if options.predictions:
         if len(splits) != 1:
             raise UsageError(f"--predictions needs one split; say --split with one of {', '.join(splits)}")
@@ -202,7 +203,7 @@ def _evaluate(folder: Path, options: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
-def _main(argv: Optional[Sequence[str]]) -> None:
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description="A task's official metrics for one or several checkpoints or prediction files."
     )
@@ -234,6 +235,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/evaluate.py and examples/anli/evaluate.py."""
     return command.run("evaluate", _main, argv)

@@ -5,7 +5,7 @@ which is the ordinary coefficient for CoLA. Where scikit-learn and scipy define 
 so do these: 0 for F1 without positives and for Matthews without variation, nan for correlations of a constant.
 """
 
-from typing import Callable, Dict, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def pearson_and_spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
     return (pearson(predicted, gold) + spearman(predicted, gold)) / 2
 
 
-METRICS: Dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "acc_and_f1": acc_and_f1,
@@ -69,9 +69,9 @@ METRICS: Dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def score(names: Sequence[str], predicted: Sequence[str], gold: Sequence[str], numbers: bool) -> Dict[str, float]:
+def score(names: Sequence[str], predicted: Sequence[str], gold: Sequence[str], numbers: bool) -> dict[str, float]:
     """The named metrics of labels, or of ``numbers`` as they stand in the files."""
-    arrays: Tuple[np.ndarray, ...] = tuple(
+    arrays: tuple[np.ndarray, ...] = tuple(
         np.array(values, dtype=float) if numbers else np.array(values, dtype=str) for values in (predicted, gold)
     )
     return {name: METRICS[name](*arrays) for name in names}

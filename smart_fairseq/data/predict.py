@@ -5,9 +5,10 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 
@@ -45,13 +46,13 @@ class Predictions:
 
     task: Task
     split: str
-    ids: List[str]
-    labels: List[str]
+    ids: list[str]
+    labels: list[str]
     scores: np.ndarray
-    classes: Tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
-def task_of(manifest: Dict[str, Any], folder: Path) -> Task:
+def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     """The task of a data folder; ANLI's joined rounds count as one."""
     name = manifest["task"]
     if name == "ANLI":
@@ -61,7 +62,7 @@ def task_of(manifest: Dict[str, Any], folder: Path) -> Task:
     return TASKS[name]
 
 
-def read_ids(folder: Path, split: str) -> List[str]:
+def read_ids(folder: Path, split: str) -> list[str]:
     """The ids of a split's rows, from ids/SPLIT.tsv."""
     path = folder / "ids" / f"{split}.tsv"
     if not path.is_file():
@@ -73,7 +74,7 @@ def read_ids(folder: Path, split: str) -> List[str]:
     return ids
 
 
-def label_order(folder: Path, count: int) -> Tuple[str, ...]:
+def label_order(folder: Path, count: int) -> tuple[str, ...]:
     """The labels of the classes, in the order of a head that was trained on this folder."""
     lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
     return tuple(lines[:count])
@@ -92,14 +93,14 @@ class Model:
         self.folder, self.task = folder, task_of(read_manifest(folder), folder)
         self._torch, self._path = torch, checkpoint
         self._model, self._config, self._fairseq_task = self._load(checkpoint)
-        self.classes: Tuple[str, ...] = ()
+        self.classes: tuple[str, ...] = ()
         self._check(checkpoint)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
         self._model.to(self._device).eval()
         if fp16:
             self._model.half()
 
-    def _load(self, path: Path) -> Tuple[Any, Any, Any]:
+    def _load(self, path: Path) -> tuple[Any, Any, Any]:
         from fairseq import checkpoint_utils
 
         try:
@@ -185,22 +186,22 @@ class Model:
         found = logits if self.task.regression else self._torch.softmax(logits, dim=-1)
         return np.asarray(found.cpu().numpy())
 
-    def _labels(self, scores: np.ndarray) -> List[str]:
+    def _labels(self, scores: np.ndarray) -> list[str]:
         if self.task.regression:
             return [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
         return [self.classes[place] for place in scores.argmax(1)]
 
 
-def _setting(state: Dict[str, Any], name: str) -> Any:
+def _setting(state: dict[str, Any], name: str) -> Any:
     """A field of the task's configuration, in checkpoints old and new."""
     if state.get("cfg") is not None:
         return state["cfg"]["task"].get(name)
     return getattr(state.get("args"), "task" if name == "_name" else name, None)
 
 
-def batches(sizes: np.ndarray, max_tokens: int) -> Iterator[List[int]]:
+def batches(sizes: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
     """Positions in batches, longest first, so that a batch that is too large shows at once."""
-    batch: List[int] = []
+    batch: list[int] = []
     for place in np.argsort(-sizes, kind="stable"):
         if batch and (len(batch) + 1) * sizes[batch[0]] > max_tokens:
             yield batch
@@ -258,7 +259,7 @@ def write_predictions(found: Predictions, out: Path, probabilities: bool = False
     return path
 
 
-def write_anli(found: Predictions, out: Path, parts: Sequence[Tuple[str, int]]) -> List[Path]:
+def write_anli(found: Predictions, out: Path, parts: Sequence[tuple[str, int]]) -> list[Path]:
     """A file for each round, with the keys and letters of ANLI's own files."""
     paths, start = [], 0
     for name, rows in parts:
@@ -273,7 +274,7 @@ def write_anli(found: Predictions, out: Path, parts: Sequence[Tuple[str, int]]) 
     return paths
 
 
-def fill_missing(out: Path) -> List[str]:
+def fill_missing(out: Path) -> list[str]:
     """Write the majority baseline for each server file that is not there; their names."""
     missing = [file for file in SUBMISSION_FILES if not (out / file).is_file()]
     for file in missing:
@@ -283,7 +284,7 @@ def fill_missing(out: Path) -> List[str]:
     return missing
 
 
-def write_zip(out: Path) -> Tuple[Path, List[str]]:
+def write_zip(out: Path) -> tuple[Path, list[str]]:
     """submission.zip of the server files in ``out``, and the names of those that are not there."""
     path, missing = out / "submission.zip", []
     partial = out / f".submission.partial-{os.getpid()}"
@@ -303,7 +304,7 @@ def write_zip(out: Path) -> Tuple[Path, List[str]]:
 # Command -----------------------------------------------------------------------------------------------------------
 
 
-def data_folders(data_dir: Path) -> Dict[str, Path]:
+def data_folders(data_dir: Path) -> dict[str, Path]:
     """Task to data folder: ``data_dir`` itself, or the folders in it that preprocess wrote."""
     if not data_dir.is_dir():
         raise located(data_dir, 0, "--data-dir: no such folder")
@@ -311,9 +312,9 @@ def data_folders(data_dir: Path) -> Dict[str, Path]:
     return {read_manifest(place)["task"]: place for place in places if (place / MANIFEST).is_file()}
 
 
-def named_checkpoints(texts: Sequence[str], folders: Dict[str, Path]) -> Dict[str, Path]:
+def named_checkpoints(texts: Sequence[str], folders: dict[str, Path]) -> dict[str, Path]:
     """Parse ``TASK=PATH``; without TASK the one task of the data. Raises `UsageError`."""
-    found: Dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or name not in (*TASKS, "ANLI"):
@@ -344,7 +345,7 @@ def official_folder(task: Task, splits: Sequence[str], target: Path, options: ar
     return target
 
 
-def chosen_splits(folder: Path, text: Optional[str], kind: str) -> List[str]:
+def chosen_splits(folder: Path, text: str | None, kind: str) -> list[str]:
     """The splits that a flag names; without one, those of a kind (test, valid)."""
     there = read_manifest(folder)["rows"]
     if text is None:
@@ -371,7 +372,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp16", action="store_true", help="half precision (GPU)")
 
 
-def _splits(name: str, folder: Path, options: argparse.Namespace) -> List[str]:
+def _splits(name: str, folder: Path, options: argparse.Namespace) -> list[str]:
     splits = chosen_splits(folder, options.split, "test")
     if not splits:
         raise located(folder, 0, f"has no test split of {name}; leave the task out, or name another with --split")
@@ -380,11 +381,11 @@ def _splits(name: str, folder: Path, options: argparse.Namespace) -> List[str]:
 
 def predict_task(
     name: str, checkpoint: Path, folder: Path, out: Path, options: argparse.Namespace
-) -> List[Tuple[str, Path]]:
+) -> list[tuple[str, Path]]:
     """All chosen splits of one task; (split, file) of each file written."""
     splits = _splits(name, folder, options)
     model = Model(checkpoint, folder, options.cpu, options.fp16)
-    written: List[Tuple[str, Path]] = []
+    written: list[tuple[str, Path]] = []
     for split in splits:
         found = model.predict(split, options.max_tokens)
         parts = read_manifest(folder).get("parts", {}).get(split)
@@ -398,7 +399,7 @@ def predict_task(
     return written
 
 
-def _main(argv: Optional[Sequence[str]]) -> None:
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="predict.py", description="Predictions of fine-tuned checkpoints, as files for the GLUE server or by id."
     )
@@ -439,7 +440,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     _zip(out, options.fill_missing)
 
 
-def _zip(out: Path, fill: Optional[str]) -> None:
+def _zip(out: Path, fill: str | None) -> None:
     if not any((out / file).is_file() for file in SUBMISSION_FILES):
         return
     if fill:
@@ -450,6 +451,6 @@ def _zip(out: Path, fill: Optional[str]) -> None:
     print(f"wrote {path}{note}")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/predict.py and examples/anli/predict.py."""
     return command.run("predict", _main, argv)

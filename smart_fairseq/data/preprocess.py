@@ -5,9 +5,9 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import UsageError
 from . import command
@@ -25,9 +25,9 @@ class Data:
     """The rows of one folder to be written."""
 
     task: Task
-    rows: Dict[str, List[Row]]
-    reports: Dict[str, Report] = field(default_factory=dict)
-    parts: Dict[str, List[Tuple[str, int]]] = field(default_factory=dict)  # split to (data set, rows), in order
+    rows: dict[str, list[Row]]
+    reports: dict[str, Report] = field(default_factory=dict)
+    parts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # split to (data set, rows), in order
 
 
 def whole_number(flag: str, text: str, least: int) -> int:
@@ -41,7 +41,7 @@ def whole_number(flag: str, text: str, least: int) -> int:
     return value
 
 
-def fractions(text: str) -> List[float]:
+def fractions(text: str) -> list[float]:
     """Parse ``0.001,0.01,1``. Raises `UsageError` for anything that is not in (0, 1]."""
     values = []
     for part in text.split(","):
@@ -59,28 +59,28 @@ def fractions(text: str) -> List[float]:
     return values
 
 
-def nested_order(rows: Sequence[Row], seed: int, classes: bool = True) -> List[int]:
+def nested_order(rows: Sequence[Row], seed: int, classes: bool = True) -> list[int]:
     """Positions of the rows so that the first n are the subset of size n, for every n.
 
     Class by class in turn, each class shuffled: a subset holds equally many rows of each class for as long as the
     smallest class lasts. Without ``classes`` (regression) a plain shuffle.
     """
     generator = random.Random(seed)
-    by_class: Dict[Optional[str], List[int]] = {}
+    by_class: dict[str | None, list[int]] = {}
     for place, row in enumerate(rows):
         by_class.setdefault(row.label if classes else None, []).append(place)
     piles = [by_class[key] for key in sorted(by_class, key=str)]
     for pile in piles:
         generator.shuffle(pile)
         pile.reverse()
-    order: List[int] = []
+    order: list[int] = []
     while piles:
         piles = [pile for pile in piles if pile]
         order += [pile.pop() for pile in piles]
     return order
 
 
-def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> List[Row]:
+def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[Row]:
     """The rows of this fraction (at least one), in the order of the file."""
     count = max(1, round(fraction * len(rows)))
     return [rows[place] for place in sorted(order[:count])]
@@ -108,13 +108,11 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
     return " ".join(flags)
 
 
-def _split_order(rows: Mapping[str, object]) -> List[str]:
+def _split_order(rows: Mapping[str, object]) -> list[str]:
     return [split for split in SPLIT_ORDER if split in rows]
 
 
-def write_folder(
-    data: Data, target: Path, pool: Pool, train: Optional[Sequence[Row]] = None, **facts: object
-) -> Folder:
+def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | None = None, **facts: object) -> Folder:
     """Write all splits into ``target``, an existing empty folder; ``train`` is a subset of the training part."""
     folder = Folder(target, data.task, pool)
     folder.start(data.rows.get("train", []))
@@ -220,7 +218,7 @@ def check_shared_options(options: argparse.Namespace) -> BpeFiles:
     return find_bpe(options.bpe, Path(options.bpe_dir) if options.bpe_dir else data_dir / "gpt2_bpe")
 
 
-def _chosen_tasks(text: str) -> List[str]:
+def _chosen_tasks(text: str) -> list[str]:
     if text == "all":
         return [*GLUE, *EXTRA]
     names = [name.strip() for name in text.split(",")]
@@ -231,7 +229,7 @@ def _chosen_tasks(text: str) -> List[str]:
     return [by_lower[name.lower()] for name in names]
 
 
-def _glue(argv: Optional[Sequence[str]]) -> None:
+def _glue(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="preprocess.py", description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders."
     )
@@ -264,7 +262,7 @@ def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
         print(f"{task.name}: no files of {', '.join(missing)}")
 
 
-def _names(flag: str, text: str, allowed: Sequence[str]) -> List[str]:
+def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
     chosen = [name.strip().upper() for name in text.split(",") if name.strip()]
     wrong = [name for name in chosen if name not in allowed]
     if wrong or len(set(chosen)) != len(chosen):
@@ -272,7 +270,7 @@ def _names(flag: str, text: str, allowed: Sequence[str]) -> List[str]:
     return chosen
 
 
-def weights(text: str, parts: Sequence[str]) -> Dict[str, int]:
+def weights(text: str, parts: Sequence[str]) -> dict[str, int]:
     """Parse ``R1=10,R2=20``. Raises `UsageError` for a part that is not used or a number below 1."""
     found = {}
     for item in text.split(",") if text else []:
@@ -283,7 +281,7 @@ def weights(text: str, parts: Sequence[str]) -> Dict[str, int]:
     return found
 
 
-def join(parts: Mapping[str, Dict[str, List[Row]]], extra: Sequence[str], times: Mapping[str, int]) -> Data:
+def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times: Mapping[str, int]) -> Data:
     """One data set from ANLI's rounds and others: these only train; a weight repeats a part's training rows."""
     rounds = [name for name in parts if name not in extra]
     data = Data(replace(TASKS["ANLI-R1"], name="ANLI", rows={}), {})
@@ -296,7 +294,7 @@ def join(parts: Mapping[str, Dict[str, List[Row]]], extra: Sequence[str], times:
     return data
 
 
-def _anli(argv: Optional[Sequence[str]]) -> None:
+def _anli(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="preprocess.py",
         description="From ANLI's files, alone or with others, to fairseq's data folder.",
@@ -326,12 +324,12 @@ def _anli(argv: Optional[Sequence[str]]) -> None:
     process(join(parts, extra, times), Path(options.out), bpe, options)
 
 
-def glue_main(argv: Optional[Sequence[str]] = None) -> int:
+def glue_main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/preprocess.py."""
     return command.run("preprocess", _glue, argv)
 
 
-def anli_main(argv: Optional[Sequence[str]] = None) -> int:
+def anli_main(argv: Sequence[str] | None = None) -> int:
     """examples/anli/preprocess.py."""
     return command.run("preprocess", _anli, argv)
 

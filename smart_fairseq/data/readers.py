@@ -9,9 +9,10 @@ import gzip
 import json
 import zlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple
+from typing import NamedTuple, NoReturn
 
 from ..errors import UsageError
 from .tasks import Column, Source, Task
@@ -23,9 +24,9 @@ class Row(NamedTuple):
     """One example."""
 
     id: str
-    texts: Tuple[str, ...]
-    label: Optional[str]  # the task's word, or a number as it stands in the file; None where it is not published
-    votes: Tuple[str, ...] = ()
+    texts: tuple[str, ...]
+    label: str | None  # the task's word, or a number as it stands in the file; None where it is not published
+    votes: tuple[str, ...] = ()
     file: str = ""
     line: int = 0
 
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 class Report:
     """What became of the lines of one split."""
 
-    files: List[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     rows: int = 0
     left_out: "Counter[str]" = field(default_factory=Counter)  # reason to count
 
@@ -49,7 +50,7 @@ def shown(value: str, limit: int = 60) -> str:
     return repr(value if len(value) <= limit else value[: limit - 3] + "...")
 
 
-def source_path(folder: Path, name: str) -> Optional[Path]:
+def source_path(folder: Path, name: str) -> Path | None:
     """The file, plain or compressed with gzip, or None."""
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
@@ -84,7 +85,7 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_lines(path: Path) -> Iterator[Tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of each line."""
     data = read_bytes(path)
     if data.startswith(UTF8_MARK):
@@ -103,9 +104,9 @@ def read_lines(path: Path) -> Iterator[Tuple[int, str]]:
             raise located(path, number, message) from None
 
 
-def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> Dict[Column, int]:
+def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-    wanted: Dict[Column, int] = {}
+    wanted: dict[Column, int] = {}
     for column in columns:
         if str(column).lower() not in places:
             message = (
@@ -117,7 +118,7 @@ def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> 
     return wanted
 
 
-def _label(task: Task, source: Source, path: Path, line: int, word: str) -> Optional[str]:
+def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str | None:
     """The task's label for the file's word; None if the file hides it."""
     word = source.label_words.get(word, word)
     if word in source.hidden_labels:
@@ -141,9 +142,9 @@ class _Skip(Exception):
 
 def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     lines = read_lines(path)
-    columns: List[Column] = [*source.texts, *([] if source.label is None else [source.label])]
-    extra: List[Column] = [*source.votes, *([] if source.id is None else [source.id])]
-    width: Tuple[int, ...] = source.columns
+    columns: list[Column] = [*source.texts, *([] if source.label is None else [source.label])]
+    extra: list[Column] = [*source.votes, *([] if source.id is None else [source.id])]
+    width: tuple[int, ...] = source.columns
     if source.form == "plain":
         places = {column: int(column) for column in [*columns, *extra]}
     else:
@@ -212,7 +213,7 @@ def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
 
 
 def _raw_row(
-    identity: str, texts: Sequence[str], word: Optional[str], votes: Sequence[str], path: Path, number: int
+    identity: str, texts: Sequence[str], word: str | None, votes: Sequence[str], path: Path, number: int
 ) -> Row:
     # a carriage return inside a text is white space to every loader that keeps the row whole
     clean = tuple(text.replace("\r", " ") for text in texts)
@@ -220,7 +221,7 @@ def _raw_row(
     return Row(identity, clean, None if word is None else word.strip(), tuple(votes), str(path), number)
 
 
-def read_dev_ids(path: Path) -> Set[Tuple[str, str]]:
+def read_dev_ids(path: Path) -> set[tuple[str, str]]:
     """The pairs of ids of MRPC's development part."""
     pairs = set()
     for number, line in read_lines(path):
@@ -244,7 +245,7 @@ def _dev_part(path: Path) -> Iterator[bool]:
         yield ids in pairs
 
 
-def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = False) -> Tuple[List[Row], Report]:
+def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = False) -> tuple[list[Row], Report]:
     """All rows of one split in one form.
 
     Ids are the file's where it has them, otherwise positions from 0. Raises `UsageError` with file and line at the
@@ -252,7 +253,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
     drop.
     """
     report = Report()
-    rows: List[Row] = []
+    rows: list[Row] = []
     for name in source.files:
         path = source_path(folder, name)
         if path is None:
@@ -303,7 +304,7 @@ def available(source: Source, folder: Path) -> bool:
     return all(source_path(folder, name) for name in source.files)
 
 
-def find_sources(task: Task, data_dir: Path) -> Dict[str, Tuple[Source, Path]]:
+def find_sources(task: Task, data_dir: Path) -> dict[str, tuple[Source, Path]]:
     """The splits of a task that a folder holds, each in the first form that is there.
 
     ``data_dir`` is the folder of all tasks or that of this task. A split in another form than the rest, or from another
@@ -328,7 +329,7 @@ def find_sources(task: Task, data_dir: Path) -> Dict[str, Tuple[Source, Path]]:
 
 def read_task(
     task: Task, data_dir: Path, skip_bad_rows: bool = False
-) -> Tuple[Dict[str, List[Row]], Dict[str, Report]]:
+) -> tuple[dict[str, list[Row]], dict[str, Report]]:
     """Rows and report of every split that ``data_dir`` holds. Raises `UsageError` if it holds none."""
     found = find_sources(task, data_dir)
     if not found:
@@ -341,8 +342,8 @@ def read_task(
             f"--data-dir holds no files of {task.name}; expected {', '.join(names[:6])}"
             f"{' ...' if names[6:] else ''} in {' or '.join(task.folders)}",
         )
-    rows: Dict[str, List[Row]] = {}
-    reports: Dict[str, Report] = {}
+    rows: dict[str, list[Row]] = {}
+    reports: dict[str, Report] = {}
     for split, (source, folder) in found.items():
         rows[split], reports[split] = read_source(task, source, folder, skip_bad_rows)
         if split.startswith("test"):
@@ -351,7 +352,7 @@ def read_task(
 
 
 def _check_unique(rows: Sequence[Row]) -> None:
-    seen: Dict[str, Row] = {}
+    seen: dict[str, Row] = {}
     for row in rows:
         first = seen.setdefault(row.id, row)
         if first is not row:

@@ -5,10 +5,10 @@ SNLI 1.0, MultiNLI 1.0, SciTail 1.1, the STS benchmark, CoLA 1.1 and the Microso
 official ones, before rows without a label are left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Dict, Mapping, Optional, Tuple, Union
 
-Column = Union[str, int]  # a name in the header, or a position from 0 in a file without one
+Column = str | int  # a name in the header, or a position from 0 in a file without one
 
 # The order of the classes of every three-way inference task here. It is the order that fairseq's recipe gives to MNLI
 # (by frequency), hence that of the published roberta.large.mnli: one head fits MNLI, AX, SNLI, ANLI and FEVER.
@@ -19,17 +19,17 @@ NLI_LABELS = ("contradiction", "neutral", "entailment")
 class Source:
     """One form in which a split is distributed; several files are read one after the other."""
 
-    files: Tuple[str, ...]
-    texts: Tuple[Column, ...]
-    label: Optional[Column] = None
-    id: Optional[Column] = None  # without one, a row's id is its position from 0
+    files: tuple[str, ...]
+    texts: tuple[Column, ...]
+    label: Column | None = None
+    id: Column | None = None  # without one, a row's id is its position from 0
     form: str = "tsv"  # tsv (with a header), plain (tab-separated, no header), jsonl
-    votes: Tuple[Column, ...] = ()  # the annotators' labels; in jsonl one key that holds a list
+    votes: tuple[Column, ...] = ()  # the annotators' labels; in jsonl one key that holds a list
     label_words: Mapping[str, str] = field(default_factory=dict)  # from the file's words to the task's
-    hidden_labels: Tuple[str, ...] = ()  # the row stays, without a label
-    no_labels: Tuple[str, ...] = ()  # no gold label: the row is left out, as the official loaders do
+    hidden_labels: tuple[str, ...] = ()  # the row stays, without a label
+    no_labels: tuple[str, ...] = ()  # no gold label: the row is left out, as the official loaders do
     loose: bool = False  # rows of other lengths are left out instead of refused (QQP)
-    columns: Tuple[int, ...] = ()  # numbers of columns that a plain file may have
+    columns: tuple[int, ...] = ()  # numbers of columns that a plain file may have
     dev_ids: str = ""  # part: rows of the file whose pair of ids is listed in files/dev_ids.tsv (MRPC)
 
 
@@ -38,12 +38,12 @@ class Task:
     """One data set. `splits` maps fairseq's split names to the forms in which they come, the usual one first."""
 
     name: str
-    folders: Tuple[str, ...]
-    splits: Mapping[str, Tuple[Source, ...]]
+    folders: tuple[str, ...]
+    splits: Mapping[str, tuple[Source, ...]]
     texts: int = 2
-    labels: Tuple[str, ...] = ()  # in the order of their integer ids; empty for regression
+    labels: tuple[str, ...] = ()  # in the order of their integer ids; empty for regression
     divisor: float = 1.0  # regression: labels are divided by it, so that they lie in 0..1
-    metrics: Tuple[str, ...] = ("accuracy",)  # the first one selects checkpoints
+    metrics: tuple[str, ...] = ("accuracy",)  # the first one selects checkpoints
     submission: Mapping[str, str] = field(default_factory=dict)  # split to the GLUE server's file name
     fairseq_recipe: bool = True  # preprocess_GLUE_tasks.sh covers it: label dictionary by frequency
     rows: Mapping[str, int] = field(default_factory=dict)  # official counts
@@ -57,7 +57,7 @@ class Task:
         return len(self.labels) or 1
 
 
-def _glue(files: str, texts: Tuple[Column, ...], label: Optional[Column] = "label", **more: object) -> Source:
+def _glue(files: str, texts: tuple[Column, ...], label: Column | None = "label", **more: object) -> Source:
     return Source((files,), texts, label, **{"id": "index", **more})  # type: ignore[arg-type]
 
 
@@ -83,7 +83,7 @@ def _txt_nli(file: str) -> Source:
     return Source((file,), _PAIR, "gold_label", "pairID", "tsv", votes=_VOTES, no_labels=("-",))
 
 
-def _mnli(split: str, label: bool) -> Tuple[Source, ...]:
+def _mnli(split: str, label: bool) -> tuple[Source, ...]:
     tsv = _glue(
         f"{split}.tsv",
         _PAIR,
@@ -96,7 +96,7 @@ def _mnli(split: str, label: bool) -> Tuple[Source, ...]:
     return (tsv, _jsonl_nli(f"multinli_1.0_{split}.jsonl"), _txt_nli(f"multinli_1.0_{split}.txt"))
 
 
-def _snli(split: str) -> Tuple[Source, ...]:
+def _snli(split: str) -> tuple[Source, ...]:
     return (
         _jsonl_nli(f"snli_1.0_{split}.jsonl"),
         _txt_nli(f"snli_1.0_{split}.txt"),
@@ -112,7 +112,7 @@ def _snli(split: str) -> Tuple[Source, ...]:
     )
 
 
-def _scitail(split: str) -> Tuple[Source, ...]:
+def _scitail(split: str) -> tuple[Source, ...]:
     tsv = Source((f"scitail_1.0_{split}.tsv",), (0, 1), 2, None, "plain", columns=(3,))
     words = {"entailment": "entails"}
     return (
@@ -131,7 +131,7 @@ def _scitail(split: str) -> Tuple[Source, ...]:
     )
 
 
-def _anli(split: str) -> Tuple[Source, ...]:
+def _anli(split: str) -> tuple[Source, ...]:
     words = {"e": "entailment", "n": "neutral", "c": "contradiction"}
     return (
         Source(
@@ -146,7 +146,7 @@ def _anli(split: str) -> Tuple[Source, ...]:
     )
 
 
-def _fever(split: str) -> Tuple[Source, ...]:
+def _fever(split: str) -> tuple[Source, ...]:
     words = {"SUPPORTS": "entailment", "NOT ENOUGH INFO": "neutral", "REFUTES": "contradiction"}
     return (
         Source(
@@ -161,7 +161,7 @@ def _fever(split: str) -> Tuple[Source, ...]:
     )
 
 
-def _mrpc(split: str) -> Tuple[Source, ...]:
+def _mrpc(split: str) -> tuple[Source, ...]:
     texts = ("#1 String", "#2 String")
     if split == "test":
         # the release holds the answers of the test part too; GLUE's does not, and nothing here reads them
@@ -170,11 +170,11 @@ def _mrpc(split: str) -> Tuple[Source, ...]:
     return (Source((f"{split}.tsv",), texts, "Quality"), released)
 
 
-def _three(make: object) -> Dict[str, Tuple[Source, ...]]:
+def _three(make: object) -> dict[str, tuple[Source, ...]]:
     return {"train": make("train"), "valid": make("dev"), "test": make("test")}  # type: ignore[operator]
 
 
-def _sentence_pairs(texts: Tuple[Column, ...] = _PAIR) -> Dict[str, Tuple[Source, ...]]:
+def _sentence_pairs(texts: tuple[Column, ...] = _PAIR) -> dict[str, tuple[Source, ...]]:
     return {
         "train": (_glue("train.tsv", texts),),
         "valid": (_glue("dev.tsv", texts),),
@@ -182,12 +182,12 @@ def _sentence_pairs(texts: Tuple[Column, ...] = _PAIR) -> Dict[str, Tuple[Source
     }
 
 
-def _cola(file: str, *released: str) -> Tuple[Source, ...]:
+def _cola(file: str, *released: str) -> tuple[Source, ...]:
     plain = Source((file,), (3,), 1, None, "plain", columns=(4,))
     return (plain, Source(tuple(f"raw/{name}" for name in released), (3,), 1, None, "plain", columns=(4,)))
 
 
-def _stsb(split: str) -> Tuple[Source, ...]:
+def _stsb(split: str) -> tuple[Source, ...]:
     glue = _glue(f"{split}.tsv", _PAIR, None if split == "test" else "score")
     # the STS benchmark's own files: some rows carry two more columns, the sentences' sources; GLUE has no test scores
     score = None if split == "test" else 4
@@ -196,7 +196,7 @@ def _stsb(split: str) -> Tuple[Source, ...]:
 
 _QQP_TEXTS = ("question1", "question2")
 
-_ROWS: Tuple[Task, ...] = (
+_ROWS: tuple[Task, ...] = (
     Task(
         "CoLA",
         ("CoLA", "cola_public"),
@@ -341,6 +341,6 @@ _ROWS: Tuple[Task, ...] = (
     ),
 )
 
-TASKS: Dict[str, Task] = {task.name: task for task in _ROWS}
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 GLUE = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI", "AX")
 ANLI = ("ANLI-R1", "ANLI-R2", "ANLI-R3")

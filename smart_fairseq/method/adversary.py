@@ -18,8 +18,8 @@ The authors' release has no ball: "normalize" divides the perturbation by its ow
 so that its size is 1 and the radius plays no part.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def norm(tensor: Tensor, adversary: Adversary) -> Tensor:
     Returns:
         [B, 1, 1] (scope "example") or [B, T, 1] (scope "token").
     """
-    over: Tuple[int, ...] = (1, 2) if adversary.scope == "example" else (2,)
+    over: tuple[int, ...] = (1, 2) if adversary.scope == "example" else (2,)
     largest = tensor.abs().amax(dim=over, keepdim=True)
     if adversary.norm == "inf":
         return largest
@@ -114,7 +114,7 @@ def ascend(
     noise: Tensor,
     mask: Tensor,
     adversary: Adversary,
-    first_gradient: Optional[Tensor] = None,
+    first_gradient: Tensor | None = None,
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: from the noise, one projected gradient step at a time.
 
@@ -172,7 +172,7 @@ def find_perturbation(
     mask: Tensor,
     divergence: Divergence,
     adversary: Adversary,
-    first_gradient: Optional[Tensor] = None,
+    first_gradient: Tensor | None = None,
 ) -> Tensor:
     """`ascend` along the gradient of the divergence between two outputs.
 
@@ -217,7 +217,7 @@ def linearized(outputs: Tensor, inputs: Tensor) -> LogitsFn:
 
 
 def gradient_to_first_order(
-    products_fn: Callable[[Tensor], Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
+    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
     divergence_of_change: Divergence,
 ) -> GradientFn:
     """The gradient of the divergence's second-order form, for `ascend`; right in any precision.
@@ -242,7 +242,7 @@ def gradient_to_first_order(
 
 
 def gradient_by_change(
-    products_fn: Callable[[Tensor], Tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
+    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
     divergence_of_change: Divergence,
 ) -> GradientFn:
     """The gradient of the divergence at the perturbed point, for `ascend`, where two outputs differ by rounding alone.

@@ -11,7 +11,7 @@ All functions take raw model outputs (logits for classes), compute in float32 or
 input's precision, and return natural-log units (nats).
 """
 
-from typing import Callable, Dict, Tuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ __all__ = [
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def _pair(outputs: Tensor, reference: Tensor) -> Tuple[Tensor, Tensor]:
+def _pair(outputs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Check the shapes and widen both sides to float32 at least."""
     if outputs.shape != reference.shape or outputs.dim() != 2:
         raise ValueError(
@@ -43,7 +43,7 @@ def _pair(outputs: Tensor, reference: Tensor) -> Tuple[Tensor, Tensor]:
     return outputs.to(wide), reference.to(wide)
 
 
-def _log_probabilities(logits: Tensor, reference_logits: Tensor) -> Tuple[Tensor, Tensor]:
+def _log_probabilities(logits: Tensor, reference_logits: Tensor) -> tuple[Tensor, Tensor]:
     logits, reference_logits = _pair(logits, reference_logits)
     return torch.log_softmax(logits, dim=-1), torch.log_softmax(reference_logits, dim=-1)
 
@@ -99,7 +99,7 @@ def squared_error_of_classes(logits: Tensor, reference_logits: Tensor) -> Tensor
     return (log_p.exp() - log_q.exp()).square().sum(dim=-1)
 
 
-def _log_ratio_of_change(logits: Tensor, change: Tensor) -> Tuple[Tensor, Tensor]:
+def _log_ratio_of_change(logits: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     """Q and log P - log Q for P of ``logits + change`` and Q of ``logits``.
 
     No difference of nearly equal numbers is taken, so it is right where ``logits + change`` would round to ``logits``.
@@ -136,7 +136,7 @@ def squared_change_of_classes(logits: Tensor, change: Tensor) -> Tensor:
     return (q * torch.expm1(log_ratio)).square().sum(dim=-1)
 
 
-DIVERGENCES: Dict[str, Divergence] = {
+DIVERGENCES: dict[str, Divergence] = {
     "sym_kl": symmetric_kl,
     "kl": kl,
     "js": jensen_shannon,

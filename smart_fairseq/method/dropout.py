@@ -5,8 +5,8 @@ what its definition says. Masks are functions of the generators' states, so repl
 the masks.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cpu: Tensor = torch.get_rng_state()
-        self.cuda: Optional[Tensor] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.cuda: Tensor | None = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)

@@ -5,8 +5,6 @@ An approximation to Algorithm 1 of Jiang et al. (2020), after free adversarial t
 respect to the perturbation; the ascent step along it is taken then, and used when the example comes again.
 """
 
-from typing import Dict, Optional
-
 import torch
 from torch import Tensor
 
@@ -23,9 +21,9 @@ class PerturbationMemory:
 
     def __init__(self, adversary: Adversary) -> None:
         self.adversary = adversary
-        self._kept: Dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
 
-    def recall(self, example_ids: Tensor, like: Tensor) -> Optional[Tensor]:
+    def recall(self, example_ids: Tensor, like: Tensor) -> Tensor | None:
         """The perturbations of a batch, or None if there is one that is not known.
 
         Args:

@@ -7,7 +7,7 @@ Deviation: none. With momentum 0 the teacher is the previous outer iterate (VBPP
 the pretrained weights.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

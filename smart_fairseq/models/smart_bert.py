@@ -9,7 +9,7 @@ model into one of `--arch roberta`.
 
 import argparse
 import math
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from fairseq.models import register_model, register_model_architecture
@@ -45,7 +45,7 @@ class SmartBertModel(RobertaModel):
         set_layer_norm_eps(self.encoder, eps)
 
     @classmethod
-    def hub_models(cls) -> Dict[str, str]:
+    def hub_models(cls) -> dict[str, str]:
         # RobertaModel's archives hold checkpoints of arch roberta
         return {}
 
