@@ -2,11 +2,11 @@
 
 __version__ = "0.1.0"
 
-from .checkpoint import allow_fairseq_checkpoints, copy_checkpoints_whole
 from .criterions import smart_sentence_prediction  # noqa: F401
 from .errors import install_excepthook
 from .models import smart_bert  # noqa: F401
 from .optim import mbpp  # noqa: F401
+from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole
 
 allow_fairseq_checkpoints()
 copy_checkpoints_whole()

@@ -17,7 +17,7 @@ from fairseq.utils import apply_to_sample
 from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
-from smart_fairseq.smoothness import SmoothnessTerm
+
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = str(Path(smart_fairseq.__file__).parent)

@@ -29,9 +29,9 @@ from .divergence import Divergence
 __all__ = [
     "Adversary",
     "GradientFn",
+    "LogitsFn",
     "ascend",
     "find_perturbation",
-    "gradient_by_change",
     "gradient_of",
     "gradient_to_first_order",
     "linearized",
@@ -237,24 +237,5 @@ def gradient_to_first_order(
         # small enough for the second order to hold, large enough for float32
         small = _unit(change.detach().to(perturbation.dtype)) * 1e-3
         return pull_back(_cotangent(divergence_of_change, outputs, small, of=1))
-
-    return gradient
-
-
-def gradient_by_change(
-    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
-    divergence_of_change: Divergence,
-) -> GradientFn:
-    """The gradient of the divergence at the perturbed point, for `ascend`, where two outputs differ by rounding alone.
-
-    Args:
-        products_fn: perturbation d [B, T, C] -> outputs [B, K] at the clean point, their change to those at x + d,
-            [B, K], and the function from a cotangent [B, K] to J(x + d)' cotangent [B, T, C].
-        divergence_of_change: of (outputs, change), one number per example.
-    """
-
-    def gradient(perturbation: Tensor) -> Tensor:
-        outputs, change, pull_back = products_fn(perturbation)
-        return pull_back(_cotangent(divergence_of_change, outputs, change, of=1))
 
     return gradient

@@ -11,6 +11,7 @@ All functions take raw model outputs (logits for classes), compute in float32 or
 input's precision, and return natural-log units (nats).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -80,7 +81,7 @@ def jensen_shannon(logits: Tensor, reference_logits: Tensor) -> Tensor:
     Source: Lin (1991), equation 3.3 with equal weights.
     """
     log_p, log_q = _log_probabilities(logits, reference_logits)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype, device=log_p.device))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=-1)
 
 

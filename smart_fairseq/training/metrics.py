@@ -1,18 +1,12 @@
-"""GLUE's metrics over the whole validation set.
+"""What the log says: GLUE's metrics over the whole validation set, and each term with its digits.
 
-Two habits of fairseq stand in the way, and are met here:
-- From the last batch of a split it drops all examples when their number is no multiple of
-  ``--required-batch-size-multiple``, which is 8 unless changed: RTE would be judged on 272 of its 277
-  examples in batches of 16. `cover_validation_sets` asks for every example of every split but the
-  training one, and says how many training examples fairseq leaves out.
-- It takes each metric of every batch before that of the set, where a correlation of one example is an
-  error, and adds up what the workers log, which lists of predictions do not survive. Here each of several
-  workers logs a vector over the whole set with its predictions in their places (`place_predictions`).
+fairseq takes each metric of every batch before that of the set, where a correlation of one example is an error, and
+adds up what the workers log, which lists of predictions do not survive. Here each of several workers logs a vector
+over the whole set with its predictions in their places (`place_predictions`).
 """
 
 import functools
-import inspect
-import logging
+import math
 from typing import Any
 
 import torch
@@ -21,11 +15,9 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from torch import Tensor
 
-from .data.metrics import METRICS
+from ..data.metrics import METRICS
 
-logger = logging.getLogger(__name__)
-
-__all__ = ["cover_validation_sets", "log_glue_metrics", "place_predictions"]
+__all__ = ["log_glue_metrics", "log_terms", "place_predictions"]
 
 _REPORTED = {
     "report_mcc": ["mcc"],
@@ -76,26 +68,39 @@ def _metric(name: str, meters: Any) -> float:
     return safe_round(METRICS[name](predicted, gold), 1)  # type: ignore[no-any-return]
 
 
-def cover_validation_sets(task: Any, train_subset: str) -> None:
-    """Let the task's batches hold every example of every split but ``train_subset``."""
-    get_batch_iterator = task.get_batch_iterator
-    signature = inspect.signature(get_batch_iterator)
+def log_terms(logging_outputs: list[dict[str, Any]]) -> None:
+    """Log the task loss and each term in nats per example, unweighted, and the size of its perturbation.
 
-    @functools.wraps(get_batch_iterator)
-    def get_whole_batch_iterator(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        training = call.arguments["dataset"] is task.datasets.get(train_subset)
-        if not training:
-            call.arguments["required_batch_size_multiple"] = 1
-        iterator = get_batch_iterator(*call.args, **call.kwargs)
-        if training:
-            used = sum(len(batch) for batch in iterator.frozen_batches)
-            total = len(call.arguments["dataset"])
-            if used < total:
-                logger.info(
-                    f"training uses {used} of {total} examples: fairseq leaves out a last batch that is no multiple of "
-                    "--required-batch-size-multiple (1 takes all), and examples longer than --max-positions"
-                )
-        return iterator
+    What a criterion puts into its log for a term NAME, as sums over the batch: ``NAME_loss``, ``NAME_delta`` for a
+    term with a perturbation, and ``NAME_dropped``, the number of batches whose term was not finite.
+    """
+    sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
+    logged = logging_outputs[0] if logging_outputs else {}
+    names = [key.removesuffix("_dropped") for key in logged if key.endswith("_dropped")]
+    for key in ("task_loss", *(f"{name}_{what}" for name in names for what in ("loss", "delta"))):
+        if key in logged:
+            total = sum(log.get(key, 0) for log in logging_outputs)
+            # the meter that is saved and averaged is hidden; what is printed keeps significant digits
+            metrics.log_scalar("_" + key, total / sample_size, sample_size)
+            metrics.log_derived(key, lambda meters, key=key: _significant(meters["_" + key].avg))
+    for name in names:
+        if f"{name}_delta" in logged:
+            metrics.log_derived(f"{name}_sensitivity", functools.partial(_sensitivity, name))
+        dropped = sum(log.get(f"{name}_dropped", 0) for log in logging_outputs)
+        if dropped:
+            metrics.log_scalar_sum(f"{name}_dropped", int(dropped), round=0)
 
-    task.get_batch_iterator = get_whole_batch_iterator
+
+def _significant(value: Any, digits: int = 3) -> Any:
+    """A number rounded to significant digits, so that 1.3e-06 is not printed as 0; "-" where there is none."""
+    if value is None:  # no update of the interval had the term (--smart-every)
+        return "-"
+    return float(f"{float(value):.{digits - 1}e}")
+
+
+def _sensitivity(name: str, meters: Any) -> Any:
+    """The term over the squared size of its perturbation."""
+    value, size = (meters[f"_{name}_{what}"].avg for what in ("loss", "delta"))
+    if value is None:
+        return "-"
+    return _significant(float(value) / float(size) ** 2) if float(size) else math.nan

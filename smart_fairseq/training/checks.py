@@ -9,19 +9,22 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 
-from .errors import NOT_SHARDED, UsageError, require
-from .forms import divergence_name, unknown_to_carried_change
-from .perturb import embedding_weight
+from ..encoder import Encoder
+from ..errors import NOT_SHARDED, UsageError, require
+from .flags import AdversaryFlags, RegularizedConfig
 
 __all__ = [
     "bregman_weight",
+    "check_adversary",
     "check_best_metric",
-    "check_flags",
+    "check_every",
     "check_labels",
     "check_model",
     "check_restore_file",
+    "check_surroundings",
+    "check_weight",
+    "divergence_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ def check_restore_file(path: str, save_dir: str) -> None:
         )
 
 
-def check_best_metric(cfg: Any, metric: str) -> None:
+def check_best_metric(cfg: RegularizedConfig, metric: str) -> None:
     """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
     known = ["loss", "nll_loss"]
     if not cfg.regression_target:
@@ -103,23 +106,34 @@ def check_labels(task: Any, regression: bool) -> None:
         )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(encoder: Encoder) -> None:
     """The model must take a perturbation of its embeddings and a gradient with respect to it."""
-    arguments = getattr(model, "args", None)
+    arguments = getattr(encoder.model, "args", None)
     if getattr(arguments, "checkpoint_activations", False) or getattr(arguments, "offload_activations", False):
         raise UsageError(
-            "--checkpoint-activations is on; with --smart-weight above 0 it must be off, because fairseq's "
-            "checkpointing allows no gradient with respect to the embeddings"
+            "--checkpoint-activations is on; with a perturbation of the embeddings it must be off, because fairseq's "
+            "checkpointing allows no gradient with respect to them"
         )
-    embedding_weight(model)
+    _ = encoder.insides
 
 
-def _optimizer_name(cfg: Any) -> str | None:
+def _optimizer_name(cfg: RegularizedConfig) -> str | None:
     """The value of --optimizer; None in fairseq-validate, which has none."""
     return getattr(cfg.smart_optimizer, "_name", None)
 
 
-def bregman_weight(cfg: Any) -> float:
+def check_weight(flag: str, weight: float) -> float:
+    require(weight >= 0 and math.isfinite(weight), flag, weight, "0 or above")
+    return weight
+
+
+def check_every(flag: str, every: int) -> int:
+    require(every >= 1, flag, every, "a whole number from 1")
+    return every
+
+
+def bregman_weight(cfg: RegularizedConfig) -> float:
+    """The weight of the Bregman term, which depends on the optimizer where it is not set."""
     optimizer = _optimizer_name(cfg)
     has_teacher = optimizer == "mbpp"
     weight = cfg.smart_bregman_weight
@@ -130,7 +144,7 @@ def bregman_weight(cfg: Any) -> float:
                 "(--optimizer mbpp brings it, with weight 1)"
             )
         return 1.0 if has_teacher else 0.0
-    require(weight >= 0 and math.isfinite(weight), "--smart-bregman-weight", weight, "0 or above")
+    check_weight("--smart-bregman-weight", weight)
     if weight > 0 and optimizer is not None and not has_teacher:
         raise UsageError(
             f"--smart-bregman-weight is {weight:g} but --optimizer is {optimizer}; "
@@ -139,15 +153,8 @@ def bregman_weight(cfg: Any) -> float:
     return weight
 
 
-def check_flags(cfg: Any, task: Any) -> None:
-    """Raise `UsageError` for values that would train something else than the user believes."""
-    require(cfg.smart_weight >= 0 and math.isfinite(cfg.smart_weight), "--smart-weight", cfg.smart_weight, "0 or above")
-    for flag, value in (
-        ("--smart-epsilon", cfg.smart_epsilon),
-        ("--smart-noise-std", cfg.smart_noise_std),  # at the clean point itself the gradient is 0
-        ("--smart-step-size", cfg.smart_step_size),
-    ):
-        require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bool) -> None:
+    """Raise `UsageError` where the run around the criterion would train something else than the user believes."""
     if cfg.smart_ddp_backend == "fully_sharded":
         raise UsageError(NOT_SHARDED)
     optimizer = _optimizer_name(cfg)
@@ -156,41 +163,40 @@ def check_flags(cfg: Any, task: Any) -> None:
             f"--smart-validate-with is teacher but --optimizer is {optimizer}; it needs --optimizer mbpp, which keeps "
             "the teacher"
         )
-    lowest = 1 if cfg.smart_weight else 0
-    require(
-        cfg.smart_steps >= lowest,
-        "--smart-steps",
-        cfg.smart_steps,
-        f"{lowest} or more (--smart-weight 0 switches the term off)",
-    )
-    for flag, number in (
-        ("--smart-every", cfg.smart_every),
-        ("--smart-bregman-every", cfg.smart_bregman_every),
+    if cfg.regression_target:
+        require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
+    elif regularized:
+        require(num_classes >= 2, "--num-classes", num_classes, "2 or more without --regression-target")
+
+
+def check_adversary(flags: AdversaryFlags, regression: bool) -> None:
+    """Raise `UsageError` for values of the ball and the ascent that are none, or that exclude each other."""
+    for flag, value in (
+        ("--smart-epsilon", flags.smart_epsilon),
+        ("--smart-noise-std", flags.smart_noise_std),  # at the clean point itself the gradient is 0
+        ("--smart-step-size", flags.smart_step_size),
     ):
-        require(number >= 1, flag, number, "a whole number from 1")
-    if cfg.smart_search_layers is not None:
-        layers = cfg.smart_search_layers
-        require(layers >= 0, "--smart-search-layers", layers, "a whole number from 0 to the model's number of layers")
-        if cfg.smart_recompute or cfg.smart_dropout == "independent":
-            flag = "--smart-recompute" if cfg.smart_recompute else "--smart-dropout independent"
-            raise UsageError(
-                f"--smart-search-layers needs the clean pass as it was, which {flag} does not keep; leave one out"
-            )
-    if cfg.smart_recompute and cfg.smart_dropout == "off":
+        require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+    require(flags.smart_steps >= 1, "--smart-steps", flags.smart_steps, "1 or more")
+    if flags.smart_linear_search and (flags.smart_recompute or flags.smart_dropout == "independent"):
+        flag = "--smart-recompute" if flags.smart_recompute else "--smart-dropout independent"
+        raise UsageError(
+            f"--smart-linear-search needs the clean pass as it was, which {flag} does not keep; leave one out"
+        )
+    if flags.smart_recompute and flags.smart_dropout == "off":
         raise UsageError(
             "--smart-recompute is set with --smart-dropout off, which takes a second clean pass; use shared or "
             "independent"
         )
-    if cfg.smart_mode == "tangent" and unknown_to_carried_change(cfg):
-        raise UsageError(f"--smart-mode is tangent, which {unknown_to_carried_change(cfg)}, or use --smart-mode auto")
-    num_classes = task.cfg.num_classes
-    if cfg.regression_target:
-        require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
-        if divergence_name(cfg) != "squared":
-            raise UsageError(
-                f"--smart-divergence is {divergence_name(cfg)} with --regression-target, whose single output is no "
-                "distribution; use squared or auto"
-            )
-        return
-    if cfg.smart_weight or cfg.smart_bregman_weight:
-        require(num_classes >= 2, "--num-classes", num_classes, "2 or more without --regression-target")
+    divergence = divergence_name(flags, regression)
+    if regression and divergence != "squared":
+        raise UsageError(
+            f"--smart-divergence is {divergence} with --regression-target, whose single output is no "
+            "distribution; use squared or auto"
+        )
+
+
+def divergence_name(flags: AdversaryFlags, regression: bool) -> str:
+    if flags.smart_divergence == "auto":
+        return "squared" if regression else "sym_kl"
+    return str(flags.smart_divergence)

@@ -1,0 +1,233 @@
+"""A model as the method sees it: the one place that knows what is inside.
+
+A perturbation enters through a forward hook on the module whose output is perturbed, and the ordinary forward,
+the distributed wrapper's included, does the rest. The hook counts its calls: a forward that the perturbation
+did not reach is an error, never a regulariser that does nothing.
+
+Another kind of encoder is a subclass with `fits` and `find_insides`, named in ``smart_fairseq.encoder.KINDS``.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from fairseq.models import BaseFairseqModel
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from . import forward_mode, memory
+
+__all__ = ["Encoder", "Forward", "Insides"]
+
+
+class Insides(NamedTuple):
+    """What a kind of encoder names.
+
+    places: "token" and "input" -> the module whose output, [B, T, C], is perturbed there; the one at "token" is the
+        embedding table.
+    layers: the stack whose activations fill the memory.
+    padding_idx: the padding's number among the tokens.
+    """
+
+    places: dict[str, nn.Module]
+    layers: list[nn.Module]
+    padding_idx: int
+
+
+class Encoder:
+    """A model, whatever wraps it, and what its passes need; built once for a model."""
+
+    def __init__(self, model: Any) -> None:
+        self.given = model
+        while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
+            model = model.module  # fairseq's distributed wrappers all keep the model as that
+        self.model: Any = model
+
+    @classmethod
+    def fits(cls, model: Any) -> bool:
+        """Whether this class knows the insides of a bare model."""
+        return False
+
+    def find_insides(self) -> Insides:
+        """The modules that matter; raises `UsageError` where they are not known."""
+        raise UsageError(
+            f"--arch: {type(self.model).__name__} takes no perturbation of its embeddings; use a RoBERTa-style model "
+            "(roberta, roberta_large, xlm, smart_bert, ...), or teach smart_fairseq this one: a subclass of "
+            "smart_fairseq.encoder.Encoder with fits and find_insides, named in smart_fairseq.encoder.KINDS"
+        )
+
+    @cached_property
+    def insides(self) -> Insides:
+        return self.find_insides()
+
+    @property
+    def table(self) -> Tensor:
+        """The embedding table, [V, C]."""
+        return self.insides.places["token"].weight  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether two passes in training mode draw masks."""
+        rates = (getattr(module, "p", 0) for module in self.model.modules())
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+    def mask(self, src_tokens: Tensor) -> Tensor:
+        """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
+        return src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """The model's own weights without their gradients: a pass under them keeps no activation for them."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def under(self, weights: dict[str, Tensor]) -> "Substitute":
+        """The model under other weights, for a pass of the ordinary criterion."""
+        return Substitute(self.model, weights)
+
+    def recomputed(self) -> AbstractContextManager[None]:
+        """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken."""
+        return memory.recomputed(self.insides.layers)
+
+    def without_gelu_outputs(self) -> AbstractContextManager[None]:
+        return memory.without_gelu_outputs(self.model)
+
+    @contextmanager
+    def captured(self, place: str, *, differentiable: bool = False, leaf: bool = False) -> Iterator[list[Tensor]]:
+        """What the block's forwards perturb, [B, T, C] each.
+
+        Args:
+            place: "token" or "input".
+            differentiable: it requires a gradient, also where nothing before it does.
+            leaf: it is cut off from what it was computed from as well.
+        """
+        found: list[Tensor] = []
+
+        def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            tensor = output.detach() if leaf else output
+            if (differentiable or leaf) and not tensor.requires_grad:
+                tensor.requires_grad_()
+            found.append(tensor)
+            return tensor
+
+        handle = self.insides.places[place].register_forward_hook(note)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def perturbed(self, perturbation: Tensor, place: str, lookup: Tensor | None = None) -> Iterator[None]:
+        """Add ``perturbation`` to the embeddings of the one forward that runs inside the block.
+
+        Args:
+            perturbation: [B, T, C], float32; gradients reach it.
+            place: "token" or "input".
+            lookup: [B, T, C], what another pass looked up for the same tokens, to be used again: the gradient of the
+                table, which is as large as the table, is then made once for both passes.
+        Raises:
+            RuntimeError: the block's forward did not pass the perturbed module exactly once.
+        """
+        calls = 0
+
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            # the sum is taken in the wider precision of the two and rounded once
+            return (output + perturbation).to(output.dtype)
+
+        places = self.insides.places
+        handles = [places[place].register_forward_hook(add)]
+        if lookup is not None:  # before the sum
+            handles.append(places["token"].register_forward_hook(lambda *_: lookup, prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if calls != 1:
+            raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
+
+    def changed(
+        self, direction: Tensor, place: str, leaf: list[Tensor] | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Within the block, one forward also yields J ``direction``; see `forward_mode.changed`."""
+        return forward_mode.changed(self.model, self.insides.places[place], direction, leaf)
+
+
+class Substitute:
+    """A bare model under other weights; nothing is copied or swapped."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        self.model, self.weights = model, weights
+
+    def __getattr__(self, name: str) -> Any:  # the model's heads and targets, for which the criterion asks
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+
+
+class Forward:
+    """The classification forward of one batch, under weights and with a perturbation of one's choice.
+
+    Passes under other weights run on the bare model by `torch.func.functional_call`: the module's own code with other
+    tensors in place of its parameters, of which a distributed wrapper sees nothing.
+
+    Args:
+        model: as the criterion was given it, distributed wrapper included.
+        net_input: of the batch, as fairseq makes it.
+        head: the classification head's name.
+        place: "token" or "input".
+    """
+
+    def __init__(self, encoder: Encoder, model: Any, net_input: dict[str, Tensor], head: str, place: str) -> None:
+        self.encoder, self.model, self.place = encoder, model, place
+        self.inputs = {**net_input, "features_only": True, "classification_head_name": head}
+
+    def __call__(
+        self,
+        weights: dict[str, Tensor] | None = None,
+        perturbation: Tensor | None = None,
+        lookup: Tensor | None = None,
+    ) -> Tensor:
+        """The logits [B, K].
+
+        Args:
+            weights: parameter name -> tensor to use in its place; names left out keep the model's own.
+                None runs the model as it was given.
+            perturbation: [B, T, C], or None.
+            lookup: see `Encoder.perturbed`.
+        """
+        if perturbation is not None:
+            with self.encoder.perturbed(perturbation, self.place, lookup):
+                return self(weights)
+        run = self.model if weights is None else self.encoder.under(weights)
+        return run(**self.inputs)[0]  # type: ignore[no-any-return]
+
+    def products(
+        self, weights: dict[str, Tensor], direction: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Outputs, their change J d along the ``direction`` d, and the way back (cotangent -> J' cotangent).
+
+        Args:
+            direction: d, [B, T, C].
+        Returns:
+            [B, K], [B, K], and a function from [B, K] to [B, T, C]; dtypes of the model.
+        """
+        leaf: list[Tensor] = []
+        with contextlib.ExitStack() as block:
+            block.enter_context(torch.enable_grad())
+            change = block.enter_context(self.encoder.changed(direction, self.place, leaf))
+            logits = self(weights)
+
+        def pull_back(cotangent: Tensor) -> Tensor:
+            return torch.autograd.grad(logits, leaf[0], cotangent.to(logits.dtype))[0]
+
+        return logits, change[0], pull_back

@@ -1,0 +1,188 @@
+"""J d by forward-mode differentiation: a forward carries the change of every activation beside its value.
+
+The difference of two outputs is rounding when the perturbation is small for the precision; a change that is carried
+along at size 1 is not. torch's forward-mode differentiation holds the pair. Some of torch's kernels do not go along:
+LayerNorm's tangent overflows in float16 and cannot be differentiated once more (its formula holds mean and deviation
+fixed), neither can the softmax inside attention, and a linear layer's tangent also multiplies by the weights'
+tangent, which is 0. These are written out, with sums in float32. What is done entry by entry or along a row,
+LayerNorm, softmax and gelu, keeps its inputs alone for the gradient and is computed again.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fairseq.modules import MultiheadAttention, gelu
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UsageError
+from .memory import gelus, replaced
+
+__all__ = ["changed"]
+
+# (value, change, ...) -> (result, its change)
+Formula = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _dual(formula: Formula, ordinary: Callable[..., Tensor], differentiable: bool) -> Any:
+    """``ordinary`` for tensors that may carry a change, by ``formula``.
+
+    Where the change need not be differentiable, the value keeps what it ordinarily does.
+    """
+
+    def apply(x: Tensor, *parameters: Any) -> Tensor:
+        value, change = forward_ad.unpack_dual(x)
+        if change is None:
+            return ordinary(x, *parameters)
+        if differentiable:
+            arguments = (value, change, *parameters)
+            pair = checkpoint(formula, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return forward_ad.make_dual(*pair)
+        with torch.no_grad():
+            _, moved = formula(value, change, *parameters)
+        return forward_ad.make_dual(ordinary(value, *parameters), moved)
+
+    return apply
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _layer_norm_change(
+    value: Tensor, change: Tensor, weight: Tensor, bias: Tensor, module: Any
+) -> tuple[Tensor, Tensor]:
+    wide, moved = _widened(value, change)
+    variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
+    scale = torch.rsqrt(variance + module.eps)
+    normal = (wide - mean) * scale
+    moved = moved - moved.mean(dim=-1, keepdim=True)
+    moved = scale * (moved - normal * (normal * moved).mean(dim=-1, keepdim=True)) * weight
+    return (normal * weight + bias).to(value.dtype), moved.to(value.dtype)
+
+
+def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor, module: Any) -> Tensor:
+    return nn.functional.layer_norm(value, module.normalized_shape, weight, bias, module.eps)
+
+
+def _normalized(layer_norm: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module)
+
+
+def _softmax_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    wide, moved = _widened(value, change)
+    shares = torch.softmax(wide, dim=-1)
+    moved = shares * (moved - (shares * moved).sum(dim=-1, keepdim=True))
+    return shares.to(value.dtype), moved.to(value.dtype)
+
+
+def _softmax(value: Tensor) -> Tensor:
+    return torch.softmax(value, dim=-1)
+
+
+def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    wide, moved = _widened(value, change)
+    slope = torch.special.ndtr(wide) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
+    return gelu(value), (slope * moved).to(value.dtype)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    value, change = forward_ad.unpack_dual(x)
+    result = nn.functional.linear(value, module.weight, module.bias)
+    return result if change is None else forward_ad.make_dual(result, nn.functional.linear(change, module.weight))
+
+
+def _self_attention(
+    module: Any,
+    softmax: Callable[..., Tensor],
+    query: Tensor,
+    key: Any = None,
+    value: Any = None,
+    key_padding_mask: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Self-attention as in fairseq's MultiheadAttention; [T, B, C] -> [T, B, C]."""
+    length, batch, channels = query.shape
+
+    def heads(x: Tensor) -> Tensor:  # [T, B, C] -> [B, H, T, C / H]
+        return x.reshape(length, batch, module.num_heads, -1).permute(1, 2, 0, 3)
+
+    q, k, v = (heads(project(query)) for project in (module.q_proj, module.k_proj, module.v_proj))
+    scores = q * module.scaling @ k.transpose(-2, -1)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
+    shares = nn.functional.dropout(softmax(scores), module.dropout_module.p, module.training)
+    return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
+
+
+@contextmanager
+def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
+    """Run a block with every module whose change torch does not give written out.
+
+    Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
+    """
+    layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
+    softmax = _dual(_softmax_change, _softmax, differentiable)
+    replacements = gelus(model, _dual(_gelu_change, gelu, differentiable))
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
+                raise UsageError(
+                    "--arch: this model's attention (xformers, a bias or zeros added to its keys) has no forward-mode "
+                    "form here, which --smart-mode tangent, more than four classes and half precision need"
+                )
+            replacements.append((module, "forward", functools.partial(_self_attention, module, softmax)))
+        elif type(module) is nn.Linear:
+            replacements.append((module, "forward", functools.partial(_linear, module)))
+        elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
+            replacements.append((module, "forward", functools.partial(_normalized, layer_norm, module)))
+    with replaced(replacements):
+        yield
+
+
+@contextmanager
+def changed(
+    model: nn.Module, place: nn.Module, direction: Tensor, leaf: list[Tensor] | None = None
+) -> Iterator[list[Tensor]]:
+    """Within the block, one forward of the model also yields the change of its output along ``direction``.
+
+    The forward returns the ordinary logits f(x); the change J d, differentiable like they are, is in the yielded list.
+
+    Args:
+        model: bare.
+        place: the module whose output is perturbed.
+        direction: d, [B, T, C]; of size 1 or so, whatever the perturbation's size.
+        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
+            in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
+    Raises:
+        UsageError: the model's attention is not known here.
+        RuntimeError: the direction did not reach the output of one forward.
+    """
+    changes: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if leaf is not None:
+            output = output.detach().requires_grad_()
+            leaf.append(output)
+        return forward_ad.make_dual(output, direction.to(output.dtype))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        # taken apart here, inside a distributed wrapper, which would not let the change through
+        logits, change = forward_ad.unpack_dual(output[0])
+        changes.append(change)
+        return (logits, *output[1:])
+
+    handles = [place.register_forward_hook(enter), model.register_forward_hook(leave)]
+    try:
+        with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
+            yield changes
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(changes) != 1 or changes[0] is None:
+        raise RuntimeError("the direction did not reach the output of one forward")

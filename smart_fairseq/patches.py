@@ -1,0 +1,107 @@
+"""What is changed in fairseq: in its modules when the plugin is loaded, and on a task object by a criterion.
+
+- From torch 2.6 `torch.load` refuses any class that is not allow-listed, and fairseq's checkpoints hold some: the
+  command line as an ``argparse.Namespace``, in older ones configurations of omegaconf, and numbers of numpy among the
+  best metrics. All of them are plain data (`allow_fairseq_checkpoints`); the safe loader stays on.
+- fairseq writes a checkpoint to a file aside and renames it, but copies it onto checkpoint_last.pt in place: a full
+  disk or a killed process would leave half a file where the only whole one was (`copy_checkpoints_whole`).
+- From the last batch of a split it drops all examples when their number is no multiple of
+  ``--required-batch-size-multiple``, which is 8 unless changed: RTE would be judged on 272 of its 277 examples in
+  batches of 16 (`cover_validation_sets`).
+- Criterion and optimizer meet in ``task.train_step`` alone (`smart_fairseq.training.link`).
+"""
+
+import argparse
+import collections
+import functools
+import inspect
+import logging
+import os
+import shutil
+import typing
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["allow_fairseq_checkpoints", "copy_checkpoints_whole", "cover_validation_sets"]
+
+logger = logging.getLogger(__name__)
+
+
+def _what_checkpoints_hold() -> list[Any]:
+    from fairseq.distributed.utils import _TensorPlaceholder
+    from omegaconf import DictConfig, ListConfig, nodes
+    from omegaconf.base import ContainerMetadata, Metadata
+
+    scalar = np.float64(0).__reduce__()[0]  # the function that numpy pickles its numbers with
+    number_types = [np.dtype, *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}]
+    configuration = [DictConfig, ListConfig, ContainerMetadata, Metadata]
+    configuration += [
+        getattr(nodes, name)
+        for name in ("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "EnumNode")
+    ]
+    return [
+        argparse.Namespace,
+        _TensorPlaceholder,  # where a tensor stood, in a checkpoint on its way from one worker to the others
+        scalar,
+        *number_types,
+        *configuration,
+        typing.Any,
+        collections.defaultdict,
+        collections.OrderedDict,
+        dict,
+        list,
+        int,
+    ]
+
+
+def allow_fairseq_checkpoints() -> None:
+    """Tell torch's safe loader which classes fairseq's checkpoints hold."""
+    torch.serialization.add_safe_globals(_what_checkpoints_hold())
+
+
+def copy_checkpoints_whole() -> None:
+    """Let fairseq's copies of local files appear completely or not at all."""
+    from fairseq.file_io import PathManager
+
+    copy = PathManager.copy
+
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if any(PathManager.path_requires_pathmanager(path) for path in (src_path, dst_path)):
+            return copy(src_path, dst_path, overwrite)
+        part = f"{dst_path}.tmp"  # as fairseq names what it writes
+        try:
+            shutil.copyfile(src_path, part)
+            os.replace(part, dst_path)
+        finally:
+            if os.path.exists(part):
+                os.unlink(part)
+        return True
+
+    PathManager.copy = staticmethod(copy_whole)
+
+
+def cover_validation_sets(task: Any, train_subset: str) -> None:
+    """Let the task's batches hold every example of every split but ``train_subset``."""
+    get_batch_iterator = task.get_batch_iterator
+    signature = inspect.signature(get_batch_iterator)
+
+    @functools.wraps(get_batch_iterator)
+    def get_whole_batch_iterator(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        training = call.arguments["dataset"] is task.datasets.get(train_subset)
+        if not training:
+            call.arguments["required_batch_size_multiple"] = 1
+        iterator = get_batch_iterator(*call.args, **call.kwargs)
+        if training:
+            used = sum(len(batch) for batch in iterator.frozen_batches)
+            total = len(call.arguments["dataset"])
+            if used < total:
+                logger.info(
+                    f"training uses {used} of {total} examples: fairseq leaves out a last batch that is no multiple of "
+                    "--required-batch-size-multiple (1 takes all), and examples longer than --max-positions"
+                )
+        return iterator
+
+    task.get_batch_iterator = get_whole_batch_iterator

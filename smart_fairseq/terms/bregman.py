@@ -1,0 +1,32 @@
+"""The Bregman term: how far the output has moved from the teacher's.
+
+Paper: Jiang et al. (2020), equation 3: D_Breg = mean_i l_s(f(x_i; theta), f(x_i; theta~)).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..encoder import Forward
+from ..method.divergence import Divergence
+from ..method.dropout import without_dropout
+from . import TermValue
+
+__all__ = ["bregman", "teacher_output"]
+
+
+def teacher_output(forward: Forward, weights: dict[str, Tensor]) -> Tensor:
+    """The teacher's logits [B, K], without dropout and without gradients."""
+    with torch.no_grad(), without_dropout(forward.encoder.model):
+        return forward(weights)
+
+
+@contextmanager
+def bregman(
+    forward: Forward, weights: dict[str, Tensor], divergence: Divergence
+) -> Iterator[Callable[[Tensor], TermValue]]:
+    """D_Breg of one batch, as a `Term`; ``weights``: the teacher's, by parameter name."""
+    target = teacher_output(forward, weights)
+    yield lambda clean: TermValue(divergence(clean, target).sum())

@@ -1,0 +1,193 @@
+"""Which form of the smoothness term is right: for the flags, the model and the precision that it works in.
+
+Two outputs cannot be told apart when the perturbation between them is below what the precision resolves at the
+perturbed place; the first order is off where the perturbation is large. The constants of the rule were measured
+against a float64 Algorithm 1 on tuned encoders by `benchmarks/precision.py`; `tests/test_precision.py` holds them.
+"""
+
+import logging
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from fairseq.utils import apply_to_sample
+
+from ..encoder import Encoder
+from ..errors import UsageError
+from ..method.dropout import without_dropout
+from ..training.flags import AdversaryFlags
+
+__all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs", "measure_place", "working_precision"]
+
+logger = logging.getLogger(__name__)
+
+# two forwards are within 5 % from this many roundings of what is perturbed on
+ROUNDINGS = 2.0
+# the first order is within 5 % up to this share of what is perturbed
+LINEAR_SHARE = 0.015
+# up to here, a backward pass for each class but one costs no more than a forward-mode product
+FEW_CLASSES = 4
+
+
+class FormOfTerm(Enum):
+    """How the term is computed."""
+
+    TWO_FORWARDS = "two_forwards"
+    FIRST_ORDER = "first_order"
+
+
+class Search(Enum):
+    """Where the gradient of the first ascent step comes from; the later ones take a forward each, or none."""
+
+    CLEAN_PASS = "clean_pass"
+    OWN_PASS = "own_pass"
+    FORWARD = "forward"
+    EVERY_STEP = "every_step"
+
+
+_WORDS = {
+    FormOfTerm.TWO_FORWARDS: "by two forwards",
+    FormOfTerm.FIRST_ORDER: "to first order (tangent)",
+    Search.CLEAN_PASS: "the first ascent step to first order from the clean pass",
+    Search.OWN_PASS: "the first ascent step to first order from a pass of its own",
+    Search.FORWARD: "the first ascent step by a forward, whose fresh masks move the output more than any noise",
+    Search.EVERY_STEP: "every ascent step to first order from the clean pass",
+}
+
+
+class Form(NamedTuple):
+    term: FormOfTerm
+    search: Search
+
+    def in_words(self) -> str:
+        return f"{_WORDS[self.term]}, {_WORDS[self.search]}"
+
+
+class Place(NamedTuple):
+    """What is perturbed, over the real tokens of some examples.
+
+    median: of the entries' sizes.
+    root_mean_square: of the entries.
+    entries: that an example has, in the mean.
+    """
+
+    median: float
+    root_mean_square: float
+    entries: float
+
+
+class _Seen(Exception):
+    """Ends a forward once what it was for is there."""
+
+
+def measure_place(encoder: Encoder, place: str, net_input: dict[str, Any]) -> Place:
+    """Run a batch as far as the perturbed place; without dropout and gradients."""
+    inner = encoder.insides.places[place]
+    found: list[torch.Tensor] = []
+
+    def stop(module: Any, args: Any, output: torch.Tensor) -> None:
+        found.append(output)
+        raise _Seen
+
+    inputs = apply_to_sample(lambda tensor: tensor.to(encoder.table.device), net_input)
+    handle = inner.register_forward_hook(stop)
+    try:
+        with torch.no_grad(), without_dropout(encoder.model):
+            encoder.model(**inputs, features_only=True)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    mask = encoder.mask(inputs["src_tokens"]).bool().squeeze(-1)
+    values = found[0][mask].float()
+    return Place(
+        float(values.abs().median()),
+        float(values.square().mean().sqrt()),
+        values.numel() / len(mask),
+    )
+
+
+def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_classes: int, dtype: torch.dtype) -> Form:
+    """The form for the flags of the criterion.
+
+    Raises:
+        UsageError: the precision does not resolve the perturbation, and the flags allow no form that would.
+    """
+    name, mode = str(dtype).split(".")[1], str(flags.smart_mode)
+    first_order = Form(FormOfTerm.FIRST_ORDER, Search.OWN_PASS)
+    two_forwards = Form(FormOfTerm.TWO_FORWARDS, _search(flags, encoder, num_classes))
+    unknown = next(unknown_to_first_order(flags, encoder), None)
+    if mode == "tangent":
+        if unknown:
+            raise UsageError(f"--smart-mode is tangent, which {unknown}, or use --smart-mode auto")
+        return first_order
+    size, limit = _largest_size(flags)
+    # an l2 norm is spread over the entries that it is taken over
+    channels = encoder.table.shape[1]
+    spread = (channels if flags.smart_norm_scope == "token" else place.entries) if flags.smart_norm == "l2" else 1.0
+    an_entry = size / spread**0.5
+    resolved = ROUNDINGS * torch.finfo(dtype).eps * place.median
+    if an_entry >= resolved:
+        return two_forwards
+    why = f"{limit} {size:g} is below what {name} resolves here ({resolved * spread**0.5:.0e})"
+    if mode == "finite":
+        logger.warning(f"--smart-mode finite: {why}; the term will be partly rounding, and --smart-mode auto is right")
+        return two_forwards
+    if unknown:
+        raise UsageError(
+            f"{why}: two forwards would measure rounding; the form that is right {unknown}, or a larger size"
+        )
+    if an_entry > LINEAR_SHARE * place.root_mean_square:
+        logger.warning(
+            f"--smart-mode auto: {why}, and too large for the first order to hold to 5 %; "
+            "take a larger or a smaller size, or a finer precision"
+        )
+    else:
+        logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
+    return first_order
+
+
+def _search(flags: AdversaryFlags, encoder: Encoder, num_classes: int) -> Search:
+    if flags.smart_linear_search:
+        return Search.EVERY_STEP
+    if flags.smart_dropout == "independent" and encoder.has_dropout:
+        return Search.FORWARD
+    # recomputing keeps nothing of the clean pass
+    return Search.CLEAN_PASS if few_outputs(num_classes) and not flags.smart_recompute else Search.OWN_PASS
+
+
+def few_outputs(num_classes: int) -> bool:
+    """Whether the Jacobian of the outputs, a backward pass for each but one, costs no more than its products."""
+    return num_classes <= FEW_CLASSES
+
+
+def working_precision(encoder: Encoder, amp: bool) -> torch.dtype:
+    """The dtype that the model's products are taken in: autocast's under --amp, otherwise its weights'."""
+    on_cuda = next(encoder.model.parameters()).is_cuda
+    return torch.float16 if amp and on_cuda else encoder.dtype
+
+
+def _largest_size(flags: AdversaryFlags) -> tuple[float, str]:
+    """The size that a perturbation can reach, and the flags that limit it."""
+    if flags.smart_projection == "normalize":
+        return 1.0, "--smart-projection normalize"
+    reach = flags.smart_noise_std + flags.smart_steps * flags.smart_step_size
+    if reach < flags.smart_epsilon:
+        return reach, "--smart-noise-std + --smart-steps x --smart-step-size ="
+    return flags.smart_epsilon, "--smart-epsilon"
+
+
+def unknown_to_first_order(flags: AdversaryFlags, encoder: Encoder | None = None) -> Iterator[str]:
+    """Which flags the first-order form does not know, and what to do about each."""
+    same_masks = flags.smart_dropout == "independent" and encoder is not None and not encoder.has_dropout
+    if flags.smart_dropout != "shared" and not same_masks:
+        yield f"does not know --smart-dropout {flags.smart_dropout}; use shared"
+    for flag, value in (
+        ("--smart-recompute", flags.smart_recompute),
+        ("--smart-linear-search", flags.smart_linear_search),
+    ):
+        if value:
+            yield f"does not know {flag}; leave that flag out"
+    if flags.smart_divergence in ("kl", "js"):
+        yield f"does not know --smart-divergence {flags.smart_divergence}; use auto"

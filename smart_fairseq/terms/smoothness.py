@@ -1,0 +1,165 @@
+"""The smoothness term of one batch: Algorithm 1, lines 3 to 9, on the model's own forwards.
+
+Paper: Jiang et al. (2020), equation 1: R_s, the divergence between the output at the perturbed embeddings x~ and the
+clean one. `two_forwards` finds the perturbation after the clean pass and runs a second one at x~; `to_first_order`
+finds it before, and the clean pass carries the change of the output along. `precision` says which is right where.
+
+The first ascent step follows the gradient to first order, J' H J nu with the curvature H of the divergence: at the
+noise nu, from which it starts, two outputs differ by next to nothing, and a difference of them is rounding for
+confident examples in float32, and for all in half precision.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..encoder import Forward
+from ..method.adversary import (
+    Adversary,
+    GradientFn,
+    LogitsFn,
+    ascend,
+    find_perturbation,
+    gradient_of,
+    gradient_to_first_order,
+    linearized,
+    norm,
+)
+from ..method.divergence import Divergence
+from ..method.dropout import RandomState, without_dropout
+from ..method.noise import example_noise
+from . import Term, TermValue
+from .precision import Form, FormOfTerm, Search, few_outputs
+
+__all__ = ["Settings", "smoothness"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every batch.
+
+    noise_std: sigma, in the units of the embeddings.
+    dropout: masks of the perturbed pass: "shared", "independent" or "off".
+    recompute: keep no activations of the clean pass.
+    num_classes: number of outputs K.
+    divergence: l_s, of two outputs.
+    divergence_of_change: the same of an output and its change.
+    """
+
+    adversary: Adversary
+    noise_std: float
+    dropout: str
+    recompute: bool
+    num_classes: int
+    divergence: Divergence
+    divergence_of_change: Divergence
+
+
+class _Batch:
+    """What both forms need of one batch; made before the clean pass, whose dropout masks it can replay."""
+
+    def __init__(self, settings: Settings, forward: Forward, sample: Any) -> None:
+        self.settings, self.forward, self.encoder = settings, forward, forward.encoder
+        tokens, table = sample["net_input"]["src_tokens"], self.encoder.table
+        self.masks = RandomState(tokens.device)
+        self.mask = self.encoder.mask(tokens)
+        # Algorithm 1, line 3; seeded as fairseq seeds torch on every worker: with its --seed plus the update's number
+        noise = example_noise(sample["id"], tokens.shape[1], table.shape[1], seed=torch.initial_seed())
+        # at least float32, whatever the model's precision
+        self.noise = noise.to(torch.promote_types(table.dtype, torch.float32)) * settings.noise_std
+
+    def dropout(self) -> AbstractContextManager[None]:
+        """The dropout of a pass of this term, as ``--smart-dropout`` says."""
+        if self.settings.dropout == "shared":
+            return self.masks.replayed()
+        return without_dropout(self.encoder.model) if self.settings.dropout == "off" else nullcontext()
+
+    def first_order_gradient(self) -> GradientFn:
+        """The gradient to first order at the clean point, from a pass of its own."""
+        weights, forward, settings = self.encoder.frozen_weights(), self.forward, self.settings
+
+        def products(direction: Tensor) -> Any:
+            with self.dropout():
+                return forward.products(weights, direction)
+
+        if not few_outputs(settings.num_classes):
+            return gradient_to_first_order(products, settings.divergence_of_change)
+        with self.dropout(), self.encoder.captured(forward.place, leaf=True) as entered:
+            outputs = forward(weights)
+        return gradient_of(linearized(outputs, entered[0]), outputs.detach(), settings.divergence)
+
+    def result(self, value: Tensor, perturbation: Tensor) -> TermValue:
+        sizes = norm(perturbation, self.settings.adversary)
+        if self.settings.adversary.scope == "token":  # of the mean token
+            sizes = (sizes * self.mask).sum(dim=1) / self.mask.sum(dim=1)
+        return TermValue(value, sizes.sum(), perturbation)
+
+
+def smoothness(settings: Settings, form: Form, forward: Forward, sample: Any) -> Term:
+    """R_s of one batch, in the form that is right for it; ``sample`` as fairseq makes it."""
+    run = two_forwards if form.term is FormOfTerm.TWO_FORWARDS else to_first_order
+    return run(form, _Batch(settings, forward, sample))
+
+
+@contextmanager
+def two_forwards(form: Form, batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
+    """The divergence between the outputs of two forwards."""
+    settings, forward, encoder = batch.settings, batch.forward, batch.encoder
+    known = batch.first_order_gradient()(batch.noise * batch.mask) if form.search is Search.OWN_PASS else None
+    linear = form.search in (Search.CLEAN_PASS, Search.EVERY_STEP)
+
+    def entering() -> AbstractContextManager[list[Tensor]]:
+        """What the clean outputs are linearized in, if they are."""
+        return encoder.captured(forward.place, differentiable=True) if linear else nullcontext([])
+
+    def find(clean: Tensor, entered: list[Tensor]) -> Tensor:
+        """Algorithm 1, lines 4 to 8."""
+        weights, first_gradient = encoder.frozen_weights(), known
+
+        def at_the_point(perturbation: Tensor) -> Tensor:
+            with batch.dropout():
+                return forward(weights, perturbation)
+
+        logits_fn: LogitsFn = at_the_point
+        if entered:
+            near = linearized(clean, entered[0])
+            if form.search is Search.EVERY_STEP:
+                logits_fn = near
+            else:
+                first_gradient = gradient_of(near, clean, settings.divergence)(batch.noise * batch.mask)
+        return find_perturbation(
+            logits_fn, clean, batch.noise, batch.mask, settings.divergence, settings.adversary, first_gradient
+        )
+
+    def value(clean: Tensor) -> TermValue:
+        found = entered
+        if settings.dropout == "off":
+            with without_dropout(encoder.model), entering() as found:
+                clean = forward()
+        perturbation = find(clean, found)
+        with batch.dropout(), encoder.without_gelu_outputs():
+            # the clean pass's embeddings
+            adversarial = forward(perturbation=perturbation, lookup=looked_up[0])
+        return batch.result(settings.divergence(adversarial, clean).sum(), perturbation)
+
+    saving = encoder.recomputed() if settings.recompute else encoder.without_gelu_outputs()
+    with saving, encoder.captured("token") as looked_up, entering() as entered:
+        yield value
+
+
+@contextmanager
+def to_first_order(form: Form, batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
+    """The divergence of the change, to first order, that the clean pass carries along."""
+    settings, adversary = batch.settings, batch.settings.adversary
+    perturbation = ascend(batch.first_order_gradient(), batch.noise, batch.mask, adversary)
+
+    def value(clean: Tensor) -> TermValue:
+        change = adversary.size * changes[0].to(perturbation.dtype)
+        return batch.result(settings.divergence_of_change(clean, change).sum(), perturbation)
+
+    with batch.encoder.changed(perturbation / adversary.size, batch.forward.place) as changes:
+        yield value

@@ -1,0 +1,217 @@
+"""A base for criteria that add terms to the loss of fairseq's `sentence_prediction`.
+
+Per update, with sums over the batch's examples (fairseq divides by their number over all workers and accumulated
+batches): loss = task loss + sum over the terms of weight * term. The task loss, its metrics and the whole of evaluation
+are those of `sentence_prediction`, whose code runs unchanged; with every weight 0 so does training. The Bregman term
+of ``--optimizer mbpp`` comes with the base.
+
+A criterion says which terms it has, and makes them for a batch:
+
+    @register_criterion("mine_sentence_prediction", dataclass=MineConfig)   # a RegularizedConfig
+    class MineSentencePrediction(RegularizedCriterion):
+        def __init__(self, cfg: MineConfig, task: Any) -> None:
+            super().__init__(cfg, task, weights={"mine": cfg.mine_weight})
+
+        def term(self, name: str, forward: Forward, sample: Any) -> Term:
+            ...                                                             # see `smart_fairseq.terms`
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from fairseq.criterions.sentence_prediction import SentencePredictionConfig, SentencePredictionCriterion
+from fairseq.optim.adam import FairseqAdamConfig
+from torch import Tensor, nn
+
+from ..encoder import Encoder, Forward, encoder_of
+from ..method.divergence import Divergence, squared_error, symmetric_kl
+from ..optim.mbpp import MBPPConfig
+from ..patches import cover_validation_sets
+from ..terms import Term, TermValue
+from ..terms.bregman import bregman
+from ..terms.precision import working_precision
+from . import checks
+from .flags import RegularizedConfig
+from .link import Result, TrainingLink
+from .metrics import log_glue_metrics, log_terms, place_predictions
+
+__all__ = ["RegularizedCriterion"]
+
+logger = logging.getLogger(__name__)
+
+
+class RegularizedCriterion(SentencePredictionCriterion):
+    """The base; errors are `UsageError`s at construction or when the first epoch begins.
+
+    Args:
+        weights: the criterion's own terms by name; one with weight 0 is never computed.
+        every: a term here is taken at every n-th update alone, n times as heavy.
+    """
+
+    place = "token"  # that `term`'s forward perturbs
+
+    def __init__(
+        self,
+        cfg: RegularizedConfig,
+        task: Any,
+        weights: Mapping[str, float],
+        every: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(cfg, task)
+        self.cfg = cfg
+        self.weights = {**weights, "bregman": checks.bregman_weight(cfg)}
+        self.every = every or {}
+        self.divergence: Divergence = squared_error if cfg.regression_target else symmetric_kl  # l_s
+        checks.check_surroundings(cfg, task.cfg.num_classes, any(self.weights.values()))
+        self._encoder: Encoder | None = None
+        self._checked = self._warned = False
+        self.teacher = TrainingLink(on_epoch=self._check_before_training)
+        self.teacher.listen(task)
+        cover_validation_sets(task, cfg.smart_train_subset)
+
+    # --- what a criterion adds --------------------------------------------------------------------
+
+    def term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Term:
+        """The term ``name`` of ``weights`` for one batch."""
+        raise NotImplementedError
+
+    def prepare(self, encoder: Encoder) -> str:
+        """Look at the model before training; raise `UsageError` or return what the start of the log says."""
+        return ""
+
+    # --- before training --------------------------------------------------------------------------
+
+    def encoder_for(self, model: Any) -> Encoder:
+        """The encoder object, built once for a model."""
+        if self._encoder is None or (model is not self._encoder.given and model is not self._encoder.model):
+            self._encoder = encoder_of(model)
+        return self._encoder
+
+    def _check_before_training(self, model: nn.Module) -> None:
+        if self._checked:
+            return
+        checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
+        checks.check_labels(self.task, self.regression_target)
+        checks.check_best_metric(self.cfg, self.cfg.smart_best_metric)
+        words = self.prepare(self.encoder_for(model))
+        self._checked = True
+        logger.info(f"{words}Bregman weight {self.weights['bregman']:g}; {self._flags()}")
+
+    def _flags(self) -> str:
+        """What is on, in the flags' own words; for the start of the log."""
+        configs = [(self.cfg, getattr(type(self), "__dataclass"))]
+        if self.weights["bregman"]:
+            configs.append((self.cfg.smart_optimizer, MBPPConfig))
+        inherited = {f.name for base in (SentencePredictionConfig, FairseqAdamConfig) for f in fields(base)}
+        return " ".join(
+            f"--{f.name.replace('_', '-')} {getattr(values, f.name)}"
+            for values, config in configs
+            for f in fields(config)
+            if f.name not in inherited and "help" in f.metadata
+        )
+
+    # --- each batch -------------------------------------------------------------------------------
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
+        """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
+        if not model.training or not any(self.weights.values()):
+            result: Result = super().forward(self._evaluated(model), sample, reduce)
+            place_predictions(result[2], sample["id"], self.task)
+            return result
+
+        encoder = self.encoder_for(model)
+        forward = Forward(encoder, model, sample["net_input"], self.classification_head_name, self.place)
+        weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
+        with contextlib.ExitStack() as around:
+            # what needs nothing of the clean pass comes before it; the teacher leaves no graph behind
+            values = {
+                name: around.enter_context(self._term(name, forward, sample))
+                for name in sorted(weights, key=lambda name: name != "bregman")
+            }
+            output = around.enter_context(_output_of(model))
+            loss, sample_size, log = super().forward(model, sample, reduce)
+        log["task_loss"] = log["loss"]
+        found = {name: values[name](output[0]) for name in weights}
+        if found:
+            loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))
+        log["loss"] = loss.detach()
+        return loss, sample_size, log
+
+    def weight_now(self, name: str) -> float:
+        """The term's weight at this update."""
+        every = self.every.get(name, 1)
+        return self.weights[name] * every if self.teacher.update_num % every == 0 else 0.0
+
+    def _term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Term:
+        if name == "bregman":
+            return bregman(forward, self.teacher.weights(forward.encoder.model), self.divergence)
+        return self.term(name, forward, sample)
+
+    def _add(
+        self,
+        loss: Tensor,
+        terms: Mapping[str, TermValue],
+        weights: Mapping[str, float],
+        log: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The loss with the terms, which are logged; one that is not finite is left out.
+
+        Not so in float16, where fairseq's loss scaling finds the overflow in the gradients and every worker skips
+        the update.
+        """
+        # the step's one wait for the device
+        finite = torch.stack([term.value.detach() for term in terms.values()]).isfinite().tolist()
+        for (name, term), good in zip(terms.items(), finite):
+            # the same keys on every worker, whatever happened
+            log[f"{name}_loss"] = term.value.detach() if good else torch.zeros_like(term.value)
+            log[f"{name}_dropped"] = int(not good)
+            if term.size is not None:
+                log[f"{name}_delta"] = term.size
+            if good:
+                loss = loss + weights[name] * term.value
+            elif dtype == torch.float16:
+                logger.warning(f"{name}_loss is not finite: its pass overflowed in float16, so this update is skipped")
+                loss = loss * math.nan
+        return loss
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def _evaluated(self, model: Any) -> Any:
+        """What a pass without regularisers runs on: the model, or to validate the teacher's weights in it."""
+        if model.training or self.cfg.smart_validate_with != "teacher":
+            return model
+        if self.teacher.connected:
+            encoder = self.encoder_for(model)
+            return encoder.under(self.teacher.weights(encoder.model))
+        if not self._warned:  # fairseq-validate, which has no optimizer
+            logger.warning(
+                "--smart-validate-with teacher: there is no optimizer here, so the model's own weights are "
+                "evaluated; for the teacher's: python -m smart_fairseq.export CHECKPOINT OUT.pt --teacher"
+            )
+        self._warned = True
+        return model
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Those of `sentence_prediction`, and while training the terms."""
+        SentencePredictionCriterion.reduce_metrics(logging_outputs)
+        log_glue_metrics(logging_outputs)
+        log_terms(logging_outputs)
+
+
+@contextmanager
+def _output_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The logits that the block's forward of ``model`` returns: `sentence_prediction` keeps them to itself."""
+    logits: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    try:
+        yield logits
+    finally:
+        handle.remove()

@@ -1,0 +1,168 @@
+"""The seam between the criterion and the optimizer, which never meet in fairseq.
+
+The optimizer `mbpp` owns the teacher; the criterion needs the teacher's output. The only call that holds both is
+``task.train_step(sample, model, criterion, optimizer, ...)``, so `TrainingLink` stands there: it wraps that method
+on the task object (not on its class) and notes the optimizer before the criterion runs. Nothing is guessed from names
+or from the order in which things were built, so several trainers may live in one process, and a rebuilt optimizer is
+picked up at the next step. In the same way it hears ``task.begin_epoch(epoch, model)``, the first moment when model and
+data both exist and training has not begun: the place for checks.
+
+fairseq calls the criterion once for a batch and takes one backward pass. A criterion that needs several has
+``num_passes`` and ``passes(model, sample)``, an iterator over what `forward` would return: the task's own train_step
+then runs once for each, so that autocast, loss scaling and ``ignore_grad`` are fairseq's, a pass's graph is gone
+before the next pass begins, and gradients add up. All but the last run without synchronising workers.
+
+From weights to a forward pass, without copying the model: the optimizer holds the teacher as a list of float32 tensors
+in the order of the parameters that it updates. Those are the model's own parameters, or float32 copies of them
+(``--fp16``, ``--bf16``), which FP16Optimizer keeps in the order of its ``fp16_params``, perhaps as one flat tensor.
+`TrainingLink.weights` gives each tensor (a view, where it is flat; cast once per update, where the model is in half
+precision) the name of its parameter, and `torch.func.functional_call` runs the module's own code with these tensors in
+the parameters' places. Before the first update there is no average yet: the teacher is the weights themselves.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..optim.mbpp import MBPP
+
+__all__ = ["SeveralPasses", "TrainingLink"]
+
+# loss, sample size, log: what a criterion's forward returns
+Result = tuple[Tensor, int, dict[str, Any]]
+
+
+class SeveralPasses(Protocol):
+    """A criterion that takes several backward passes over a batch.
+
+    num_passes: how many, the same for every batch and worker.
+    """
+
+    num_passes: int
+
+    def passes(self, model: nn.Module, sample: dict[str, Any]) -> Iterator[Result]:
+        """One `Result` for each pass; when the next is asked for, the last one's backward has run.
+
+        Gradients add up, so each loss carries its share of the whole; sample size and log of the last one count.
+        """
+        ...
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """The optimizer that ``--optimizer`` named, inside fairseq's wrappers for precision."""
+    for attribute in ("fp32_optimizer", "wrapped_optimizer"):
+        optimizer = getattr(optimizer, attribute, optimizer)
+    return optimizer
+
+
+def _split(flat: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
+    """The pieces of ``flat`` that belong to the tensors of ``like`` on its device, in order, as views."""
+    offset = 0
+    for tensor in like:
+        if tensor.device == flat.device:
+            yield flat[offset : offset + tensor.numel()].view_as(tensor)
+            offset += tensor.numel()
+
+
+def _in_passes(train_step: Callable[..., Any], criterion: SeveralPasses, call: inspect.BoundArguments) -> Any:
+    """Run ``train_step`` once for every pass of the criterion; what the last one returned."""
+    model, sample = call.arguments["model"], call.arguments["sample"]
+    passes = criterion.passes(model, sample)
+    result: Any = None
+    for number in range(criterion.num_passes):
+        # the task's train_step calls what it is given as the criterion
+        call.arguments["criterion"] = lambda *_, **__: next(passes)
+        last = number == criterion.num_passes - 1
+        unsynchronised: AbstractContextManager[Any] = nullcontext()
+        if not last and hasattr(model, "no_sync"):
+            unsynchronised = model.no_sync()
+        with unsynchronised:
+            result = train_step(*call.args, **call.kwargs)
+    return result
+
+
+class TrainingLink:
+    """What the criterion knows of the optimizer, and of the training around it.
+
+    Args:
+        on_epoch: called with the model when an epoch begins, before its first batch.
+    """
+
+    def __init__(self, on_epoch: Callable[[nn.Module], None] | None = None) -> None:
+        self.on_epoch = on_epoch
+        self.update_num = 0  # of the update that is being taken
+        self._optimizer: Any = None
+        self._names: list[str] | None = None
+        self._cache: dict[str, Tensor] = {}
+        self._cache_version = -1
+
+    def listen(self, task: Any) -> None:
+        """Stand in the task's train_step, and hear when its epochs begin."""
+        train_step, begin_epoch = task.train_step, task.begin_epoch
+        signature = inspect.signature(train_step)
+
+        @functools.wraps(train_step)
+        def linked_train_step(*args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(*args, **kwargs)
+            self.connect(call.arguments["optimizer"])
+            self.update_num = int(call.arguments["update_num"])
+            criterion = call.arguments["criterion"]
+            if hasattr(criterion, "passes"):
+                return _in_passes(train_step, criterion, call)
+            return train_step(*args, **kwargs)
+
+        @functools.wraps(begin_epoch)
+        def heard_begin_epoch(epoch: int, model: nn.Module) -> Any:
+            if self.on_epoch is not None:
+                self.on_epoch(model)
+            return begin_epoch(epoch, model)
+
+        task.train_step, task.begin_epoch = linked_train_step, heard_begin_epoch
+
+    def connect(self, optimizer: Any) -> None:
+        """Use the teacher of ``optimizer`` (an `MBPP`, or one of fairseq's wrappers around it)."""
+        if optimizer is not self._optimizer:
+            self._optimizer, self._names, self._cache_version = optimizer, None, -1
+
+    @property
+    def connected(self) -> bool:
+        """Whether an optimizer was heard of."""
+        return self._optimizer is not None
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The teacher's weights by parameter name, in the model's precision, without gradients.
+
+        Args:
+            model: the bare model.
+        Raises:
+            RuntimeError: no optimizer with a teacher was heard of, or it updates another model.
+        """
+        mbpp = _unwrap(self._optimizer)
+        if not isinstance(mbpp, MBPP):
+            raise RuntimeError(
+                "the Bregman term needs --optimizer mbpp, and no such optimizer has taken part in a step"
+            )
+        mbpp.teacher_is_read = True
+        if mbpp.teacher is None:  # no update yet
+            return {name: parameter.detach() for name, parameter in model.named_parameters()}
+        if self._cache_version != mbpp.teacher_version:
+            self._cache = self._by_name(model, mbpp.teacher)
+            self._cache_version = mbpp.teacher_version
+        return self._cache
+
+    def _by_name(self, model: nn.Module, teacher: list[Tensor]) -> dict[str, Tensor]:
+        # the model's own parameters, in the order of what the optimizer updates
+        updated: list[Tensor] = getattr(self._optimizer, "fp16_params", None) or list(self._optimizer.params)
+        if self._names is None:
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            if not all(id(parameter) in names for parameter in updated):
+                raise RuntimeError("the optimizer mbpp updates parameters that are not this model's")
+            self._names = [names[id(parameter)] for parameter in updated]
+        if len(teacher) != len(updated):  # one flat tensor per device
+            flat = {tensor.device: _split(tensor, updated) for tensor in teacher}
+            teacher = [next(flat[parameter.device]) for parameter in updated]
+        return {name: t.to(parameter.dtype) for name, parameter, t in zip(self._names, updated, teacher)}
