@@ -22,9 +22,9 @@ setup: $(READY)
 
 # The order matters: fairseq is built from source against the torch and numpy that are
 # installed first, because an isolated build would fetch the newest torch with CUDA.
-$(READY): setup.py Makefile
+$(READY): pyproject.toml Makefile
 	@echo "setting up $(VENV) with $(PYTHON) (about 4 minutes the first time) ..."
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "make: PYTHON=$(PYTHON) is Python %d.%d; 3.11 or 3.12 is needed (README, Older Pythons)" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "make: PYTHON=$(PYTHON) is Python %d.%d; 3.11 or 3.12 is needed" % v)'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q torch==2.13.0 numpy cython "setuptools<81" wheel
 	$(PIP) install -q --no-build-isolation fairseq-fixed==0.12.3.1 torchaudio==2.11.0

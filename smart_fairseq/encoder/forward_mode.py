@@ -29,6 +29,10 @@ __all__ = ["changed"]
 Formula = Callable[..., tuple[Tensor, Tensor]]
 
 
+def _pair(value: Tensor, change: Tensor) -> Tensor:
+    return forward_ad.make_dual(value, change)  # type: ignore[no-any-return]
+
+
 def _dual(formula: Formula, ordinary: Callable[..., Tensor], differentiable: bool) -> Any:
     """``ordinary`` for tensors that may carry a change, by ``formula``.
 
@@ -41,11 +45,10 @@ def _dual(formula: Formula, ordinary: Callable[..., Tensor], differentiable: boo
             return ordinary(x, *parameters)
         if differentiable:
             arguments = (value, change, *parameters)
-            pair = checkpoint(formula, *arguments, use_reentrant=False, preserve_rng_state=False)
-            return forward_ad.make_dual(*pair)
+            return _pair(*checkpoint(formula, *arguments, use_reentrant=False, preserve_rng_state=False))
         with torch.no_grad():
             _, moved = formula(value, change, *parameters)
-        return forward_ad.make_dual(ordinary(value, *parameters), moved)
+        return _pair(ordinary(value, *parameters), moved)
 
     return apply
 
@@ -94,7 +97,7 @@ def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
 def _linear(module: Any, x: Tensor) -> Tensor:
     value, change = forward_ad.unpack_dual(x)
     result = nn.functional.linear(value, module.weight, module.bias)
-    return result if change is None else forward_ad.make_dual(result, nn.functional.linear(change, module.weight))
+    return result if change is None else _pair(result, nn.functional.linear(change, module.weight))
 
 
 def _self_attention(
@@ -169,7 +172,7 @@ def changed(
         if leaf is not None:
             output = output.detach().requires_grad_()
             leaf.append(output)
-        return forward_ad.make_dual(output, direction.to(output.dtype))
+        return _pair(output, direction.to(output.dtype))
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         # taken apart here, inside a distributed wrapper, which would not let the change through

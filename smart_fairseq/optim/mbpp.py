@@ -144,7 +144,7 @@ class MBPP(FairseqOptimizer):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self.base.optimizer
+        return self.base.optimizer  # type: ignore[no-any-return]
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -152,11 +152,11 @@ class MBPP(FairseqOptimizer):
 
     @property
     def optimizer_config(self) -> Dict[str, Any]:
-        return self.base.optimizer_config
+        return self.base.optimizer_config  # type: ignore[no-any-return]
 
     @property
     def supports_flat_params(self) -> bool:
-        return self.base.supports_flat_params
+        return self.base.supports_flat_params  # type: ignore[no-any-return]
 
     def average_params(self) -> None:
         self.base.average_params()
