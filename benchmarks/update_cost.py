@@ -32,8 +32,8 @@ from peak_memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from smart_fairseq.encoder import encoder_of
 from smart_fairseq.method.divergence import symmetric_kl
-from smart_fairseq.perturb import bare, perturbed
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = "sentence_classification_head"
@@ -54,11 +54,13 @@ VARIANTS = [
     ("SMART + MBPP, 1 step", [*SMART, "--optimizer", "mbpp"]),
     ("SMART + MBPP, 2 steps", [*SMART, "--smart-steps", "2", "--optimizer", "mbpp"]),
     ("SMART + MBPP, 3 steps", [*SMART, "--smart-steps", "3", "--optimizer", "mbpp"]),
-    ("SMART + MBPP, --smart-search-layers 0", [*SMART, "--smart-search-layers", "0", "--optimizer", "mbpp"]),
+    (
+        "SMART + MBPP, 2 steps, --smart-linear-search",
+        [*SMART, "--smart-steps", "2", "--smart-linear-search", "--optimizer", "mbpp"],
+    ),
     ("SMART + MBPP, --smart-recompute", [*SMART, "--smart-recompute", "--optimizer", "mbpp"]),
     ("SMART + MBPP, the paper's radius", [*PAPER, "--optimizer", "mbpp"]),
     ("SMART + MBPP, the paper's radius, tangent", [*PAPER, "--smart-mode", "tangent", "--optimizer", "mbpp"]),
-    ("SMART + MBPP, the paper's radius, finite", [*PAPER, "--smart-mode", "finite", "--optimizer", "mbpp"]),
 ]
 
 
@@ -119,11 +121,11 @@ class Literal(Variant):
         task_loss = self.criterion(self.model, sample)[0]
         clean = self.logits(sample)  # once more: the criterion kept its own
         tokens = sample["net_input"]["src_tokens"]
-        embedding = bare(self.model).encoder.sentence_encoder.embed_tokens
-        noise = 1e-5 * torch.randn(*tokens.shape, embedding.embedding_dim, device=tokens.device)
+        encoder = encoder_of(self.model)
+        noise = 1e-5 * torch.randn(*tokens.shape, encoder.table.shape[1], device=tokens.device)
         noise.requires_grad_()
         held = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
-        with perturbed(self.model, noise, "token"):
+        with encoder.perturbed(noise, "token"):
             symmetric_kl(self.logits(sample), clean.detach()).sum().backward()
         for parameter, gradient in zip(self.model.parameters(), held):
             parameter.grad = gradient
@@ -131,7 +133,7 @@ class Literal(Variant):
         if not bool(torch.isfinite(gradient).all()):
             return task_loss
         step = noise.detach() + 1e-2 * gradient / gradient.abs().amax(dim=(1, 2), keepdim=True)
-        with perturbed(self.model, step.clamp(-1e-2, 1e-2), "token"):
+        with encoder.perturbed(step.clamp(-1e-2, 1e-2), "token"):
             adversarial = self.logits(sample)
         student = copy.deepcopy(self.model.state_dict())
         with torch.no_grad():

@@ -23,6 +23,9 @@ from ..training.checks import check_adversary, check_every, check_model, check_w
 from ..training.criterion import RegularizedCriterion
 from ..training.flags import AdversaryFlags, RegularizedConfig
 
+# of the training set, at which the form of the term is chosen
+EXAMPLES = 32
+
 
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
@@ -73,13 +76,17 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         if not self.weights["smart"]:
             return "SMART: smoothness term not at all, "
         check_model(encoder)
-        return f"SMART: smoothness term {self.form_for(encoder).in_words()}, "
+        return f"SMART: smoothness term {self.form_for(encoder, sample={}).in_words()}, "
 
-    def form_for(self, encoder: Encoder) -> Form:
-        """The form of the term, chosen at the first examples of the training set, the same on every worker."""
+    def form_for(self, encoder: Encoder, sample: Dict[str, Any]) -> Form:
+        """The form of the term, chosen at the training set's first examples, which every worker has.
+
+        ``sample`` stands in for them where no training set is loaded.
+        """
         if self.form is None:
-            data = self.task.dataset(self.cfg.smart_train_subset)
-            sample = data.collater([data[index] for index in range(min(len(data), 32))])
+            data = self.task.datasets.get(self.cfg.smart_train_subset)
+            if data is not None:
+                sample = data.collater([data[index] for index in range(min(len(data), EXAMPLES))])
             self.form = choose_form(
                 self.cfg,
                 encoder,
@@ -90,7 +97,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         return self.form
 
     def term(self, name: str, forward: Forward, sample: Dict[str, Any]) -> Term:
-        return smoothness(self.settings, self.form_for(forward.encoder), forward, sample)
+        return smoothness(self.settings, self.form_for(forward.encoder, sample), forward, sample)
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Any:
         result = super().forward(model, sample, reduce)
