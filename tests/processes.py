@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fairseq import trainer
 from fairseq.distributed import utils as distributed_utils
 from fairseq_cli import train as fairseq_train
-from toolkit import alter_terms, parse
+from toolkit import alter_terms, assert_close, parse
 
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionCriterion
 
@@ -113,10 +114,34 @@ def join(processes: Sequence[Any], timeout: float = 240) -> list[int | None]:
 def finish(processes: Sequence[Any], out: Path) -> None:
     """Wait for processes that must end well."""
     codes = join(processes)
-    logs = "".join(path.read_text() for path in sorted(out.parent.glob("*.log")))
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(out.parent.glob("*.log")))
     assert codes == [0] * len(processes), logs
 
 
 def updates(out: Path, rank: int = 0) -> list[dict[str, float]]:
     """The sums of each update so far, as a worker saw them."""
     return [json.loads(line) for line in Path(f"{out}.{rank}").read_text().splitlines()]
+
+
+def assert_same_run(
+    folder: Path, names: Sequence[str], *, count: int, tolerance: float = 1e-6, terms: Sequence[str] = ("smart",)
+) -> None:
+    """Every logged sum, weights and teacher of the runs ``names`` equal the first's within ``tolerance``."""
+    losses = {f"{term}_loss" for term in terms}
+    runs = [updates(folder / name) for name in names]
+    states = [torch.load(folder / name / "checkpoint_last.pt") for name in names]
+    for run, state, name in zip(runs[1:], states[1:], names[1:]):
+        assert len(run) == len(runs[0]) == count
+        assert updates(folder / name, rank=1) == run
+        for ours, one in zip(run, runs[0]):
+            assert ours.keys() == one.keys() >= {*losses, "bregman_loss", "gnorm"}
+            for key in one:
+                assert ours[key] == pytest.approx(one[key], rel=tolerance * 10, abs=tolerance), key
+        for key, weight in states[0]["model"].items():
+            assert_close(state["model"][key], weight, rtol=0, atol=tolerance)
+        teachers = [s["last_optimizer_state"]["mbpp"] for s in (state, states[0])]
+        assert teachers[0]["updates"] == teachers[1]["updates"] == count
+        for ours, one in zip(*(teacher["teacher"] for teacher in teachers)):
+            assert_close(ours, one, rtol=0, atol=tolerance)
+    # the terms are there to be compared
+    assert all(runs[0][0][loss] > 1e-4 for loss in losses) and runs[0][-1]["bregman_loss"] > 1e-7

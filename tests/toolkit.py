@@ -65,6 +65,30 @@ FIXED += ["--ddp-backend", "legacy_ddp"]
 HEAD = "sentence_classification_head"
 
 
+class Regularised(NamedTuple):
+    """A way to train with one of the package's criteria.
+
+    flags: with which every term is large enough to be seen.
+    off: flags that switch off the criterion's own terms.
+    terms: their names.
+    """
+
+    criterion: str
+    flags: list[str]
+    off: list[str]
+    terms: list[str]
+
+
+# what every criterion must hold is tested with each of these (test_every_criterion.py); a new one is a line here
+CRITERIA = {
+    "smart": Regularised("smart_sentence_prediction", BOLD, ["--smart-weight", "0"], ["smart"]),
+    "smart, tangent": Regularised(
+        "smart_sentence_prediction", [*BOLD, "--smart-mode", "tangent"], ["--smart-weight", "0"], ["smart"]
+    ),
+}
+KINDS = ["classes", "regression"]
+
+
 def write_data(
     folder: Path, *, kind: str = "classes", train: int = 24, valid: int = 10, seed: int = 1, wrong: float = 0
 ) -> Path:
@@ -229,6 +253,13 @@ class Step(NamedTuple):
     loss: torch.Tensor
     log: dict[str, Any]
     gradients: dict[str, torch.Tensor]
+
+
+def count_forwards(model: Any) -> list[int]:
+    """A list that grows by one for every pass through the first layer."""
+    passes: list[int] = []
+    model.encoder.sentence_encoder.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
 
 
 def step(model: Any, criterion: Any, sample: Any, seed: int = 3) -> Step:
