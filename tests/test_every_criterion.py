@@ -186,8 +186,7 @@ def test_half_precision(precision: str, way: Regularised, class_data: Path) -> N
     flags += ["--smart-epsilon", "5e-2", "--curriculum", "9", "--fp16-init-scale", "4"]
     half = {precision: True, "fp16_no_flatten_grads": DEVICE == "cpu"}
     runs = [
-        train(command(class_data, *flags, criterion=way.criterion), **common)["train_inner"]
-        for common in ({}, half)
+        train(command(class_data, *flags, criterion=way.criterion), **common)["train_inner"] for common in ({}, half)
     ]
     assert len(runs[0]) == len(runs[1]) == 6
     for exact, ours in zip(*runs):
