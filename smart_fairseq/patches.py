@@ -5,6 +5,8 @@
   best metrics. All of them are plain data (`allow_fairseq_checkpoints`); the safe loader stays on.
 - fairseq writes a checkpoint to a file aside and renames it, but copies it onto checkpoint_last.pt in place: a full
   disk or a killed process would leave half a file where the only whole one was (`copy_checkpoints_whole`).
+- fairseq-validate builds the criterion from the flags that the checkpoint names, and refuses one that it does not know:
+  those that were removed from the plugin are taken out when the file is read (`forget_removed_flags`).
 - From the last batch of a split it drops all examples when their number is no multiple of
   ``--required-batch-size-multiple``, which is 8 unless changed: RTE would be judged on 272 of its 277 examples in
   batches of 16 (`cover_validation_sets`).
@@ -24,9 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["allow_fairseq_checkpoints", "copy_checkpoints_whole", "cover_validation_sets"]
+__all__ = ["allow_fairseq_checkpoints", "copy_checkpoints_whole", "cover_validation_sets", "forget_removed_flags"]
 
 logger = logging.getLogger(__name__)
+
+# of the criterion; checkpoints of earlier versions name them
+REMOVED_FLAGS = ("smart_reuse", "smart_search_layers", "smart_bregman_every")
 
 
 def _what_checkpoints_hold() -> list[Any]:
@@ -80,6 +85,27 @@ def copy_checkpoints_whole() -> None:
         return True
 
     PathManager.copy = staticmethod(copy_whole)
+
+
+def forget_removed_flags() -> None:
+    """Let fairseq read a checkpoint without the `REMOVED_FLAGS` of its criterion."""
+    from fairseq import checkpoint_utils
+    from omegaconf import DictConfig, open_dict
+
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(load)
+    def load_and_forget(*args: Any, **kwargs: Any) -> Any:
+        state = load(*args, **kwargs)
+        cfg = state.get("cfg")
+        criterion = cfg.get("criterion") if isinstance(cfg, DictConfig) else None
+        if isinstance(criterion, DictConfig):
+            with open_dict(criterion):
+                for name in REMOVED_FLAGS:
+                    criterion.pop(name, None)
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_and_forget
 
 
 def cover_validation_sets(task: Any, train_subset: str) -> None:

@@ -1,7 +1,8 @@
 """A slow, literal Algorithm 1, written from the paper's definitions alone; it shares no code with the package.
 
 Everything is spelled out example by example in float64, with the model taken as a function from embeddings
-to output. Only the starting noise is handed in, because any Gaussian sample is a valid one.
+to output. Only the starting noise is handed in, because any Gaussian sample is a valid one. The first step may
+follow the gradient of the linearised model f(x) + J d, with the whole Jacobian J, instead of the model's own.
 """
 
 import math
@@ -42,14 +43,24 @@ def perturb(
     scope: str,
     projection: str,
     regression: bool,
+    first_step: str = "literal",
 ) -> Tensor:
-    """Lines 3 to 8 for one example: x [T, C] with ``length`` real tokens -> x~ [T, C]."""
+    """Lines 3 to 8 for one example: x [T, C] with ``length`` real tokens -> x~ [T, C].
+
+    ``first_step``: "literal", or "linearised" for the gradient of l_s(f(x) + J d, f(x)) at the noise d.
+    """
     clean = f(x).detach()
     x_tilde = x.clone()
     x_tilde[:length] += noise[:length]
-    for _ in range(steps):
+    if first_step == "linearised":
+        jacobian = torch.autograd.functional.jacobian(f, x).flatten(1)  # [K, T C]
+    for step in range(steps):
         x_tilde = x_tilde.detach().requires_grad_()
-        gradient = torch.autograd.grad(divergence(f(x_tilde), clean, regression), x_tilde)[0]
+        if step == 0 and first_step == "linearised":
+            output = clean + jacobian @ (x_tilde - x).flatten()
+        else:
+            output = f(x_tilde)
+        gradient = torch.autograd.grad(divergence(output, clean, regression), x_tilde)[0]
         x_tilde = x_tilde.detach()
         for part, g in zip(pieces(x_tilde, length, scope), pieces(gradient, length, scope)):
             part += step_size * g / size(g, norm)

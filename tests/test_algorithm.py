@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from fairseq import optim
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
-from toolkit import NO_DROPOUT, assert_close, batch, build, command, watch_perturbations
+from toolkit import HEAD, NO_DROPOUT, assert_close, batch, set_up, watch_terms
 
 from smart_fairseq.method.noise import example_noise
 
@@ -22,7 +21,7 @@ SETTINGS = list(
 
 def as_function_of_embeddings(model: Any, tokens: torch.Tensor, place: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """One example's output as a function of its embeddings, by the encoder's own parts and no hook."""
-    head = model.classification_heads["sentence_classification_head"]
+    head = model.classification_heads[HEAD]
     encoder = model.encoder.sentence_encoder
 
     def from_token_embeddings(x: torch.Tensor) -> torch.Tensor:
@@ -44,29 +43,17 @@ def embeddings_of(model: Any, tokens: torch.Tensor, place: str) -> torch.Tensor:
     return encoder.embed_tokens(tokens) if place == "token" else encoder.forward_embedding(tokens[None])[0][0]
 
 
-def prepared(data: Path, kind: str, *flags: str) -> tuple[Any, ...]:
+def prepared(data: Path, kind: str, *flags: str, **options: Any) -> tuple[Any, ...]:
     """A float64 model two updates away from its teacher, a batch, and the teacher as a model of its own."""
-    regression = ["--regression-target"] if kind == "regression" else []
-    arguments = command(
-        # not gelu, which fairseq computes in float32 whatever the model's precision
-        data,
-        *NO_DROPOUT,
-        "--activation-fn",
-        "tanh",
-        *regression,
-        *flags,
-        "--mbpp-warmup-ratio",
-        "0",
-        "--mbpp-momentum",
-        "0.7",
-        num_classes=1 if regression else 2,
-    )
-    cfg, task, model, criterion = build(arguments)
-    model.double().train()
-    # an output that is not flat: at initialisation the head hardly reacts to anything
-    torch.nn.init.normal_(model.classification_heads["sentence_classification_head"].out_proj.weight, std=1.0)
-    optimizer = optim.build_optimizer(cfg.optimizer, list(model.parameters()))
-    generator = torch.Generator().manual_seed(5)
+    teacher_flags = ["--mbpp-warmup-ratio", "0", "--mbpp-momentum", "0.7"]
+    task, model, criterion = set_up(data, *NO_DROPOUT, *teacher_flags, *flags, kind=kind, optimizer="mbpp", **options)
+    model.double()
+    for layer in model.encoder.sentence_encoder.layers:
+        layer.activation_fn = torch.tanh  # not gelu, which fairseq computes in float32 whatever the model's precision
+    optimizer = criterion.teacher._optimizer
+    generator = torch.Generator().manual_seed(9)
+    # a head whose every term is large enough to be seen
+    torch.nn.init.normal_(model.classification_heads[HEAD].out_proj.weight, std=1.0, generator=generator)
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -77,11 +64,42 @@ def prepared(data: Path, kind: str, *flags: str) -> tuple[Any, ...]:
             parameter.copy_(average)
     assert any(not torch.equal(a, b) for a, b in zip(teacher.parameters(), model.parameters()))
     optimizer.zero_grad()
-    criterion.teacher.connect(optimizer)
     sample = batch(task, 4)
-    if regression:
+    if kind == "regression":
         sample["target"] = sample["target"].double()
     return criterion, model, teacher, sample
+
+
+class Literal:
+    """What the literal algorithm makes of a batch; means over its examples."""
+
+    def __init__(self, model: Any, teacher: Any, sample: Any, kind: str, place: str, **settings: Any) -> None:
+        tokens, regression = sample["net_input"]["src_tokens"], kind == "regression"
+        noise = settings.pop("noise_std") * example_noise(sample["id"], tokens.shape[1], 16, seed=77).double()
+        students = [as_function_of_embeddings(model, row, place) for row in tokens]
+        teachers = [as_function_of_embeddings(teacher, row, place) for row in tokens]
+        xs = [embeddings_of(model, row, place) for row in tokens]
+        # the teacher has embeddings of its own: its function takes the offset from the student's
+        teacher_xs = [embeddings_of(teacher, row, place) for row in tokens]
+        lengths = tokens.ne(1).sum(1).tolist()
+        assert min(lengths) < tokens.shape[1], "the batch has no padding to leave alone"
+        x_tildes = [
+            reference.perturb(f, x.detach(), length, row_noise, regression=regression, **settings)
+            for f, x, length, row_noise in zip(students, xs, lengths, noise)
+        ]
+        terms = [
+            reference.objective(
+                students[i],
+                lambda _, i=i: teachers[i](teacher_xs[i]),
+                [xs[i]],
+                [x_tildes[i]],
+                sample["target"].view(-1)[i : i + 1],
+                regression,
+            )
+            for i in range(len(tokens))
+        ]
+        self.perturbation = torch.stack(x_tildes) - torch.stack(xs).detach()
+        self.task_loss, self.smooth, self.bregman = (torch.stack(column).mean() for column in zip(*terms))
 
 
 @pytest.mark.parametrize("place", ["token", "input"])
@@ -95,30 +113,37 @@ def test_against_the_literal_algorithm(
     place: str,
     class_data: Path,
     regression_data: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """x~, R_s, D_Breg and all gradients; a ball small enough to bind and a noise that partly leaves it."""
-    settings = dict(radius=2e-2, step_size=3e-2, steps=steps, norm=norm, scope=scope, projection=projection)
+    """x~, R_s, D_Breg and all gradients; a ball small enough to bind and a noise that partly leaves it.
+
+    As in the package, the first step follows the gradient of the linearised model; the reference's Jacobian is its own.
+    """
+    check(class_data if kind == "classes" else regression_data, kind, steps, norm, scope, projection, place)
+
+
+@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize(
+    ("flags", "classes"), [([], 3), ([], 4), (["--smart-recompute"], 2), (["--smart-recompute"], 3)], ids=str
+)
+def test_more_classes_and_a_first_step_from_a_pass_of_its_own(
+    flags: list[str], classes: int, place: str, class_data: Path
+) -> None:
+    check(class_data, "classes", 2, "inf", "example", "ball", place, *flags, num_classes=classes)
+
+
+def check(
+    data: Path, kind: str, steps: int, norm: str, scope: str, projection: str, place: str, *flags: str, **options: Any
+) -> None:
     criterion, model, teacher, sample = prepared(
-        class_data if kind == "classes" else regression_data,
+        data,
         kind,
         *("--smart-weight", "3", "--smart-bregman-weight", "2", "--smart-embedding", place),
         *("--smart-epsilon", "2e-2", "--smart-step-size", "3e-2", "--smart-noise-std", "1e-2"),
-        *(
-            "--smart-steps",
-            str(steps),
-            "--smart-norm",
-            norm,
-            "--smart-norm-scope",
-            scope,
-            "--smart-projection",
-            projection,
-        ),
+        *("--smart-steps", str(steps), "--smart-norm", norm, "--smart-norm-scope", scope),
+        *("--smart-projection", projection, *flags),
+        **options,
     )
-    regression = kind == "regression"
-    tokens = sample["net_input"]["src_tokens"]
-    seen = []
-    watch_perturbations(monkeypatch, seen)
+    seen = watch_terms(criterion)
     torch.manual_seed(77)
     loss, sample_size, log = criterion(model, sample)
     (loss / sample_size).backward()
@@ -131,39 +156,39 @@ def test_against_the_literal_algorithm(
         if parameter.grad is not None:
             gradients[name] -= parameter.grad
     model.zero_grad()
-    noise = 1e-2 * example_noise(sample["id"], tokens.shape[1], 16, seed=77).double()
-    students = [as_function_of_embeddings(model, row, place) for row in tokens]
-    teachers = [as_function_of_embeddings(teacher, row, place) for row in tokens]
-    xs = [embeddings_of(model, row, place) for row in tokens]
-    # the teacher has embeddings of its own: its function takes the offset from the student's
-    teacher_xs = [embeddings_of(teacher, row, place) for row in tokens]
-    lengths = tokens.ne(1).sum(1).tolist()
-    assert min(lengths) < tokens.shape[1], "the batch has no padding to leave alone"
-    x_tildes = [
-        reference.perturb(f, x.detach(), length, row_noise, regression=regression, **settings)
-        for f, x, length, row_noise in zip(students, xs, lengths, noise)
-    ]
-    rows = range(len(tokens))
-    terms = [
-        reference.objective(
-            students[i],
-            lambda _, i=i: teachers[i](teacher_xs[i]),
-            [xs[i]],
-            [x_tildes[i]],
-            sample["target"].view(-1)[i : i + 1],
-            regression,
-        )
-        for i in rows
-    ]
-    task_loss, smooth, bregman = (torch.stack(column).mean() for column in zip(*terms))
-    (3 * smooth + 2 * bregman).backward()
+    settings = dict(radius=2e-2, step_size=3e-2, steps=steps, norm=norm, scope=scope, projection=projection)
+    literal = Literal(model, teacher, sample, kind, place, noise_std=1e-2, first_step="linearised", **settings)
+    (3 * literal.smooth + 2 * literal.bregman).backward()
 
-    assert smooth > 1e-4 and bregman > 1e-8
-    assert_close(seen[0], torch.stack(x_tildes) - torch.stack(xs).detach())
-    assert_close(log["task_loss"] / sample_size, task_loss.detach().float())
-    assert_close(log["smart_loss"] / sample_size, smooth.detach())
-    assert_close(log["bregman_loss"] / sample_size, bregman.detach())
+    assert literal.smooth > 1e-4 and literal.bregman > 1e-8
+    assert_close(seen[0].perturbation, literal.perturbation)
+    assert_close(log["task_loss"] / sample_size, literal.task_loss.detach().float())
+    assert_close(log["smart_loss"] / sample_size, literal.smooth.detach())
+    assert_close(log["bregman_loss"] / sample_size, literal.bregman.detach())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert_close(gradients[name], parameter.grad)
     assert len(gradients) > 30
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("norm", ["inf", "l2"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_at_small_noise_the_first_order_is_all_there_is(
+    steps: int, norm: str, place: str, classes: int, class_data: Path
+) -> None:
+    """Against the fully literal algorithm, whose first step runs the model at the noise: R_s to 1e-3.
+
+    Five classes take it from forward-mode products, in which the divergence is its own second order.
+    """
+    flags = ["--smart-epsilon", "2e-2", "--smart-step-size", "3e-2", "--smart-noise-std", "1e-5", "--smart-norm", norm]
+    criterion, model, teacher, sample = prepared(
+        class_data, "classes", *flags, "--smart-steps", str(steps), "--smart-embedding", place, num_classes=classes
+    )
+    settings = dict(radius=2e-2, step_size=3e-2, steps=steps, norm=norm, scope="example", projection="ball")
+    literal = Literal(model, teacher, sample, "classes", place, noise_std=1e-5, **settings)
+    torch.manual_seed(77)
+    _, sample_size, log = criterion(model, sample)
+    assert literal.smooth > 1e-4
+    assert_close(log["smart_loss"] / sample_size, literal.smooth.detach(), rtol=1e-3)

@@ -13,9 +13,21 @@ import torch
 from fairseq.file_io import PathManager
 from fairseq.optim import FP16Optimizer
 from fairseq.optim.fp16_optimizer import MemoryEfficientFP16Optimizer
-from test_resume import tensors
-from test_workers import FIXED, FORKS, break_smoothness, finish, join, start, updates
-from toolkit import DEVICE, assert_close, assert_equal, batch, build, command, train, write_data
+from processes import FORKS, break_smoothness, finish, join, start, updates
+from toolkit import (
+    DEVICE,
+    FIXED,
+    HALF,
+    assert_close,
+    assert_equal,
+    assert_same_state,
+    batch,
+    build,
+    command,
+    tensors,
+    train,
+    write_data,
+)
 
 from smart_fairseq.errors import explain
 
@@ -30,16 +42,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 def count(out: Path) -> int:
     """Updates taken so far by the first worker."""
     return len(updates(out)) if Path(f"{out}.0").exists() else 0
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    """Weights, optimizer and teacher of two checkpoints, bit for bit."""
-    states = [torch.load(path) for path in (one, other)]
-    for part in ("model", "last_optimizer_state"):
-        ours, theirs = (tensors(state[part]) for state in states)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert_equal(ours[name], theirs[name])
 
 
 # --- overflow --------------------------------------------------------------------------------------
@@ -83,12 +85,12 @@ PASSES = {"teacher": ["bregman"], "clean": ["smart", "bregman"], "ascent": ["sma
 
 @pytest.mark.parametrize("where", PASSES)
 def test_overflow_in_a_pass(where: str, class_data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whichever pass overflows in float16: the update is skipped and the teacher stays."""
-    cfg, task, model, criterion = build(
-        command(
-            class_data, "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4", "--smart-mode", "finite", *FIXED
-        )
-    )
+    """Whichever pass overflows in float16: the update is skipped and the teacher stays.
+
+    The first ascent step has no pass of its own; the second one has.
+    """
+    flags = [*HALF, "--smart-mode", "finite", "--smart-steps", "2", *FIXED]
+    cfg, task, model, criterion = build(command(class_data, *flags))
     model.half().train()
     optimizer = FP16Optimizer.build_optimizer(cfg, [p for p in model.parameters() if p.requires_grad])
     criterion.teacher.connect(optimizer)
@@ -157,7 +159,7 @@ def break_smoothness_once() -> None:
 def test_overflow_in_the_adversarial_pass_of_one_of_two_workers(class_data: Path, tmp_path: Path) -> None:
     """Both skip the update, and the same updates follow on both."""
     arguments = command(
-        class_data, *FIXED, "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4", save_dir=tmp_path / "run",
+        class_data, *FIXED, *HALF, save_dir=tmp_path / "run",
         max_update=4,
     )  # fmt: skip
     finish(start(arguments, tmp_path / "run", workers=2, prepare=break_smoothness_once), tmp_path / "run")

@@ -12,7 +12,7 @@ from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, comman
 
 from smart_fairseq.method.teacher import average_, momentum_at
 from smart_fairseq.optim.mbpp import MBPP
-from smart_fairseq.teacher_link import TeacherLink
+from smart_fairseq.training.link import TrainingLink
 
 
 def optimizer_for(data: Path, parameters: list[torch.Tensor], *flags: str, **options: Any) -> MBPP:
@@ -264,7 +264,7 @@ def test_the_teacher_by_name_in_every_precision(precision: list[str], class_data
         parameter.grad = torch.ones_like(parameter)
     optimizer._needs_sync = True
     optimizer.step()
-    link = TeacherLink()
+    link = TrainingLink()
     link.connect(optimizer)
     weights = link.weights(model)
     assert set(weights) == set(start) - {"encoder.lm_head.bias"}
@@ -295,7 +295,7 @@ def test_one_flat_tensor_is_cut_in_the_order_of_the_parameters(class_data: Path)
         fp32_optimizer = optim.build_optimizer(cfg.optimizer, [flat])
 
     Flat.fp32_optimizer.step()
-    link = TeacherLink()
+    link = TrainingLink()
     link.connect(Flat())
     for name, parameter in model.named_parameters():
         assert_equal(link.weights(model)[name], parameter.detach())
@@ -306,7 +306,7 @@ def test_another_models_optimizer_is_refused(class_data: Path) -> None:
     optimizer = optimizer_for(class_data, parameters)
     take_steps(optimizer, parameters, 1)
     _, _, model, _ = build(command(class_data))
-    link = TeacherLink()
+    link = TrainingLink()
     link.connect(optimizer)
     with pytest.raises(RuntimeError, match="not this model's"):
         link.weights(model)

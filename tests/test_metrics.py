@@ -2,17 +2,15 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import finish, start
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
-from toolkit import command, train, write_data
+from toolkit import HEAD, command, train, write_data
 
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
 
@@ -49,7 +47,7 @@ def true_metrics(kind: str, data: Path, checkpoint: Path) -> dict[str, float]:
     with torch.no_grad():
         for index in range(len(dataset)):
             sample = dataset.collater([dataset[index]])
-            logits = model(**sample["net_input"], classification_head_name="sentence_classification_head")[0]
+            logits = model(**sample["net_input"], classification_head_name=HEAD)[0]
             outputs.append(float(logits[0, 0]) if kind == "regression" else int(logits.argmax()))
             targets.append(float(sample["target"].view(-1)[0]))
     if kind == "regression":
@@ -83,25 +81,11 @@ def test_any_batch_size(batch_size: str, trained: Any) -> None:
     assert {key: log["valid"][-1][f"valid_{key}"] for key in KEYS[kind]} == pytest.approx(expected, abs=0.051)
 
 
-def test_two_workers(trained: Any) -> None:
+def test_two_workers(trained: Any, tmp_path: Path) -> None:
     """23 examples in batches of 2 over two workers: the last batch of one of them is empty."""
     kind, data, checkpoint, expected = trained
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = validation(
-        data, kind, checkpoint, "--batch-size-valid", "2", "--distributed-backend", "gloo", "--ddp-backend",
-        "legacy_ddp", "--distributed-world-size", "2", "--distributed-no-spawn",
-        "--distributed-init-method", f"tcp://127.0.0.1:{port}",
-    )  # fmt: skip
-    program = [str(Path(sys.executable).parent / "fairseq-train"), *arguments]
-    workers = [
-        subprocess.Popen(
-            [*program, "--distributed-rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    line = json.loads(re.findall(r"\| valid \| (\{.*\})", "\n".join(outputs))[-1])
+    arguments = validation(data, kind, checkpoint, "--batch-size-valid", "2", "--ddp-backend", "legacy_ddp")
+    finish(start(arguments, tmp_path / "run", workers=2), tmp_path / "run")
+    # the second worker logs nothing
+    line = json.loads(re.findall(r"INFO:valid:(\{.*\})", (tmp_path / "run.0.log").read_text())[-1])
     assert {key: float(line[f"valid_{key}"]) for key in KEYS[kind]} == pytest.approx(expected, abs=0.051)

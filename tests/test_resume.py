@@ -1,47 +1,56 @@
 """Through fairseq-train: stopping and resuming, resetting, and what plain fairseq makes of a checkpoint."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
-from toolkit import BOLD, ROOT, assert_equal, command, train
+from fairseq import checkpoint_utils
+from omegaconf import DictConfig, open_dict
+from toolkit import BOLD, HEAD, ROOT, assert_equal, assert_same_state, batch, command, train
 
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
 
 
-def tensors(state: Any, path: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a nested state, by their path."""
-    if torch.is_tensor(state):
-        return {path: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {key: value for name, part in items for key, value in tensors(part, f"{path}/{name}").items()}
-
-
-@pytest.mark.parametrize("base", ["adam", "radam"])
-def test_three_and_three_equal_six(base: str, class_data: Path, tmp_path: Path) -> None:
-    """Weights, optimizer and teacher bit for bit, dropout on, the stop in the middle of an epoch."""
-    flags = [*BOLD, "--mbpp-base", base, "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
-    train(command(class_data, *flags, save_dir=tmp_path / "straight"))
-    stopped = tmp_path / "stopped"
-    train(command(class_data, *flags, save_dir=stopped))
-    (stopped / "checkpoint_last.pt").unlink()
-    first_half = stopped / "checkpoint_1_3.pt"
-    assert torch.load(first_half)["optimizer_history"][-1]["num_updates"] == 3
-    first_half.rename(stopped / "checkpoint_last.pt")
-    resumed = train(command(class_data, *flags, save_dir=stopped))
+def test_three_and_three_equal_six_with_another_base(class_data: Path, tmp_path: Path) -> None:
+    """As test_every_criterion.py has it for adam; the checkpoint says what the teacher is."""
+    flags = [*BOLD, "--mbpp-base", "radam", "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
+    train(command(class_data, *flags, save_dir=tmp_path / "run"))
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    last.rename(tmp_path / "straight.pt")
+    (tmp_path / "run" / "checkpoint_1_3.pt").rename(last)
+    assert torch.load(last)["optimizer_history"][-1]["num_updates"] == 3
+    resumed = train(command(class_data, *flags, save_dir=tmp_path / "run"))
     assert [line["num_updates"] for line in resumed["train_inner"]] == [4, 5, 6]
-    ends = [torch.load(folder / "checkpoint_last.pt") for folder in (tmp_path / "straight", stopped)]
-    for part in ("model", "last_optimizer_state"):
-        straight, after = (tensors(end[part]) for end in ends)
-        assert straight.keys() == after.keys() and len(straight) > 30
-        for name in straight:
-            assert_equal(straight[name], after[name])
-    teacher = ends[0]["last_optimizer_state"]["mbpp"]
+    assert_same_state(last, tmp_path / "straight.pt")
+    teacher = torch.load(last)["last_optimizer_state"]["mbpp"]
     assert teacher["updates"] == 6
     assert all(average.dtype == torch.float32 for average in teacher["teacher"])
+
+
+def test_a_checkpoint_that_names_removed_flags_goes_on(class_data: Path, tmp_path: Path) -> None:
+    """As the version that had these flags wrote it: training resumes, and fairseq's tools load it."""
+    train(command(class_data, *BOLD, save_dir=tmp_path / "run", max_update=3))
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    state = torch.load(last)
+    saved = state["cfg"]["criterion"]
+    removed = {"smart_reuse": True, "smart_search_layers": 2, "smart_bregman_every": 2, "smart_mode": "finite"}
+    with open_dict(saved) if isinstance(saved, DictConfig) else contextlib.nullcontext():
+        assert saved["smart_mode"] is not None and not {"smart_reuse", "smart_bregman_every"} & set(saved)
+        saved.update(removed)
+        del saved["smart_linear_search"]
+    torch.save(state, last)
+    log = train(command(class_data, *BOLD, save_dir=tmp_path / "run", max_update=5))
+    assert [line["num_updates"] for line in log["train_inner"]] == [4, 5]
+    assert torch.load(last)["last_optimizer_state"]["mbpp"]["updates"] == 5
+    torch.save(state, last)
+    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(last)])
+    criterion = task.build_criterion(cfg.criterion)  # as fairseq-validate does
+    assert str(criterion.cfg.smart_mode) == "finite" and criterion.settings.adversary.radius == 1e-2
+    task.load_dataset("train")
+    loss, _, _ = criterion(models[0].eval(), batch(task, 4))
+    assert torch.isfinite(loss)
 
 
 def test_reset_optimizer_starts_the_teacher_at_the_loaded_weights(class_data: Path, tmp_path: Path) -> None:
@@ -101,8 +110,6 @@ torch.save(logits.detach(), out)
 
 
 def test_plain_fairseq_loads_a_checkpoint_and_predicts_the_same(class_data: Path, tmp_path: Path) -> None:
-    from fairseq import checkpoint_utils
-
     train(command(class_data, save_dir=tmp_path, max_update=4))
     run = subprocess.run(
         [sys.executable, "-c", PLAIN, str(tmp_path), str(class_data), str(tmp_path / "logits.pt")],
@@ -111,7 +118,7 @@ def test_plain_fairseq_loads_a_checkpoint_and_predicts_the_same(class_data: Path
     assert run.returncode == 0, run.stderr
     models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "checkpoint_last.pt")])
     tokens = torch.tensor([[0, 4, 5, 6, 2], [0, 9, 8, 2, 1]])
-    logits, _ = models[0].eval()(tokens, classification_head_name="sentence_classification_head")
+    logits, _ = models[0].eval()(tokens, classification_head_name=HEAD)
     assert_equal(torch.load(tmp_path / "logits.pt"), logits.detach())
 
 

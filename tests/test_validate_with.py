@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from test_workers import finish, start
-from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, command, train, write_data
+from processes import finish, start
+from toolkit import HALF, HEAD, NO_DROPOUT, assert_close, assert_equal, batch, build, command, train, write_data
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.export import main
@@ -25,7 +25,7 @@ def judged(checkpoint: Path, data: Path) -> tuple[float, float]:
     dataset = task.dataset("valid")
     sample = dataset.collater([dataset[i] for i in range(len(dataset))])
     with torch.no_grad():
-        logits, _ = models[0].eval()(**sample["net_input"], classification_head_name="sentence_classification_head")
+        logits, _ = models[0].eval()(**sample["net_input"], classification_head_name=HEAD)
     loss = torch.nn.functional.cross_entropy(logits, sample["target"].view(-1)) / torch.log(torch.tensor(2.0))
     return 100 * float((logits.argmax(1) == sample["target"].view(-1)).float().mean()), float(loss)
 
@@ -34,13 +34,13 @@ def validated(log: dict[str, Any]) -> tuple[float, float]:
     return log["valid"][-1]["valid_accuracy"], log["valid"][-1]["valid_loss"]
 
 
-@pytest.mark.parametrize("precision", [[], ["--fp16", "--fp16-no-flatten-grads"]], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [[], HALF], ids=["fp32", "fp16"])
 def test_validation_with_the_teacher_is_that_of_the_exported_teacher(precision: Any, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", valid=50)
     results = {}
     for who in ("student", "teacher"):
         arguments = command(
-            data, *LAGGING, *precision, "--fp16-init-scale", "4", "--smart-validate-with", who,
+            data, *LAGGING, *precision, "--smart-validate-with", who,
             save_dir=tmp_path / who, max_update=12,
         )  # fmt: skip
         arguments.remove("--disable-validation")

@@ -1,159 +1,23 @@
 """Two workers over gloo on the CPU against one worker with the same examples in each update."""
 
 import contextlib
-import json
-import logging
-import multiprocessing
-import os
-import socket
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fairseq import trainer
 from fairseq.distributed import ModuleProxyWrapper
-from fairseq.distributed import utils as distributed_utils
-from fairseq.optim import build_optimizer
 from fairseq_cli import train as fairseq_train
-from toolkit import BOLD, NO_DROPOUT, assert_close, batch, build, command, parse, write_data
+from processes import FORKS, assert_same_run, finish, free_port, join, start, updates
+from toolkit import FIXED, assert_close, batch, build, command, parse, set_up, write_data
 
+from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
-from smart_fairseq.forms import CARRIED_CHANGE, FIRST_ORDER, TWO_FORWARDS
-from smart_fairseq.perturb import bare
-from smart_fairseq.smoothness import TwoForwards
-
-# processes that fork from one which has imported everything and done nothing: they start at once
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["smart_fairseq", "fairseq_cli.train", "fairseq.tasks.sentence_prediction"])
-
-# the same examples in the same order, and an epsilon of Adam's that does not blow rounding up
-FIXED = [*NO_DROPOUT, *BOLD, "--curriculum", "9", "--required-batch-size-multiple", "1", "--adam-eps", "1e-4"]
-FIXED += ["--ddp-backend", "legacy_ddp"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def in_worker(arguments: Sequence[str], out: str, options: dict[str, Any]) -> None:
-    """fairseq-train in a process of its own; the sums of each update over all workers go to the file ``out``.
-
-    Options: ``break_at``, an example in whose batch the smoothness term is not a number; ``common``, settings of
-    the configuration as fairseq-hydra-train takes them (on the command line fairseq takes --bf16 for --tpu);
-    ``prepare``, a function to call first.
-    """
-    log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
-    torch.set_num_threads(1)
-    reduce_and_log = trainer.Trainer._reduce_and_log_stats
-
-    def record(self: Any, logs: list[dict[str, Any]], sample_size: float, grad_norm: Any = None) -> Any:
-        if grad_norm is not None:
-            sums = {key: float(sum(log[key] for log in logs)) for key in logs[0]}
-            with open(out, "a") as lines:
-                print(json.dumps({**sums, "gnorm": float(grad_norm)}), file=lines)
-        return reduce_and_log(self, logs, sample_size, grad_norm)
-
-    trainer.Trainer._reduce_and_log_stats = record
-    if "break_at" in options:
-        break_smoothness(lambda sample: options["break_at"] in sample["id"].tolist())
-    if "prepare" in options:
-        options["prepare"]()
-    cfg = parse(arguments)
-    cfg.common.update(options.get("common", {}))
-    try:
-        distributed_utils.call_main(cfg, fairseq_train.main)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def break_smoothness(when: Callable[[dict[str, Any]], bool]) -> None:
-    """Where ``when`` is true of the batch, the smoothness term is not a number."""
-    whole = TwoForwards.value
-
-    def broken(self: TwoForwards, clean: Any) -> Any:
-        term = whole(self, clean)
-        return term * float("nan") if when(self.sample) else term
-
-    TwoForwards.value = broken  # type: ignore[method-assign]
-
-
-def start(arguments: Sequence[str], out: Path, workers: int = 1, **options: Any) -> list[Any]:
-    """Start fairseq-train; the updates go to ``out`` with the worker's number as its suffix, what it prints to .log."""
-    port = free_port()
-    processes = []
-    for rank in range(workers):
-        distributed = [
-            *("--distributed-backend", "gloo", "--distributed-world-size", str(workers), "--distributed-no-spawn"),
-            *("--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-rank", str(rank)),
-        ]
-        process = FORKS.Process(
-            target=in_worker, args=([*arguments, *(distributed if workers > 1 else ())], f"{out}.{rank}", options)
-        )
-        process.start()
-        processes.append(process)
-    return processes
-
-
-def join(processes: Sequence[Any], timeout: float = 240) -> list[int | None]:
-    """Wait for processes; their exit codes, None for one that had to be killed after ``timeout`` seconds."""
-    limit = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0, limit - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    return codes
-
-
-def finish(processes: Sequence[Any], out: Path) -> None:
-    """Wait for processes that must end well."""
-    codes = join(processes)
-    logs = "".join(path.read_text() for path in sorted(out.parent.glob("*.log")))
-    assert codes == [0] * len(processes), logs
-
-
-def updates(out: Path, rank: int = 0) -> list[dict[str, float]]:
-    return [json.loads(line) for line in Path(f"{out}.{rank}").read_text().splitlines()]
-
-
-def assert_same_run(folder: Path, names: Sequence[str], *, count: int, tolerance: float = 1e-6) -> None:
-    """Every logged sum, weights and teacher of the runs ``names`` equal the first's within ``tolerance``."""
-    runs = [updates(folder / name) for name in names]
-    states = [torch.load(folder / name / "checkpoint_last.pt") for name in names]
-    for run, state, name in zip(runs[1:], states[1:], names[1:]):
-        assert len(run) == len(runs[0]) == count
-        assert updates(folder / name, rank=1) == run
-        for ours, one in zip(run, runs[0]):
-            assert ours.keys() == one.keys() >= {"smart_loss", "smart_delta", "bregman_loss", "gnorm"}
-            for key in one:
-                assert ours[key] == pytest.approx(one[key], rel=tolerance * 10, abs=tolerance), key
-        for key, weight in states[0]["model"].items():
-            assert_close(state["model"][key], weight, rtol=0, atol=tolerance)
-        teachers = [s["last_optimizer_state"]["mbpp"] for s in (state, states[0])]
-        assert teachers[0]["updates"] == teachers[1]["updates"] == count
-        for ours, one in zip(*(teacher["teacher"] for teacher in teachers)):
-            assert_close(ours, one, rtol=0, atol=tolerance)
-    # the terms are there to be compared
-    assert runs[0][0]["smart_loss"] > 1e-4 and runs[0][-1]["bregman_loss"] > 1e-7
-
+from smart_fairseq.terms.precision import FormOfTerm, Search
 
 CASES = {
-    "plain": (24, "4", "1", []),
-    "tangent": (24, "4", "1", ["--smart-mode", "tangent"]),
-    "carried change": (24, "4", "1", ["--smart-mode", "finite", "--smart-epsilon", "1e-3"]),
-    "the first step from the clean pass": (24, "4", "1", ["--smart-search-layers", "0"]),
+    "linear search": (24, "4", "1", ["--smart-steps", "2", "--smart-linear-search"]),
     "clean pass without dropout": (24, "4", "1", ["--smart-dropout", "off"]),
     "the clean pass recomputed": (24, "4", "1", ["--smart-recompute"]),
     "regression": (24, "4", "1", ["--regression-target", "--num-classes", "1"]),
@@ -175,7 +39,10 @@ DDP = {
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in DDP)])
 def test_two_workers_equal_one(case: str, tmp_path: Path) -> None:
-    """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates."""
+    """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates.
+
+    Every criterion as it is: test_every_criterion.py.
+    """
     train, size, frequency, flags = {**CASES, **DDP}[case]
     data = write_data(tmp_path / "data", kind="regression" if case == "regression" else "classes", train=train)
     shared = [*FIXED, *flags, "--mbpp-warmup-ratio", "0.5"]
@@ -261,28 +128,25 @@ def test_a_term_dropped_on_one_worker(class_data: Path, tmp_path: Path) -> None:
 
 
 WAYS = {
-    TWO_FORWARDS: [],
-    CARRIED_CHANGE: ["--smart-mode", "finite", "--smart-epsilon", "1e-3"],
-    FIRST_ORDER: ["--smart-mode", "tangent"],
-    "recompute": ["--smart-recompute"],
-    "from the clean pass": ["--smart-search-layers", "1"],
+    "two forwards": ([], FormOfTerm.TWO_FORWARDS, Search.CLEAN_PASS),
+    "first order": (["--smart-mode", "tangent"], FormOfTerm.FIRST_ORDER, Search.OWN_PASS),
+    "recompute": (["--smart-recompute"], FormOfTerm.TWO_FORWARDS, Search.OWN_PASS),
+    "linear search": (["--smart-linear-search"], FormOfTerm.TWO_FORWARDS, Search.EVERY_STEP),
 }
 
 
 def prepared(data: Path, way: str, unused: bool) -> Any:
     """Task, model and criterion with a teacher that is not the student."""
-    arguments = command(data, *FIXED, *WAYS[way])
-    cfg, task, model, criterion = build(arguments)
+    task, model, criterion = set_up(data, *FIXED, *WAYS[way][0], optimizer="mbpp")
     for parameter_name, parameter in model.encoder.lm_head.named_parameters():
         # the LM head plays no part in classification; its weight is the embeddings'
         parameter.requires_grad_(unused or parameter_name == "weight")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(cfg.optimizer, trained)
+    optimizer = criterion.teacher._optimizer
+    trained = list(optimizer.params)
     generator = torch.Generator().manual_seed(2)
     optimizer.teacher = [p.detach() + 0.05 * torch.randn(p.shape, generator=generator).to(p.device) for p in trained]
     optimizer.teacher_version += 1
-    criterion.teacher.connect(optimizer)
-    return task, model.train(), criterion
+    return task, model, criterion
 
 
 def gradients(model: Any, criterion: Any, samples: Sequence[Any], seed: int) -> dict[str, torch.Tensor]:
@@ -294,7 +158,7 @@ def gradients(model: Any, criterion: Any, samples: Sequence[Any], seed: int) -> 
         with model.no_sync() if accumulate else contextlib.nullcontext():
             loss, _, _ = criterion(model, sample)
             loss.backward()
-    return {name: p.grad.clone() for name, p in bare(model).named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in encoder_of(model).model.named_parameters() if p.grad is not None}
 
 
 def in_ddp(rank: int, port: int, data: Path, way: str, unused: bool, out: Path) -> None:
@@ -327,7 +191,7 @@ def test_torch_ddp(way: str, unused: bool, class_data: Path, tmp_path: Path) -> 
     first, second = batch(task, 8), batch(task, 8, start=8)
     expected = [gradients(model, criterion, samples, seed)
                 for samples, seed in (([first], 1), ([second, first], 2), ([first], 1))]  # fmt: skip
-    assert criterion._form.term == (way if way in (CARRIED_CHANGE, FIRST_ORDER) else TWO_FORWARDS)
+    assert criterion.form == WAYS[way][1:]
     for rank in (0, 1):
         for ours, one in zip(torch.load(tmp_path / f"{rank}.pt"), expected):
             assert ours.keys() >= one.keys()

@@ -1,23 +1,26 @@
 """What several tests share: tolerances, tiny data, tiny models, fairseq's programs in this process."""
 
 import contextlib
+import copy
 import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from fairseq import options, tasks
+from fairseq import optim, options, tasks
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.modules import gelu as fairseq_gelu
 from fairseq.utils import apply_to_sample
 from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
-
+from smart_fairseq.terms import TermValue
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = str(Path(smart_fairseq.__file__).parent)
@@ -52,6 +55,38 @@ TINY_MODEL = [
 # a term that is large enough to be seen
 BOLD = ["--smart-epsilon", "1e-2", "--smart-step-size", "1e-1", "--smart-noise-std", "1e-3"]
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--pooler-dropout", "0"]
+# layers as wide as in RoBERTa in relation to each other, and many, so that the ends do not count
+LIKE_ROBERTA = ["--encoder-layers", "8", "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "256"]
+# float16 as a CPU can train it, and a loss scale at which tiny models do not overflow
+HALF = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"]
+# the same examples in the same order, and an epsilon of Adam's that does not blow rounding up
+FIXED = [*NO_DROPOUT, *BOLD, "--curriculum", "9", "--required-batch-size-multiple", "1", "--adam-eps", "1e-4"]
+FIXED += ["--ddp-backend", "legacy_ddp"]
+HEAD = "sentence_classification_head"
+
+
+class Regularised(NamedTuple):
+    """A way to train with one of the package's criteria.
+
+    flags: with which every term is large enough to be seen.
+    off: flags that switch off the criterion's own terms.
+    terms: their names.
+    """
+
+    criterion: str
+    flags: list[str]
+    off: list[str]
+    terms: list[str]
+
+
+# what every criterion must hold is tested with each of these (test_every_criterion.py); a new one is a line here
+CRITERIA = {
+    "smart": Regularised("smart_sentence_prediction", BOLD, ["--smart-weight", "0"], ["smart"]),
+    "smart, tangent": Regularised(
+        "smart_sentence_prediction", [*BOLD, "--smart-mode", "tangent"], ["--smart-weight", "0"], ["smart"]
+    ),
+}
+KINDS = ["classes", "regression"]
 
 
 def write_data(
@@ -195,6 +230,73 @@ def build(arguments: Sequence[str]) -> Any:
     return cfg, task, model, criterion
 
 
+def set_up(
+    data: Path, *flags: str, kind: str = "classes", optimizer: str = "adam", **options: Any
+) -> tuple[Any, Any, Any]:
+    """Task, model in training mode and criterion; with ``--optimizer mbpp`` the criterion has met it.
+
+    The output is not flat: at initialisation the head hardly reacts to anything.
+    """
+    if kind == "regression":
+        flags, options = ("--regression-target", *flags), {"num_classes": 1, **options}
+    cfg, task, model, criterion = build(command(data, *flags, optimizer=optimizer, **options))
+    torch.nn.init.normal_(model.classification_heads[HEAD].out_proj.weight, std=1.0)
+    if optimizer == "mbpp":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        criterion.teacher.connect(optim.build_optimizer(cfg.optimizer, trained))
+    return task, model.train(), criterion.train()
+
+
+class Step(NamedTuple):
+    """Loss, log and gradients by parameter name of one batch."""
+
+    loss: torch.Tensor
+    log: dict[str, Any]
+    gradients: dict[str, torch.Tensor]
+
+
+def count_forwards(model: Any) -> list[int]:
+    """A list that grows by one for every pass through the first layer."""
+    passes: list[int] = []
+    model.encoder.sentence_encoder.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def step(model: Any, criterion: Any, sample: Any, seed: int = 3) -> Step:
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss, _, log = criterion(model, sample)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.detach(), log, gradients)
+
+
+def assert_same_gradients(actual: Step, expected: Step, **tolerance: float) -> None:
+    """Of all parameters; bit for bit where no tolerance is given."""
+    assert actual.gradients.keys() == expected.gradients.keys()
+    compare = assert_close if tolerance else assert_equal
+    for name, gradient in actual.gradients.items():
+        compare(gradient, expected.gradients[name], **tolerance)
+
+
+def tensors(state: Any, path: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state, by their path."""
+    if torch.is_tensor(state):
+        return {path: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {key: value for name, part in items for key, value in tensors(part, f"{path}/{name}").items()}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, optimizer and teacher of two checkpoints, bit for bit."""
+    states = [torch.load(path) for path in (one, other)]
+    for part in ("model", "last_optimizer_state"):
+        ours, theirs = (tensors(state[part]) for state in states)
+        assert ours.keys() == theirs.keys() and len(ours) > 30
+        for name in ours:
+            assert_equal(ours[name], theirs[name])
+
+
 def flops(model: Any, criterion: Any, sample: dict[str, Any]) -> int:
     """Floating-point operations of forward and backward, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
@@ -209,12 +311,34 @@ def batch(task: Any, size: int, start: int = 0) -> dict[str, Any]:
     return apply_to_sample(lambda tensor: tensor.to(DEVICE), sample)  # type: ignore[no-any-return]
 
 
-def watch_perturbations(monkeypatch: Any, seen: list[torch.Tensor]) -> None:
-    """Note the perturbation [B, T, C] of every smoothness term from here on."""
-    sizes = SmoothnessTerm.sizes
+def alter_terms(owner: Any, change: Callable[[Any, TermValue], TermValue]) -> None:
+    """Let every term of ``owner``, a criterion or a class of them, pass through ``change`` with its batch."""
+    original = owner.term
 
-    def noting(term: SmoothnessTerm) -> torch.Tensor:
-        seen.append(term.perturbation.detach())
-        return sizes(term)
+    @contextmanager
+    def altered(*arguments: Any) -> Iterator[Callable[[torch.Tensor], TermValue]]:
+        with original(*arguments) as value:
+            yield lambda clean: change(arguments[-1], value(clean))
 
-    monkeypatch.setattr(SmoothnessTerm, "sizes", noting)
+    owner.term = altered
+
+
+def watch_terms(criterion: Any) -> list[TermValue]:
+    """A list that grows by every smoothness term from here on, with its perturbation [B, T, C]."""
+    seen: list[TermValue] = []
+
+    def note(sample: Any, found: TermValue) -> TermValue:
+        seen.append(found)
+        return found
+
+    alter_terms(criterion, note)
+    return seen
+
+
+def in_float64(model: Any) -> Any:
+    """A copy; fairseq's own gelu works in float32."""
+    model = copy.deepcopy(model).double()
+    for layer in model.encoder.sentence_encoder.layers:
+        if layer.activation_fn is fairseq_gelu:
+            layer.activation_fn = torch.nn.functional.gelu
+    return model

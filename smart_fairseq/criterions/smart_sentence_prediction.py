@@ -110,5 +110,5 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         super().reduce_metrics(logging_outputs)
         if any("smart_form" in log for log in logging_outputs):
             number, size = (sum(log.get(key, 0) for log in logging_outputs) for key in ("smart_form", "sample_size"))
-            form = list(FormOfTerm)[round(number / size)]
+            form = list(FormOfTerm)[round(float(number / size))]
             metrics.log_derived("smart_form", lambda _: form.value)

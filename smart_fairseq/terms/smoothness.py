@@ -86,7 +86,8 @@ class _Batch:
             with self.dropout():
                 return forward.products(weights, direction)
 
-        if not few_outputs(settings.num_classes):
+        # the forward of a pass of its own counts as one more
+        if not few_outputs(settings.num_classes + 1):
             return gradient_to_first_order(products, settings.divergence_of_change)
         with self.dropout(), self.encoder.captured(forward.place, leaf=True) as entered:
             outputs = forward(weights)
