@@ -14,16 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples" / "demo"), str(ROOT)]
+from facts import ROOT, facts
+from fairseq import distributed_utils, options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import train
 
-import run as demo  # noqa: E402
-import table  # noqa: E402
-import trainings  # noqa: E402
-from facts import facts  # noqa: E402
-from fairseq import distributed_utils, options  # noqa: E402
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
-from fairseq_cli import train  # noqa: E402
+from smart_fairseq.data.tasks import TASKS
+from smart_fairseq.study import recipe, report
+from smart_fairseq.study.runs import Result, Run, run_all
 
 # flags, and settings of fairseq's configuration, because on the command line it takes --bf16 for --tpu
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -49,37 +47,38 @@ def train_one(variant: str, arguments: list[str]) -> None:
     distributed_utils.call_main(cfg, train.main)
 
 
-def planned(args: argparse.Namespace) -> list[trainings.Run]:
+def planned(args: argparse.Namespace) -> list[Run]:
     """The runs of the chosen variants."""
-    place = args.demo
-    data, imported = place / "data" / "generated-bin", place / "encoder" / "fairseq"
+    data, imported = args.demo / "data" / "generated-bin", args.demo / "encoder" / "fairseq"
     if not (data / "input0").is_dir() or not (imported / "model.pt").is_file():
-        sys.exit(f"accuracy: error: --demo is {place}, which holds no encoder and no data; run `make demo` first")
+        sys.exit(f"accuracy: error: --demo is {args.demo}, which holds no encoder and no data; run `make demo` first")
     runs = []
     for variant in args.variants:
+        program = (sys.executable, __file__, "--train", variant)
         for seed in range(1, args.seeds + 1):
-            name = f"{variant}-seed{seed}"
-            line = demo.training_command(demo.OWN_TASK, data, imported, place / "unused", "smart", seed, args.updates)
-            command = [sys.executable, __file__, "--train", variant, *line[1:], "--no-save", *VARIANTS[variant][0]]
-            log = place / "accuracy" / f"{name}.log"
-            runs.append(trainings.Run(name, variant, seed, command, log, args.updates))
+            # the demo's own task has the form of RTE
+            line = recipe.flags(TASKS["RTE"], data, imported, "smart", seed, args.updates)
+            line += ["--no-save", *VARIANTS[variant][0]]
+            place = args.demo / "accuracy"
+            runs.append(Run(f"{variant}-seed{seed}", variant, seed, line, place, args.updates, program=program))
     return runs
 
 
-def row(variant: str, runs: list[trainings.Run]) -> dict[str, Any]:
+def row(variant: str, results: list[Result]) -> dict[str, Any]:
     """What the runs of one variant say."""
-    terms = {name: [found for found in (table.term(run, name) for run in runs) if found] for name in TERMS}
+    terms = {name: [found for found in (report.term(result, name) for result in results) if found] for name in TERMS}
+    logs = [result.run.log.read_text() for result in results]
     return {
         "variant": variant,
-        "form": "first order" if "smoothness term to first order" in runs[0].log.read_text() else "two forwards",
-        "accuracy": [run.valid[-1]["valid_accuracy"] for run in runs],
-        "updates": [len(run.inner) for run in runs],
+        "form": "first order" if "smoothness term to first order" in logs[0] else "two forwards",
+        "accuracy": [result.valid[-1]["valid_accuracy"] for result in results],
+        "updates": [result.done for result in results],
         **{name: statistics.mean(last for _, last in found) for name, found in terms.items()},
-        "seconds_per_update": statistics.mean(run.seconds_per_update() or 0.0 for run in runs),
+        "seconds_per_update": statistics.mean(result.seconds_per_update() or 0.0 for result in results),
         "dropped": sum(
-            line.get(f"{t}_dropped", 0.0) for run in runs for line in run.inner for t in ("smart", "bregman")
+            line.get(f"{t}_dropped", 0.0) for result in results for line in result.inner for t in ("smart", "bregman")
         ),
-        "overflows": sum(run.log.read_text().count("gradient overflow detected") for run in runs),
+        "overflows": sum(log.count("gradient overflow detected") for log in logs),
     }
 
 
@@ -92,9 +91,8 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="where `make demo` put encoder and data")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
-    runs = planned(args)
-    trainings.run_all(runs, args.jobs, 1)
-    rows = [row(variant, [run for run in runs if run.method == variant]) for variant in args.variants]
+    results = run_all(planned(args), args.jobs, 1)
+    rows = [row(variant, [r for r in results if r.run.method == variant]) for variant in args.variants]
     about = facts(__file__)
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
     titles = ["variant", "form", "accuracy per seed", *TERMS, "s per update", "dropped", "overflows"]

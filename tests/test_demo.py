@@ -15,14 +15,13 @@ from toolkit import ROOT
 
 from smart_fairseq.data.readers import read_task
 from smart_fairseq.errors import UsageError
+from smart_fairseq.study import report, runs
 
 DEMO = ROOT / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
 encoder = importlib.import_module("encoder")
 generate = importlib.import_module("generate")
 run = importlib.import_module("run")
-table = importlib.import_module("table")
-trainings = importlib.import_module("trainings")
 sys.path.remove(str(DEMO))
 
 
@@ -95,21 +94,22 @@ VALID = (
 
 
 def test_log_lines_are_read() -> None:
-    kind, numbers = trainings.parse_line(INNER)
+    kind, numbers = runs.parse_line(INNER)
     assert kind == "train_inner"
     assert (numbers["loss"], numbers["smart_loss"]) == (1.5, 1.3e-6)
-    kind, numbers = trainings.parse_line(VALID)
+    kind, numbers = runs.parse_line(VALID)
     assert kind == "valid"
     assert numbers == {"epoch": 1, "valid_loss": 1, "valid_accuracy": 61.5}
 
 
 @pytest.mark.parametrize("line", ["", "Traceback\n", "x | INFO | train_inner | {broken}\n", "| INFO | fairseq | {}\n"])
 def test_other_lines_are_passed_over(line: str) -> None:
-    assert trainings.parse_line(line) is None
+    assert runs.parse_line(line) is None
 
 
-def made_run(method: str, seed: int, accuracies: list[float], tmp_path: Path = Path(".")) -> Any:
-    made = trainings.Run(f"{method}-{seed}", method, seed, [], tmp_path / "log", updates=20)
+def made_run(method: str, seed: int, accuracies: list[float]) -> runs.Result:
+    asked = runs.Run(f"{method}-{seed}", method, seed, [], Path("."), updates=20, cost=run.COST[method])
+    made = runs.Result(asked)
     made.seconds, made.first_update, made.last_update = 30.0, 1.0, 20.0
     for update in range(20):
         smart = {
@@ -127,8 +127,8 @@ def test_time_left_counts_each_method_at_its_own_speed() -> None:
     """plain: 20 of 20 updates at 1 s; smart has not begun: 20 updates at 3 s, one at a time."""
     plain, smart = made_run("plain", 1, [50]), made_run("smart", 1, [50])
     smart.inner = []
-    assert trainings.seconds_left([plain, smart], jobs=1) == pytest.approx(60)
-    assert trainings.seconds_left([smart], jobs=1) is None
+    assert runs.seconds_left([plain, smart], jobs=1) == pytest.approx(60)
+    assert runs.seconds_left([smart], jobs=1) is None
 
 
 # The table
@@ -136,33 +136,33 @@ def test_time_left_counts_each_method_at_its_own_speed() -> None:
 
 def test_table() -> None:
     """plain ends at 60 and 64: mean 62, standard deviation 2.8; its best epochs are 65 and 64."""
-    runs = [made_run("plain", 1, [65, 60]), made_run("plain", 2, [50, 64])]
-    runs += [made_run("smart", 1, [50, 70]), made_run("smart", 2, [50, 50])]
-    cells = {row[0]: row[1:] for row in table.rows(runs, ["accuracy"])}
+    results = [made_run("plain", 1, [65, 60]), made_run("plain", 2, [50, 64])]
+    results += [made_run("smart", 1, [50, 70]), made_run("smart", 2, [50, 50])]
+    cells = {row[0]: row[1:] for row in report.rows(results, ["accuracy"], run.METHODS)}
     assert cells["accuracy, best epoch"] == ["64.5 ± 0.7", "60.0 ± 14.1"]
     assert cells["accuracy, last epoch"] == ["62.0 ± 2.8", "60.0 ± 14.1"]
     assert cells["  last epoch, seeds 1, 2"] == ["60  64", "70  50"]
     assert cells["task_loss"] == ["1.4 -> 1.4", "0.6 -> 0.6"]  # 2 bits are 1.4 nats
     assert cells["smart_loss"] == ["-", "0 -> 0.09"]
     assert cells["bregman_loss"] == ["-", "0 -> 0.009"]
-    lines = table.laid_out(table.rows(runs, ["accuracy"])).splitlines()
+    lines = report.laid_out(report.rows(results, ["accuracy"], run.METHODS)).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert "2 seeds do not show" in table.in_words(runs, ["accuracy"])
+    assert "2 seeds do not show" in report.in_words(results, "accuracy", run.METHODS)
 
 
 def test_words_claim_no_more_than_the_seeds_show() -> None:
     gains = {"steady": (5.0, 5.2, 4.8), "scattered": (5.0, 0.1, 9.0)}
     said = {}
     for name, values in gains.items():
-        runs = [made_run("plain", seed, [60]) for seed in range(3)]
-        runs += [made_run("smart", seed, [60 + gain]) for seed, gain in enumerate(values)]
-        said[name] = table.in_words(runs, ["accuracy"])
+        results = [made_run("plain", seed, [60]) for seed in range(3)]
+        results += [made_run("smart", seed, [60 + gain]) for seed, gain in enumerate(values)]
+        said[name] = report.in_words(results, "accuracy", run.METHODS)
     assert "more than seeds differ by chance" in said["steady"]
     assert "do not show" in said["scattered"]
     one = [made_run("plain", 1, [60]), made_run("smart", 1, [90])]
-    assert "one seed does not show" in table.in_words(one, ["accuracy"])
+    assert "one seed does not show" in report.in_words(one, "accuracy", run.METHODS)
     undefined = [made_run("plain", 1, [math.nan]), made_run("smart", 1, [90])]
-    assert "undefined" in table.in_words(undefined, ["accuracy"])
+    assert "undefined" in report.in_words(undefined, "accuracy", run.METHODS)
 
 
 # The encoder
@@ -240,11 +240,11 @@ def test_bad_options(arguments: list[str], expected: str, capsys: pytest.Capture
 
 def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "print('first'); print('the reason'); raise SystemExit(3)"
-    failing = trainings.Run("some-run", "plain", 1, [sys.executable, "-c", code], tmp_path / "some.log", 4)
-    with pytest.raises(trainings.TrainingFailed, match="status 3") as caught:
-        trainings.run_all([failing], jobs=1, threads=1)
+    failing = runs.Run("some-run", "plain", 1, [], tmp_path, 4, program=[sys.executable, "-c", code])
+    with pytest.raises(runs.TrainingFailed, match="status 3") as caught:
+        runs.run_all([failing], jobs=1, threads=1)
     assert caught.value.tail == ["first", "the reason"]
-    assert "some.log" in str(caught.value)
+    assert "some-run.log" in str(caught.value)
 
 
 def tiny_encoder(folder: Path) -> Path:
@@ -300,7 +300,7 @@ def test_end_to_end_on_a_tiny_encoder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(list((out / "checkpoints").rglob("checkpoint_best.pt"))) == 4
     # the terms act: a perturbation of the size asked for, a teacher that lags behind
     log = (out / "logs" / "generated-smart-seed1.log").read_text().splitlines()
-    inner = [parsed[1] for parsed in map(trainings.parse_line, log) if parsed and parsed[0] == "train_inner"]
+    inner = [parsed[1] for parsed in map(runs.parse_line, log) if parsed and parsed[0] == "train_inner"]
     assert len(inner) == 12
     assert all(line["smart_loss"] > 0 and line["smart_delta"] > 0 for line in inner)
     assert inner[-1]["bregman_loss"] > 0

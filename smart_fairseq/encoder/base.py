@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from . import forward_mode, memory
+from .rounding import rounded
 
 __all__ = ["Encoder", "Forward", "Insides"]
 
@@ -140,7 +141,7 @@ class Encoder:
             nonlocal calls
             calls += 1
             # the sum is taken in the wider precision of the two and rounded once
-            return (output + perturbation).to(output.dtype)
+            return rounded(output + perturbation, output.dtype)
 
         places = self.insides.places
         handles = [places[place].register_forward_hook(add)]

@@ -6,6 +6,7 @@ against a float64 Algorithm 1 on tuned encoders by `benchmarks/precision.py`; `t
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any, NamedTuple
@@ -22,10 +23,13 @@ __all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs"
 
 logger = logging.getLogger(__name__)
 
-# two forwards are within 5 % from this many roundings of what is perturbed on
-ROUNDINGS = 2.0
+# two forwards are within 5 % from this many roundings of what is perturbed on; with more than one ascent step the first
+# order, whose direction is then off as well, ends sooner
+ROUNDINGS, ROUNDINGS_OF_MORE_STEPS = 3.0, 2.0
 # the first order is within 5 % up to this share of what is perturbed
-LINEAR_SHARE = 0.015
+LINEAR_SHARE = 0.02
+# changes are carried along at this share of what is perturbed: in float16 those of a trained encoder overflow at size 1
+CARRIED_SHARE = 0.25
 # up to here, a backward pass for each class but one costs no more than a forward-mode product
 FEW_CLASSES = 4
 
@@ -57,8 +61,14 @@ _WORDS = {
 
 
 class Form(NamedTuple):
+    """How the term is computed.
+
+    scale: of the directions along which a change is carried; a power of two, so that it rounds nothing.
+    """
+
     term: FormOfTerm
     search: Search
+    scale: float = 1.0
 
     def in_words(self) -> str:
         return f"{_WORDS[self.term]}, {_WORDS[self.search]}"
@@ -115,8 +125,9 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         UsageError: the precision does not resolve the perturbation, and the flags allow no form that would.
     """
     name, mode = str(dtype).split(".")[1], str(flags.smart_mode)
-    first_order = Form(FormOfTerm.FIRST_ORDER, Search.OWN_PASS)
-    two_forwards = Form(FormOfTerm.TWO_FORWARDS, _search(flags, encoder, num_classes))
+    scale = 2.0 ** math.floor(math.log2(CARRIED_SHARE * place.root_mean_square))
+    first_order = Form(FormOfTerm.FIRST_ORDER, Search.OWN_PASS, scale)
+    two_forwards = Form(FormOfTerm.TWO_FORWARDS, _search(flags, encoder, num_classes), scale)
     unknown = next(unknown_to_first_order(flags, encoder), None)
     if mode == "tangent":
         if unknown:
@@ -127,7 +138,8 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
     channels = encoder.table.shape[1]
     spread = (channels if flags.smart_norm_scope == "token" else place.entries) if flags.smart_norm == "l2" else 1.0
     an_entry = size / spread**0.5
-    resolved = ROUNDINGS * torch.finfo(dtype).eps * place.median
+    roundings = ROUNDINGS if flags.smart_steps == 1 else ROUNDINGS_OF_MORE_STEPS
+    resolved = roundings * torch.finfo(dtype).eps * place.median
     if an_entry >= resolved:
         return two_forwards
     why = f"{limit} {size:g} is below what {name} resolves here ({resolved * spread**0.5:.0e})"

@@ -62,8 +62,8 @@ class Settings:
 class _Batch:
     """What both forms need of one batch; made before the clean pass, whose dropout masks it can replay."""
 
-    def __init__(self, settings: Settings, forward: Forward, sample: Any) -> None:
-        self.settings, self.forward, self.encoder = settings, forward, forward.encoder
+    def __init__(self, settings: Settings, form: Form, forward: Forward, sample: Any) -> None:
+        self.settings, self.form, self.forward, self.encoder = settings, form, forward, forward.encoder
         tokens, table = sample["net_input"]["src_tokens"], self.encoder.table
         self.masks = RandomState(tokens.device)
         self.mask = self.encoder.mask(tokens)
@@ -84,7 +84,7 @@ class _Batch:
 
         def products(direction: Tensor) -> Any:
             with self.dropout():
-                return forward.products(weights, direction)
+                return forward.products(weights, self.form.scale * direction)
 
         # the forward of a pass of its own counts as one more
         if not few_outputs(settings.num_classes + 1):
@@ -103,13 +103,13 @@ class _Batch:
 def smoothness(settings: Settings, form: Form, forward: Forward, sample: Any) -> Term:
     """R_s of one batch, in the form that is right for it; ``sample`` as fairseq makes it."""
     run = two_forwards if form.term is FormOfTerm.TWO_FORWARDS else to_first_order
-    return run(form, _Batch(settings, forward, sample))
+    return run(_Batch(settings, form, forward, sample))
 
 
 @contextmanager
-def two_forwards(form: Form, batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
+def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
     """The divergence between the outputs of two forwards."""
-    settings, forward, encoder = batch.settings, batch.forward, batch.encoder
+    settings, form, forward, encoder = batch.settings, batch.form, batch.forward, batch.encoder
     known = batch.first_order_gradient()(batch.noise * batch.mask) if form.search is Search.OWN_PASS else None
     linear = form.search in (Search.CLEAN_PASS, Search.EVERY_STEP)
 
@@ -153,14 +153,14 @@ def two_forwards(form: Form, batch: _Batch) -> Iterator[Callable[[Tensor], TermV
 
 
 @contextmanager
-def to_first_order(form: Form, batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
+def to_first_order(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
     """The divergence of the change, to first order, that the clean pass carries along."""
-    settings, adversary = batch.settings, batch.settings.adversary
+    settings, adversary, scale = batch.settings, batch.settings.adversary, batch.form.scale
     perturbation = ascend(batch.first_order_gradient(), batch.noise, batch.mask, adversary)
 
     def value(clean: Tensor) -> TermValue:
-        change = adversary.size * changes[0].to(perturbation.dtype)
+        change = adversary.size / scale * changes[0].to(perturbation.dtype)
         return batch.result(settings.divergence_of_change(clean, change).sum(), perturbation)
 
-    with batch.encoder.changed(perturbation / adversary.size, batch.forward.place) as changes:
+    with batch.encoder.changed(perturbation / adversary.size * scale, batch.forward.place) as changes:
         yield value

@@ -1,4 +1,4 @@
-"""Runs of fairseq-train as subprocesses: their logs, one progress bar over all, and what their JSON lines say."""
+"""Runs of fairseq-train as subprocesses, side by side: their logs, and one progress bar over all."""
 
 import json
 import os
@@ -12,12 +12,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import Any
 
 from tqdm import tqdm
 
-LOG_LINE = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
-SMART_COST = 3.0  # of an update with SMART in updates without, until both have been measured
+__all__ = ["Numbers", "Result", "Run", "TrainingFailed", "minutes", "parse_line", "run_all"]
+
+LOG_LINE = re.compile(r"\| (train_inner|valid) \| (\{.*\})\s*$")
+FAIRSEQ_TRAIN = (str(Path(sys.executable).parent / "fairseq-train"),)
 SECONDS_BETWEEN_LINES = 10.0
 LAST_LINES = 15
 
@@ -32,19 +35,46 @@ class TrainingFailed(Exception):
         self.tail = list(tail)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One training and what its log has said so far."""
+    """One training that is asked for.
+
+    method, seed: what a report sets side by side.
+    flags: of fairseq-train, without --save-dir; with --log-format json --log-interval 1.
+    folder: of all runs; a run's own log and checkpoints bear its name.
+    cost: of an update, in those of other runs' methods; for the time that is left, until updates have been seen.
+    program: what takes the flags.
+    """
 
     name: str
     method: str
     seed: int
-    command: list[str]
-    log: Path
+    flags: Sequence[str]
+    folder: Path
     updates: int
+    cost: float = 1.0
+    program: Sequence[str] = FAIRSEQ_TRAIN
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" / f"{self.name}.log"
+
+    @property
+    def save_dir(self) -> Path:
+        return self.folder / "checkpoints" / self.name
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*self.flags, "--save-dir", os.path.relpath(self.save_dir)]
+
+
+@dataclass
+class Result:
+    """What a run's log has said so far."""
+
+    run: Run
     inner: list[Numbers] = field(default_factory=list)  # one per update
     valid: list[Numbers] = field(default_factory=list)  # one per epoch
-    epochs: list[Numbers] = field(default_factory=list)
     started: float = 0.0
     first_update: float = 0.0
     last_update: float = 0.0
@@ -57,17 +87,25 @@ class Run:
     def seconds_per_update(self) -> float | None:
         return (self.last_update - self.first_update) / (self.done - 1) if self.done > 4 else None
 
+    def note(self, line: str, now: float) -> bool:
+        """Take in what a line says; True if it was an update."""
+        kind, numbers = parse_line(line) or ("", {})
+        if kind == "valid":
+            self.valid.append(numbers)
+        if kind != "train_inner":
+            return False
+        self.inner.append(numbers)
+        self.first_update = self.first_update or now
+        self.last_update = now
+        return True
 
-class Event(NamedTuple):
-    """A line of a run's output, or its exit status."""
 
-    run: Run
-    line: str
-    status: int | None = None
+# a line of a run's output, or its exit status
+_Events = queue.Queue[tuple[Result, str, int | None]]
 
 
 def parse_line(line: str) -> tuple[str, Numbers] | None:
-    """(train_inner, train or valid; the numbers) of one of fairseq's JSON log lines, None for any other line."""
+    """(train_inner or valid; the numbers) of one of fairseq's JSON log lines, None for any other line."""
     found = LOG_LINE.search(line)
     if found is None:
         return None
@@ -84,33 +122,20 @@ def parse_line(line: str) -> tuple[str, Numbers] | None:
     return found[1], numbers
 
 
-def note(run: Run, line: str, now: float) -> bool:
-    """Take what a line says into ``run``; True if it was an update."""
-    parsed = parse_line(line)
-    if parsed is None:
-        return False
-    kind, numbers = parsed
-    {"train_inner": run.inner, "valid": run.valid, "train": run.epochs}[kind].append(numbers)
-    if kind != "train_inner":
-        return False
-    run.first_update = run.first_update or now
-    run.last_update = now
-    return True
-
-
-def seconds_left(runs: Sequence[Run], jobs: int) -> float | None:
-    """From the updates so far, counting an update of a method that has not begun by its usual ratio."""
-    rates: dict[bool, list[float]] = {False: [], True: []}
-    for run in runs:
-        rate = run.seconds_per_update()
+def seconds_left(results: Sequence[Result], jobs: int) -> float | None:
+    """From the updates so far; an update of a method that has not begun counts by its cost."""
+    rates: dict[str, list[float]] = {}
+    for result in results:
+        rate = result.seconds_per_update()
         if rate is not None:
-            rates[run.method == "smart"].append(rate)
-    known = {smart: sum(found) / len(found) for smart, found in rates.items() if found}
-    if not known:
+            rates.setdefault(result.run.method, []).append(rate / result.run.cost)
+    if not rates:
         return None
-    plain = known.get(False, known.get(True, 0.0) / SMART_COST)
-    smart = known.get(True, plain * SMART_COST)
-    left = [(run.updates - run.done) * (smart if run.method == "smart" else plain) for run in runs]
+    usual = mean(mean(found) for found in rates.values())
+    left = [
+        (result.run.updates - result.done) * result.run.cost * mean(rates.get(result.run.method, [usual]))
+        for result in results
+    ]
     return max(sum(left) / jobs, max(left))
 
 
@@ -119,12 +144,12 @@ def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class Progress:
+class _Progress:
     """One bar over the updates of all runs on a terminal, a plain line every few seconds otherwise."""
 
-    def __init__(self, runs: Sequence[Run], jobs: int) -> None:
-        self.runs, self.jobs = runs, jobs
-        self.total = sum(run.updates for run in runs)
+    def __init__(self, results: Sequence[Result], jobs: int) -> None:
+        self.results, self.jobs = results, jobs
+        self.total = sum(result.run.updates for result in results)
         self.shown_at = self.started = time.monotonic()
         self.bar: Any = None
         if sys.stderr.isatty():
@@ -132,15 +157,16 @@ class Progress:
             self.bar = tqdm(total=self.total, desc="training", bar_format=layout, dynamic_ncols=True)
 
     def advance(self) -> None:
-        left = seconds_left(self.runs, self.jobs)
+        left = seconds_left(self.results, self.jobs)
         text = "" if left is None else f"about {minutes(left)} left"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(1)
         elif time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
             self.shown_at = time.monotonic()
-            done = sum(run.done for run in self.runs)
-            parts = [f"{run.name} {run.done}/{run.updates}" for run in self.runs if 0 < run.done < run.updates]
+            done = sum(result.done for result in self.results)
+            running = [result for result in self.results if 0 < result.done < result.run.updates]
+            parts = [f"{result.run.name} {result.done}/{result.run.updates}" for result in running]
             spent = minutes(self.shown_at - self.started)
             notes = [f"{done}/{self.total} updates after {spent}", text, ", ".join(parts)]
             print("training: " + "; ".join(filter(None, notes)), flush=True)
@@ -156,22 +182,23 @@ class Progress:
             self.bar.close()
 
 
-def _follow(run: Run, process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> None:
+def _follow(result: Result, process: subprocess.Popen[str], events: _Events) -> None:
     """Copy the output to the log file and hand its lines on. Runs in a thread."""
-    with run.log.open("w", encoding="utf-8") as log:
+    with process, result.run.log.open("w", encoding="utf-8") as log:
         for line in process.stdout or ():
             log.write(line)
             log.flush()
-            events.put(Event(run, line))
-    events.put(Event(run, "", process.wait()))
+            events.put((result, line, None))
+    events.put((result, "", process.wait()))
 
 
-def start(run: Run, threads: int, events: "queue.Queue[Event]") -> "subprocess.Popen[str]":
+def _start(result: Result, threads: int, events: _Events) -> subprocess.Popen[str]:
     """Start the run with so many threads for arithmetic."""
+    run = result.run
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    run.started = time.monotonic()
+    result.started = time.monotonic()
     process = subprocess.Popen(
-        run.command,
+        [*run.program, *run.arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -179,41 +206,44 @@ def start(run: Run, threads: int, events: "queue.Queue[Event]") -> "subprocess.P
         errors="replace",
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
     )
-    threading.Thread(target=_follow, args=(run, process, events), daemon=True).start()
+    threading.Thread(target=_follow, args=(result, process, events), daemon=True).start()
     return process
 
 
-def run_all(runs: Sequence[Run], jobs: int, threads: int) -> None:
+def run_all(runs: Sequence[Run], jobs: int, threads: int) -> list[Result]:
     """Train them all, ``jobs`` at a time. Raises `TrainingFailed` at the first that fails and stops the others."""
-    events: queue.Queue[Event] = queue.Queue()
-    waiting = deque(runs)
+    events: _Events = queue.Queue()
+    results = [Result(run) for run in runs]
+    waiting = deque(results)
     processes: dict[str, subprocess.Popen[str]] = {}
-    progress = Progress(runs, jobs)
+    progress = _Progress(results, jobs)
     try:
         while waiting or processes:
             while waiting and len(processes) < jobs:
-                run = waiting.popleft()
-                processes[run.name] = start(run, threads, events)
-            event = events.get()
-            if event.status is None:
-                if note(event.run, event.line, time.monotonic()):
+                result = waiting.popleft()
+                processes[result.run.name] = _start(result, threads, events)
+            result, line, status = events.get()
+            if status is None:
+                if result.note(line, time.monotonic()):
                     progress.advance()
                 continue
-            del processes[event.run.name]
-            _finish(event.run, event.status, progress)
+            del processes[result.run.name]
+            _finish(result, status, progress)
     finally:
         progress.close()
         for process in processes.values():
             process.terminate()
         for process in processes.values():
             process.wait()
+    return results
 
 
-def _finish(run: Run, status: int, progress: Progress) -> None:
-    run.seconds = time.monotonic() - run.started
+def _finish(result: Result, status: int, progress: _Progress) -> None:
+    run = result.run
+    result.seconds = time.monotonic() - result.started
     log = os.path.relpath(run.log)
-    if status or not (run.inner and run.valid):
+    if status or not (result.inner and result.valid):
         tail = run.log.read_text(encoding="utf-8").splitlines()[-LAST_LINES:]
         what = f"fairseq-train ended with status {status}" if status else "no update or no validation in its log"
         raise TrainingFailed(f"{run.name}: {what}; the whole log is {log}", tail)
-    progress.say(f"{run.name}: {run.done} updates, {run.seconds:.0f} s in all, log {log}")
+    progress.say(f"{run.name}: {result.done} updates, {result.seconds:.0f} s in all, log {log}")

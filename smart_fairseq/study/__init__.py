@@ -1,0 +1,1 @@
+"""Trainings side by side, and tables of what their logs say."""

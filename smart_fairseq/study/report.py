@@ -1,0 +1,114 @@
+"""Tables of what the runs' logs say, averaged over the seeds, and one line on what they show."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from .runs import Numbers, Result
+
+__all__ = ["Scores", "in_words", "laid_out", "rows", "scores", "term", "with_spread"]
+
+TERMS = ("task_loss", "smart_loss", "smart_delta", "bregman_loss")
+NOT_THERE = "-"
+# Student's t, two-sided 5 %, by the number of seeds; beyond these 2.3 is close enough
+CRITICAL_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+
+
+class Scores(NamedTuple):
+    """The validation metrics of one run."""
+
+    best: Numbers  # at the epoch that the first metric selects
+    last: Numbers
+
+
+def scores(result: Result, metrics: Sequence[str]) -> Scores:
+    """Metrics by name, from the run's validation lines; ties go to the later epoch, as fairseq's best checkpoint."""
+    epochs = [{name: line.get(f"valid_{name}", math.nan) for name in metrics} for line in result.valid]
+
+    def rank(epoch: int) -> tuple[float, int]:
+        value = epochs[epoch][metrics[0]]
+        return (-math.inf if math.isnan(value) else value), epoch
+
+    return Scores(epochs[max(range(len(epochs)), key=rank)], epochs[-1])
+
+
+def term(result: Result, name: str) -> tuple[float, float] | None:
+    """A term at the first update, and its mean over the last tenth of them; None if the run does not have it."""
+    values = [_term_of(line, name) for line in result.inner]
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return known[0], mean(known[-max(1, len(known) // 10) :])
+
+
+def _term_of(line: Numbers, name: str) -> float | None:
+    if name == "task_loss" and name not in line and "loss" in line:
+        # a criterion without terms: all of the loss is the task's; fairseq logs it in bits
+        return line["loss"] * math.log(2)
+    return line.get(name)
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; of one value, the value."""
+    if len(values) == 1:
+        return f"{values[0]:g}"
+    digits = 1 if max(values) > 1 else 3
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def _terms(results: Sequence[Result], name: str) -> str:
+    found = [pair for pair in (term(result, name) for result in results) if pair is not None]
+    if not found:
+        return NOT_THERE
+    return " -> ".join(f"{mean(values):.2g}" for values in zip(*found))
+
+
+def rows(results: Sequence[Result], metrics: Sequence[str], methods: Mapping[str, str]) -> list[list[str]]:
+    """The table's cells, header first, and a column for each of the ``methods``, under its title."""
+    columns = [[result for result in results if result.run.method == method] for method in methods]
+    scored = [[scores(result, metrics) for result in column] for column in columns]
+    table = [["", *methods.values()]]
+    for name in metrics:
+        table.append([f"{name}, best epoch", *(with_spread([s.best[name] for s in column]) for column in scored)])
+    first = metrics[0]
+    table.append([f"{first}, last epoch", *(with_spread([s.last[first] for s in column]) for column in scored)])
+    seeds = [str(result.run.seed) for result in columns[0]]
+    if len(seeds) > 1:
+        title = f"  last epoch, seeds {', '.join(seeds)}"
+        table.append([title, *("  ".join(f"{s.last[first]:g}" for s in column) for column in scored)])
+    speeds = [mean(result.seconds_per_update() or 0 for result in column) for column in columns]
+    table.append(["seconds per update", *(f"{speed:.2f}" for speed in speeds)])
+    table.append(["seconds per run, all in all", *(f"{mean(r.seconds for r in column):.0f}" for column in columns)])
+    return table + [[name, *(_terms(column, name) for column in columns)] for name in TERMS]
+
+
+def laid_out(table: Sequence[Sequence[str]]) -> str:
+    """The cells in columns, a line under the header."""
+    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
+    lines = []
+    for title, *cells in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([title.ljust(widths[0]), *padded]))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def in_words(results: Sequence[Result], metric: str, methods: Mapping[str, str]) -> str:
+    """One line on what the second of two methods changes, and no more than the seeds show (a paired t-test)."""
+    last: dict[str, dict[int, float]] = {method: {} for method in methods}
+    for result in results:
+        last[result.run.method][result.run.seed] = scores(result, [metric]).last[metric]
+    (before, after), title = last.values(), list(methods.values())[1]
+    gains = [after[seed] - before[seed] for seed in before]
+    if not all(map(math.isfinite, gains)):
+        return f"{metric} is undefined for a run (all predictions equal?), so the two cannot be compared."
+    digits = 1 if max(before.values()) > 1 else 3
+    start = f"{title} changes the last epoch's {metric} by {mean(gains):+.{digits}f}"
+    if len(gains) == 1:
+        return f"{start}; one seed does not show which of the two is better."
+    if abs(mean(gains)) > CRITICAL_T.get(len(gains), 2.3) * stdev(gains) / math.sqrt(len(gains)):
+        return f"{start} on average over {len(gains)} seeds, more than seeds differ by chance (paired t-test, 5 %)."
+    return (
+        f"{start} on average, by {min(gains):+.{digits}f} to {max(gains):+.{digits}f} seed by seed: "
+        f"{len(gains)} seeds do not show which of the two is better."
+    )
