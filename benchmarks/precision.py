@@ -2,7 +2,7 @@
 
     make demo                                                # once, for the encoder
     python benchmarks/precision.py --glue glue_data .        # folders that hold CoLA, STS-B and snli_1.0
-    python benchmarks/precision.py --glue glue_data . --forms first-order two-forwards --multiples 1 2 4 8
+    python benchmarks/precision.py --glue glue_data . --modes tangent finite --multiples 1 2 4 8
 
 The encoder is tuned once for each kind of output, by plain fairseq, on a few hundred rows that it ends by knowing by
 heart, so that confident examples are among those measured; it is kept in --demo. The reference is written here from
@@ -23,7 +23,6 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,19 +33,18 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor, nn
 
 import smart_fairseq
-from smart_fairseq import forms
 from smart_fairseq.data import preprocess
 from smart_fairseq.data.bpe import find_bpe
 from smart_fairseq.data.readers import find_sources, read_task
 from smart_fairseq.data.tasks import TASKS, Task
+from smart_fairseq.encoder import Forward
 from smart_fairseq.method.noise import example_noise
-from smart_fairseq.smoothness import SmoothnessTerm
 
 NOISE_STD = 1e-5
 ROWS, UPDATES, BATCH = 640, 240, 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLACES = {"token": "embed_tokens", "input": "dropout_module"}
-FORMS = ("auto", "first-order", "two-forwards")  # auto, or one whatever the radius
+MODES = ("auto", "tangent", "finite")  # what the rule chooses, the first order, two forwards
 
 _FIFTHS = dataclasses.replace(TASKS["STS-B"], labels=("0", "1", "2", "3", "4"), metrics=("accuracy",))
 KINDS: dict[str, Task] = {"2": TASKS["CoLA"], "3": TASKS["SNLI"], "5": _FIFTHS, "regression": TASKS["STS-B"]}
@@ -189,31 +187,6 @@ class Reference:
 # The criterion
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[list[Tensor]]:
-    """The perturbations [B, T, C] of the block's smoothness terms."""
-    found: list[Tensor] = []
-    sizes = SmoothnessTerm.sizes
-
-    def noting(term: SmoothnessTerm) -> Tensor:
-        found.append(term.perturbation.detach())
-        return sizes(term)
-
-    SmoothnessTerm.sizes = noting  # type: ignore[method-assign]
-    try:
-        yield found
-    finally:
-        SmoothnessTerm.sizes = sizes  # type: ignore[method-assign]
-
-
-def set_form(criterion: Any, form: str, dtype: torch.dtype) -> None:
-    """Take this form, whatever the package's rule says."""
-    if form == "first-order":
-        criterion._form = forms.Form(forms.FIRST_ORDER, forms.FORWARD, dtype)
-    elif form == "two-forwards":
-        criterion._form = forms.Form(forms.TWO_FORWARDS, forms.CLEAN_PASS, dtype)
-
-
 class Measured(NamedTuple):
     term: float  # R_s as a mean over the batch
     perturbation: Tensor
@@ -242,19 +215,25 @@ class Setting:
         data = self.task.dataset("train")
         return [data.collater([data[i] for i in range(k * size, (k + 1) * size)]) for k in range(count)]
 
-    def criterion(self, place: str, steps: int, radius: float) -> Any:
+    def criterion(self, place: str, steps: int, radius: float, mode: str) -> Any:
         flags = {
-            **{"smart-embedding": place, "smart-steps": steps, "smart-epsilon": radius},
+            **{"smart-embedding": place, "smart-steps": steps, "smart-epsilon": radius, "smart-mode": mode},
             **{"smart-step-size": 100 * radius, "smart-noise-std": NOISE_STD},
         }
         cfg = self.configuration(*(part for name, value in flags.items() for part in (f"--{name}", str(value))))
-        return tasks.setup_task(cfg.task).build_criterion(cfg.criterion).train()
+        criterion = tasks.setup_task(cfg.task).build_criterion(cfg.criterion).train()
+        criterion.task.datasets = self.task.datasets
+        return criterion
 
     def measure(self, criterion: Any, model: nn.Module, sample: dict[str, Any]) -> Measured:
         torch.manual_seed(1)
-        with watched() as perturbations:
-            _, sample_size, log = criterion(model, sample)
-        return Measured(float(log["smart_loss"]) / sample_size, perturbations[0], criterion._form.in_words())
+        encoder = criterion.encoder_for(model)
+        forward = Forward(encoder, model, sample["net_input"], criterion.classification_head_name, criterion.place)
+        with criterion.term("smart", forward, sample) as value:
+            clean = forward()
+        found = value(clean)
+        assert found.perturbation is not None
+        return Measured(float(found.value.detach()) / len(clean), found.perturbation, criterion.form.term.value)
 
 
 def cosines(ours: Tensor, reference: Tensor) -> list[float]:
@@ -263,11 +242,10 @@ def cosines(ours: Tensor, reference: Tensor) -> list[float]:
 
 def compare(
     setting: Setting, references: list[Reference], samples: list[Any], model: nn.Module, place: str, steps: int,
-    form: str, dtype: str, radius: float, multiple: float,
+    mode: str, dtype: str, radius: float, multiple: float,
 ) -> dict[str, Any]:  # fmt: skip
     """One cell: the error of R_s over all batches in %, and the cosines of the perturbations, example by example."""
-    criterion = setting.criterion(place, steps, radius)
-    set_form(criterion, form, DTYPES[dtype])
+    criterion = setting.criterion(place, steps, radius, mode)
     ours, true, found, words = [], [], [], ""
     for reference, sample in zip(references, samples):
         value, perturbation = reference(radius, steps)
@@ -276,7 +254,7 @@ def compare(
         true.append(value)
         found += cosines(measured, perturbation)
     return {
-        **{"kind": setting.kind, "place": place, "steps": steps, "dtype": dtype, "form": form, "radius": radius},
+        **{"kind": setting.kind, "place": place, "steps": steps, "dtype": dtype, "mode": mode, "radius": radius},
         **{"multiple": multiple, "R_s": sum(true) / len(true), "error": 100 * (sum(ours) / sum(true) - 1)},
         "batch_errors": [100 * (a / b - 1) for a, b in zip(ours, true)],
         "cosine": statistics.median(found),
@@ -289,13 +267,13 @@ def printed(rows: list[dict[str, Any]], by: str) -> str:
     """A line of the table: the error of R_s and the median cosine at each radius."""
     first = rows[0]
     cells = [f"{r[by]:.3g}: {r['error']:+.1f} % {r['cosine']:.3f}{_short(r)}" for r in rows]
-    return f"{first['kind']:>10} {first['place']} K={first['steps']} {first['dtype']} {first['form']} | " + " | ".join(
+    return f"{first['kind']:>10} {first['place']} K={first['steps']} {first['dtype']} {first['mode']} | " + " | ".join(
         cells
     )
 
 
 def _short(row: dict[str, Any]) -> str:
-    return "" if row["form"] != "auto" else " (first order)" if "(tangent)" in row["took"].split(",")[0] else " (two)"
+    return "" if row["mode"] != "auto" else " (first order)" if row["took"] == "first_order" else " (two)"
 
 
 def main() -> None:
@@ -306,7 +284,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", choices=list(PLACES), default=list(PLACES))
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["auto"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["auto"])
     parser.add_argument("--radii", nargs="+", type=float, default=[1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     parser.add_argument("--multiples", nargs="+", type=float, help="of one rounding, instead of radii")
     parser.add_argument("--batches", type=int, default=2)
@@ -332,11 +310,11 @@ def main() -> None:
                 about[f"{kind} {place} {dtype}"] = {"rounding": rounding, "entry": entry, "confident": confident}
                 radii = [m * rounding for m in args.multiples] if args.multiples else args.radii
                 for steps in args.steps:
-                    for form in args.forms:
+                    for mode in args.modes:
                         line = []
                         for radius in radii:
                             line.append(
-                                compare(settings(kind), references, samples, model, place, steps, form, dtype, radius,
+                                compare(settings(kind), references, samples, model, place, steps, mode, dtype, radius,
                                         radius / rounding)
                             )  # fmt: skip
                             if args.out:

@@ -23,11 +23,10 @@ __all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs"
 
 logger = logging.getLogger(__name__)
 
-# two forwards are within 5 % from this many roundings of what is perturbed on; with more than one ascent step the first
-# order, whose direction is then off as well, ends sooner
-ROUNDINGS, ROUNDINGS_OF_MORE_STEPS = 3.0, 2.0
-# the first order is within 5 % up to this share of what is perturbed
-LINEAR_SHARE = 0.02
+# two forwards are within 5 % of R_s from this many roundings of what is perturbed on
+ROUNDINGS = 2.5
+# the first order is, and its direction at cosine 0.99, up to this share of what is perturbed; for one step and for more
+LINEAR_SHARE, LINEAR_SHARE_OF_MORE_STEPS = 0.015, 0.009
 # changes are carried along at this share of what is perturbed: in float16 those of a trained encoder overflow at size 1
 CARRIED_SHARE = 0.25
 # up to here, a backward pass for each class but one costs no more than a forward-mode product
@@ -138,8 +137,7 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
     channels = encoder.table.shape[1]
     spread = (channels if flags.smart_norm_scope == "token" else place.entries) if flags.smart_norm == "l2" else 1.0
     an_entry = size / spread**0.5
-    roundings = ROUNDINGS if flags.smart_steps == 1 else ROUNDINGS_OF_MORE_STEPS
-    resolved = roundings * torch.finfo(dtype).eps * place.median
+    resolved = ROUNDINGS * torch.finfo(dtype).eps * place.median
     if an_entry >= resolved:
         return two_forwards
     why = f"{limit} {size:g} is below what {name} resolves here ({resolved * spread**0.5:.0e})"
@@ -150,10 +148,11 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         raise UsageError(
             f"{why}: two forwards would measure rounding; the form that is right {unknown}, or a larger size"
         )
-    if an_entry > LINEAR_SHARE * place.root_mean_square:
+    share = LINEAR_SHARE if flags.smart_steps == 1 else LINEAR_SHARE_OF_MORE_STEPS
+    if an_entry > share * place.root_mean_square:
         logger.warning(
-            f"--smart-mode auto: {why}, and too large for the first order to hold to 5 %; "
-            "take a larger or a smaller size, or a finer precision"
+            f"--smart-mode auto: {why}, and near the end of what the first order holds for: the term may be off by more "
+            "than 5 %; take a larger or a smaller size, or a finer precision"
         )
     else:
         logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")

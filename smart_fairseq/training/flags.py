@@ -106,5 +106,5 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_train_subset: str = II("dataset.train_subset")
     smart_save_dir: str = II("checkpoint.save_dir")
-    smart_amp: bool = II("common.amp")
+    smart_amp: Any = II("common.amp")  # of the type bool, fairseq would take the interpolation itself for true
     smart_ddp_backend: str = II("distributed_training.ddp_backend")
