@@ -1,7 +1,6 @@
 """Several backward passes over a batch: the seam in training/link.py, with the criterion of k_passes.py."""
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,8 +70,9 @@ def test_one_pass_from_zero_is_sentence_prediction(class_data: Path, tmp_path: P
         run(class_data, tmp_path / "passes", "--test-passes", "1", optimizer="adam"),
     )
     assert len(logs[0]["train_inner"]) == 6
+    same = ("num_updates", "loss", "nll_loss", "accuracy", "gnorm")
     for plain, ours in zip(*(log["train_inner"] for log in logs)):
-        assert [ours[key] for key in ("loss", "accuracy", "gnorm")] == [plain[key] for key in ("loss", "accuracy", "gnorm")]
+        assert {key: ours[key] for key in same} == {key: plain[key] for key in same}
     for name, weight in states[0]["model"].items():
         assert_equal(states[1]["model"][name], weight)
 
@@ -135,7 +135,7 @@ def test_memory_is_that_of_one_pass(class_data: Path) -> None:
         with PeakMemory() as memory:
             parts.step(sample)  # into the gradients that are there
         peaks.append(memory.peak)
-    assert peaks[0] < peaks[1] * 1.1 and peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -203,6 +203,8 @@ def test_an_overflow_in_any_pass_skips_the_update(
         return loss * (1e6 if len(batches) == 3 and len(self.perturbations) == number else 1), size, log
 
     monkeypatch.setattr(KPassesSentencePrediction, "forward", overflowing)
+    # fairseq's handler of overflow moves a zero to the GPU, also with --cpu
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     flags = [*START, *HALF, "--lr", "0.1", "--mbpp-momentum", "0.5", "--mbpp-warmup-ratio", "0"]
     log, state = run(class_data, tmp_path, *flags, max_update=4)
     assert sum("gradient overflow detected" in line for line in log["text"]) == 1
@@ -334,14 +336,9 @@ def test_passes_that_do_not_come_out_even_are_errors(criterion: Any, calls: int,
         call(link(train_step), criterion)
 
 
-def test_autocast_is_around_every_pass(class_data: Path) -> None:
-    """It is entered by the task's train_step, within which a pass runs."""
+def test_autocast_is_around_every_pass() -> None:
+    """It is entered by the task's train_step, within which a pass runs; a backward runs outside."""
     seen = []
-
-    @contextmanager
-    def autocast() -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            yield
 
     class Looking(Scripted):
         def passes(self, model: Any, sample: Any) -> Any:
@@ -350,7 +347,7 @@ def test_autocast_is_around_every_pass(class_data: Path) -> None:
                 yield result
 
     def train_step(sample: Any, model: Any, criterion: Any, **_: Any) -> Any:
-        with autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             result = criterion(model, sample)
         seen.append(torch.is_autocast_enabled("cpu"))
         return result
