@@ -1,6 +1,6 @@
 """A criterion of several backward passes, for tests: what FreeLB needs of the seam, and no more.
 
-Paper: Zhu et al. (2020), algorithm 1: from a uniform start, K - 1 ascent steps and K passes of the loss, each with
+Paper: Zhu et al. (2020), algorithm 1: from a random start, K - 1 ascent steps and K passes of the loss, each with
 1 / K of its weight; the gradient of the perturbation is a by-product of a pass's own backward.
 """
 
@@ -19,7 +19,7 @@ from smart_fairseq.method.dropout import RandomState
 from smart_fairseq.method.noise import example_noise
 from smart_fairseq.terms import Term, TermValue
 from smart_fairseq.training.criterion import RegularizedCriterion
-from smart_fairseq.training.flags import RegularizedConfig
+from smart_fairseq.training.flags import AdversaryFlags, RegularizedConfig
 
 NAME = "k_passes_sentence_prediction"
 L2 = Adversary(norm="l2")
@@ -27,15 +27,16 @@ L2 = Adversary(norm="l2")
 
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
-class KPassesConfig(RegularizedConfig):
+class KPassesConfig(RegularizedConfig, AdversaryFlags):
     test_passes: int = field(default=2, metadata={"help": "number of passes K"})
-    test_start: float = field(default=0.0, metadata={"help": "size of the perturbation at the start"})
-    test_step_size: float = field(default=0.1, metadata={"help": "length of an ascent step"})
 
 
 @register_criterion(NAME, dataclass=KPassesConfig)
 class KPassesSentencePrediction(RegularizedCriterion):
-    """The perturbation comes in as a term of value 0 around the clean pass, after the teacher's pass."""
+    """The perturbation comes in as a term of value 0 around the clean pass, after the teacher's pass.
+
+    --smart-noise-std: of its start; --smart-step-size: of an ascent step, in the l2 norm of an example.
+    """
 
     def __init__(self, cfg: KPassesConfig, task: Any) -> None:
         super().__init__(cfg, task, weights={"passes": 1.0})
@@ -47,7 +48,7 @@ class KPassesSentencePrediction(RegularizedCriterion):
         tokens = sample["net_input"]["src_tokens"]
         mask, masks = encoder.mask(tokens), RandomState(tokens.device)
         noise = example_noise(sample["id"], tokens.shape[1], encoder.table.shape[1], seed=torch.initial_seed())
-        perturbation = self.cfg.test_start * normalize(noise * mask, L2)
+        perturbation = self.cfg.smart_noise_std * noise * mask
         self.perturbations = []
         total = 0
         for _ in range(self.num_passes):
@@ -57,13 +58,15 @@ class KPassesSentencePrediction(RegularizedCriterion):
             total = total + log["loss"]
             yield loss / self.num_passes, size, {**log, "loss": total / self.num_passes}
             gradient = self.perturbations[-1].grad
-            perturbation = perturbation + self.cfg.test_step_size * normalize(gradient * mask, L2)
+            perturbation = perturbation + self.cfg.smart_step_size * normalize(gradient * mask, L2)
 
     @contextmanager
     def term(self, name: str, forward: Forward, sample: Any) -> Term:
         perturbation = self.perturbations[-1]
         with forward.encoder.perturbed(perturbation, self.place):
-            yield lambda clean: TermValue(clean.new_zeros((), dtype=torch.float32), norm(perturbation.detach(), L2).sum())
+            yield lambda clean: TermValue(
+                clean.new_zeros((), dtype=torch.float32), norm(perturbation.detach(), L2).sum()
+            )
 
 
 def registered() -> None:

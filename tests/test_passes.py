@@ -19,7 +19,7 @@ from smart_fairseq.training.link import TrainingLink
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from peak_memory import PeakMemory
 
-START = ["--test-start", "0.1"]
+START = ["--smart-noise-std", "1e-2", "--smart-step-size", "0.1"]
 HALF = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "128"]
 
 
@@ -67,7 +67,7 @@ def test_one_pass_from_zero_is_sentence_prediction(class_data: Path, tmp_path: P
     """Update by update, bit for bit, dropout on."""
     logs, states = zip(
         run(class_data, tmp_path / "plain", criterion="sentence_prediction", optimizer="adam"),
-        run(class_data, tmp_path / "passes", "--test-passes", "1", optimizer="adam"),
+        run(class_data, tmp_path / "passes", "--test-passes", "1", "--smart-noise-std", "0", optimizer="adam"),
     )
     assert len(logs[0]["train_inner"]) == 6
     same = ("num_updates", "loss", "nll_loss", "accuracy", "gnorm")
