@@ -1,6 +1,7 @@
 """Several backward passes over a batch: the seam in training/link.py, with the criterion of k_passes.py."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,7 +210,7 @@ def test_an_overflow_in_any_pass_skips_the_update(
     log, state = run(class_data, tmp_path, *flags, max_update=4)
     assert sum("gradient overflow detected" in line for line in log["text"]) == 1
     assert len(batches) == 5 and state["last_optimizer_state"]["mbpp"]["updates"] == 4
-    stood_still = [all(torch.equal(*pair) for pair in zip(*states)) for states in zip(before, before[1:])]
+    stood_still = [all(torch.equal(*pair) for pair in zip(*states)) for states in pairwise(before)]
     assert stood_still == [False, False, True, False]
 
 

@@ -44,7 +44,7 @@ def gradients(data: Path, rank: int | None) -> tuple[list[dict[str, torch.Tensor
             model, broadcast_buffers=False, find_unused_parameters=True
         )
 
-        def count(state: Any, bucket: Any) -> Any:
+        def count(state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
             synchronised[-1] += bucket.is_last()
             return allreduce_hook(state, bucket)
 
