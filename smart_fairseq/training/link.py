@@ -72,7 +72,7 @@ def _split(flat: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
 
 
 class _Passes:
-    """Stands where a task's train_step expects the criterion: a call takes the next pass, all else is the criterion's."""
+    """In the criterion's place in a task's train_step: a call takes the next pass, all else is the criterion's."""
 
     def __init__(self, criterion: SeveralPasses) -> None:
         self._criterion = criterion
