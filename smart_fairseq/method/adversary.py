@@ -56,6 +56,9 @@ class Adversary:
     norm: "inf" or "l2".
     scope: "example" (over T x C) or "token" (over C).
     projection: "ball" (Algorithm 1) or "normalize" (the authors' release).
+
+    >>> Adversary(radius=0.1).size, Adversary(radius=0.1, projection="normalize").size
+    (0.1, 1.0)
     """
 
     radius: float = 1e-5
@@ -78,6 +81,10 @@ def norm(tensor: Tensor, adversary: Adversary) -> Tensor:
         tensor: [B, T, C], float32 or wider.
     Returns:
         [B, 1, 1] (scope "example") or [B, T, 1] (scope "token").
+
+    >>> one = torch.tensor([[[3.0, -4.0]]])
+    >>> norm(one, Adversary(norm="inf")).item(), norm(one, Adversary(norm="l2")).item()
+    (4.0, 5.0)
     """
     over: tuple[int, ...] = (1, 2) if adversary.scope == "example" else (2,)
     largest = tensor.abs().amax(dim=over, keepdim=True)
@@ -89,7 +96,11 @@ def norm(tensor: Tensor, adversary: Adversary) -> Tensor:
 
 
 def normalize(tensor: Tensor, adversary: Adversary) -> Tensor:
-    """``tensor`` divided by its norm; where that is 0 (padding, a flat output), 0. [B, T, C] -> [B, T, C]."""
+    """``tensor`` divided by its norm; where that is 0 (padding, a flat output), 0. [B, T, C] -> [B, T, C].
+
+    >>> normalize(torch.tensor([[[3.0, -4.0]]]), Adversary(norm="l2"))
+    tensor([[[ 0.6000, -0.8000]]])
+    """
     return tensor / norm(tensor, adversary).clamp_min(torch.finfo(tensor.dtype).tiny)
 
 
@@ -100,6 +111,9 @@ def project(perturbation: Tensor, adversary: Adversary) -> Tensor:
         perturbation: [B, T, C], float32 or wider.
     Returns:
         [B, T, C]; in the ball, its norm is at most ``adversary.radius``.
+
+    >>> project(torch.tensor([[[3.0, -0.5]]]), Adversary(radius=1.0))
+    tensor([[[ 1.0000, -0.5000]]])
     """
     if adversary.projection == "normalize":
         return normalize(perturbation, adversary)
@@ -126,6 +140,12 @@ def ascend(
         first_gradient: [B, T, C], the gradient at the noise, where the caller has it already.
     Returns:
         [B, T, C], dtype of ``noise``. Not finite where a gradient was not.
+
+    The gradient of d^2 / 2 is d, here (0.1, -0.05), normalised (1, -0.5):
+
+    >>> noise, mask = torch.tensor([[[0.1, -0.05]]]), torch.ones(1, 1, 1)
+    >>> ascend(lambda d: d, noise, mask, Adversary(radius=1.0, step_size=0.5))
+    tensor([[[ 0.6000, -0.3000]]])
     """
     perturbation = noise * mask
     for step in range(adversary.steps):
@@ -153,7 +173,14 @@ def _cotangent(divergence: Divergence, first: Tensor, second: Tensor, *, of: int
 
 
 def gradient_of(logits_fn: LogitsFn, clean_logits: Tensor, divergence: Divergence) -> GradientFn:
-    """The gradient, for `ascend`, of the divergence between two outputs; arguments as for `find_perturbation`."""
+    """The gradient, for `ascend`, of the divergence between two outputs; arguments as for `find_perturbation`.
+
+    With outputs f(d) = d, the gradient of (f(d) - 0)^2 is 2 d, here divided by its largest entry:
+
+    >>> from .divergence import squared_error
+    >>> gradient_of(lambda d: d[:, 0], torch.zeros(1, 2), squared_error)(torch.tensor([[[3.0, -1.5]]]))
+    tensor([[[ 1.0000, -0.5000]]])
+    """
 
     def gradient(perturbation: Tensor) -> Tensor:
         perturbation = perturbation.detach().requires_grad_()
@@ -185,6 +212,13 @@ def find_perturbation(
             that of `linearized` outputs.
     Returns:
         [B, T, C], dtype of ``noise``, detached.
+
+    The example of `ascend`, from outputs f(d) = d and clean ones of 0:
+
+    >>> from .divergence import squared_error
+    >>> noise, mask, adversary = torch.tensor([[[0.1, -0.05]]]), torch.ones(1, 1, 1), Adversary(1.0, step_size=0.5)
+    >>> find_perturbation(lambda d: d[:, 0], torch.zeros(1, 2), noise, mask, squared_error, adversary)
+    tensor([[[ 0.6000, -0.3000]]])
     """
     return ascend(gradient_of(logits_fn, clean_logits, divergence), noise, mask, adversary, first_gradient)
 
@@ -200,6 +234,12 @@ def linearized(outputs: Tensor, inputs: Tensor) -> LogitsFn:
         inputs: [B, T, C], what they were computed from.
     Returns:
         A function from [B, T, C] to [B, K], float64, in which small changes of the outputs are not lost.
+
+    f(x) = x^2 at 3, where it is 9 and its slope 6:
+
+    >>> x = torch.tensor([[[3.0]]], requires_grad=True)
+    >>> linearized(x[:, 0] ** 2, x)(torch.tensor([[[0.5]]]))
+    tensor([[12.]], dtype=torch.float64)
     """
     single = outputs.shape[1] == 1
     differences = outputs if single else outputs[:, :-1] - outputs[:, -1:]
@@ -230,6 +270,14 @@ def gradient_to_first_order(
         products_fn: direction d [B, T, C] -> outputs [B, K], change J d [B, K], and the function from a
             cotangent [B, K] to J' cotangent [B, T, C].
         divergence_of_change: of (outputs, change), one number per example.
+
+    With J = 2, J' H J d has the direction of d:
+
+    >>> from .divergence import squared_change
+    >>> def products(d: Tensor):
+    ...     return torch.zeros(1, 2), 2 * d[:, 0], lambda cotangent: 2 * cotangent[:, None]
+    >>> gradient_to_first_order(products, squared_change)(torch.tensor([[[3.0, -1.5]]]))
+    tensor([[[ 2., -1.]]])
     """
 
     def gradient(perturbation: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ def symmetric_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ or are not [B, K].
     Source: Jiang et al. (2020), section 3.1.
+
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    >>> symmetric_kl(p, q)  # 0.4 log(0.9 / 0.5) + 0.4 log(0.5 / 0.1) = 0.4 log(9)
+    tensor([0.8789])
     """
     log_p, log_q = _log_probabilities(logits, reference_logits)
     distance = (log_p - log_q).abs()
@@ -70,7 +74,12 @@ def symmetric_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
 
 
 def kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """KL(P, Q), P from ``logits`` and Q from ``reference_logits``; shapes and errors as `symmetric_kl`."""
+    """KL(P, Q), P from ``logits`` and Q from ``reference_logits``; shapes and errors as `symmetric_kl`.
+
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    >>> kl(p, q)  # 0.5 log(2 / 3) + 0.5 log(2) = 0.5 log(4 / 3)
+    tensor([0.1438])
+    """
     log_p, log_q = _log_probabilities(logits, reference_logits)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
@@ -79,6 +88,9 @@ def jensen_shannon(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """KL(P, M) / 2 + KL(Q, M) / 2 with M = (P + Q) / 2; shapes and errors as `symmetric_kl`.
 
     Source: Lin (1991), equation 3.3 with equal weights.
+
+    >>> jensen_shannon(torch.tensor([[99.0, 0.0]]), torch.tensor([[0.0, 99.0]]))  # at most log(2)
+    tensor([0.6931])
     """
     log_p, log_q = _log_probabilities(logits, reference_logits)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
@@ -89,13 +101,21 @@ def squared_error(outputs: Tensor, reference: Tensor) -> Tensor:
     """(p - q)^2, summed over the outputs; [B, K] and [B, K] -> [B], errors as `symmetric_kl`.
 
     Source: Jiang et al. (2020), section 3.1 (regression).
+
+    >>> squared_error(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
+    tensor([4.])
     """
     outputs, reference = _pair(outputs, reference)
     return (outputs - reference).square().sum(dim=-1)
 
 
 def squared_error_of_classes(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """Squared error between class probabilities; shapes and errors as `symmetric_kl`."""
+    """Squared error between class probabilities; shapes and errors as `symmetric_kl`.
+
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    >>> squared_error_of_classes(p, q)  # 0.4^2 + 0.4^2
+    tensor([0.3200])
+    """
     log_p, log_q = _log_probabilities(logits, reference_logits)
     return (log_p.exp() - log_q.exp()).square().sum(dim=-1)
 
@@ -120,19 +140,32 @@ def symmetric_kl_of_change(logits: Tensor, change: Tensor) -> Tensor:
         logits, change: [B, K], any float dtype.
     Returns:
         [B], float32 or wider, nats.
+
+    >>> change = torch.tensor([[math.log(9), 0.0]])  # from (0.5, 0.5) to (0.9, 0.1)
+    >>> symmetric_kl_of_change(torch.zeros(1, 2), change)  # 0.4 log(9)
+    tensor([0.8789])
     """
     q, log_ratio = _log_ratio_of_change(logits, change)
     return (q * torch.expm1(log_ratio) * log_ratio).sum(dim=-1)
 
 
 def squared_change(outputs: Tensor, change: Tensor) -> Tensor:
-    """`squared_error` of ``outputs + change`` and ``outputs``; shapes as `symmetric_kl_of_change`."""
+    """`squared_error` of ``outputs + change`` and ``outputs``; shapes as `symmetric_kl_of_change`.
+
+    >>> squared_change(torch.tensor([[1.0]]), torch.tensor([[2.0]]))
+    tensor([4.])
+    """
     _, change = _pair(outputs, change)
     return change.square().sum(dim=-1)
 
 
 def squared_change_of_classes(logits: Tensor, change: Tensor) -> Tensor:
-    """`squared_error_of_classes` of ``logits + change`` and ``logits``; shapes as `symmetric_kl_of_change`."""
+    """`squared_error_of_classes` of ``logits + change`` and ``logits``; shapes as `symmetric_kl_of_change`.
+
+    >>> change = torch.tensor([[math.log(9), 0.0]])  # from (0.5, 0.5) to (0.9, 0.1)
+    >>> squared_change_of_classes(torch.zeros(1, 2), change)  # 0.4^2 + 0.4^2
+    tensor([0.3200])
+    """
     q, log_ratio = _log_ratio_of_change(logits, change)
     return (q * torch.expm1(log_ratio)).square().sum(dim=-1)
 

@@ -15,7 +15,13 @@ __all__ = ["RandomState", "without_dropout"]
 
 
 class RandomState:
-    """The states of torch's generators at one moment, on the CPU and on one CUDA device."""
+    """The states of torch's generators at one moment, on the CPU and on one CUDA device.
+
+    >>> state, first = RandomState(torch.device("cpu")), torch.rand(1)
+    >>> with state.replayed():
+    ...     first == torch.rand(1)
+    tensor([True])
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +46,13 @@ class RandomState:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Run a block with every module of ``model`` in evaluation mode, then restore each as it was."""
+    """Run a block with every module of ``model`` in evaluation mode, then restore each as it was.
+
+    >>> model = nn.Dropout(0.5)
+    >>> with without_dropout(model):
+    ...     model(torch.ones(3))
+    tensor([1., 1., 1.])
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -51,6 +51,11 @@ def example_noise(example_ids: Tensor, length: int, channels: int, *, seed: int)
         seed: any integer; fairseq's seed plus the update number during training.
     Returns:
         [B, T, C], float32, on the device of ``example_ids``.
+
+    >>> two = example_noise(torch.tensor([4, 7]), length=3, channels=2, seed=1)
+    >>> alone = example_noise(torch.tensor([7]), length=2, channels=2, seed=1)
+    >>> two.shape, torch.equal(two[1:, :2], alone)
+    (torch.Size([2, 3, 2]), True)
     """
     streams = _mix(_mix(torch.full_like(example_ids, _signed(seed)) + _GAMMA) ^ (example_ids * _GAMMA))
     counter = torch.arange(1, length * channels + 1, device=example_ids.device)

@@ -27,6 +27,10 @@ def momentum_at(
         total_updates: updates in the whole training.
         warmup_ratio: the first part, as a fraction of ``total_updates``.
     Source: Jiang et al. (2020), section 4.1: 0.99 for t <= 0.1 T, then 0.999.
+
+    >>> paper = dict(total_updates=1000, momentum=0.999, warmup_momentum=0.99, warmup_ratio=0.1)
+    >>> momentum_at(100, **paper), momentum_at(101, **paper)
+    (0.99, 0.999)
     """
     if momentum in (0.0, 1.0):
         return momentum
@@ -40,6 +44,11 @@ def average_(teacher: Sequence[Tensor], weights: Sequence[Tensor], momentum: flo
     Args:
         teacher: tensors, float32 or wider: with beta 0.999 a half-precision average stands still.
         weights: tensors of the same shapes, any float dtype.
+
+    >>> teacher = [torch.tensor([1.0])]
+    >>> average_(teacher, [torch.tensor([2.0])], momentum=0.9)
+    >>> teacher  # 0.9 * 1 + 0.1 * 2
+    [tensor([1.1000])]
     """
     if momentum == 1.0:
         return

@@ -21,9 +21,8 @@ the parameters' places. Before the first update there is no average yet: the tea
 """
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -34,20 +33,24 @@ __all__ = ["SeveralPasses", "TrainingLink"]
 
 # loss, sample size, log: what a criterion's forward returns
 Result = tuple[Tensor, int, dict[str, Any]]
+# of train_step's arguments; fairseq's trainer calls it by them, and once, on its way to an error, by their order
+_NAMES = ("sample", "model", "criterion", "optimizer", "update_num", "ignore_grad")
 
 
 class SeveralPasses(Protocol):
     """A criterion that takes several backward passes over a batch.
 
-    num_passes: how many, the same for every batch and worker.
+    num_passes: how many, from 1; the same for every batch and worker.
     """
 
     num_passes: int
 
-    def passes(self, model: nn.Module, sample: dict[str, Any]) -> Iterator[Result]:
-        """One `Result` for each pass; when the next is asked for, the last one's backward has run.
+    def passes(self, model: nn.Module, sample: dict[str, Any]) -> Generator[Result]:
+        """A `Result` for each pass; when the next is asked for, the last one's backward has run.
 
-        Gradients add up, so each loss carries its share of the whole; sample size and log of the last one count.
+        Gradients add up, so each loss carries its share of the whole. Sample size and log of the last pass count. What
+        a backward leaves in a tensor of the criterion's own is scaled as fairseq scales the loss: it may be 0
+        (a batch that only keeps a worker in step), and in float16 infinite.
         """
         ...
 
@@ -68,20 +71,55 @@ def _split(flat: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
             offset += tensor.numel()
 
 
-def _in_passes(train_step: Callable[..., Any], criterion: SeveralPasses, call: inspect.BoundArguments) -> Any:
+class _Passes:
+    """In the criterion's place in a task's train_step: a call takes the next pass, all else is the criterion's."""
+
+    def __init__(self, criterion: SeveralPasses) -> None:
+        self._criterion = criterion
+        self._passes: Generator[Result] | None = None
+        self.taken = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._criterion, name)
+
+    def __call__(self, model: nn.Module, sample: dict[str, Any], *_: Any, **__: Any) -> Result:
+        if self._passes is None:
+            self._passes = self._criterion.passes(model, sample)
+        self.taken += 1
+        result = next(self._passes, None)
+        if result is None:
+            raise RuntimeError(f"{type(self._criterion).__name__}.passes ended before pass {self.taken}")
+        return result
+
+    def close(self) -> None:
+        """Let go of what the last pass left, and undo what it had changed for a while."""
+        if self._passes is not None:
+            self._passes.close()
+
+
+@contextmanager
+def _unsynchronised(model: Any) -> Iterator[None]:
+    """`no_sync` of a distributed wrapper, if there is one; it ends also where the block raises.
+
+    That of fairseq's legacy_ddp has no ``finally``: an exception on its way through would leave it on for good.
+    """
+    no_sync: Any = model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    no_sync.__enter__()
+    try:
+        yield
+    finally:
+        no_sync.__exit__(None, None, None)
+
+
+def _in_passes(train_step: Callable[..., Any], criterion: SeveralPasses, given: dict[str, Any]) -> Any:
     """Run ``train_step`` once for every pass of the criterion; what the last one returned."""
-    model, sample = call.arguments["model"], call.arguments["sample"]
-    passes = criterion.passes(model, sample)
     result: Any = None
-    for number in range(criterion.num_passes):
-        # the task's train_step calls what it is given as the criterion
-        call.arguments["criterion"] = lambda *_, **__: next(passes)
-        last = number == criterion.num_passes - 1
-        unsynchronised: AbstractContextManager[Any] = nullcontext()
-        if not last and hasattr(model, "no_sync"):
-            unsynchronised = model.no_sync()
-        with unsynchronised:
-            result = train_step(*call.args, **call.kwargs)
+    with closing(_Passes(criterion)) as passes:
+        for number in range(1, criterion.num_passes + 1):
+            with _unsynchronised(given["model"]) if number < criterion.num_passes else nullcontext():
+                result = train_step(**{**given, "criterion": passes})
+            if passes.taken != number:
+                raise RuntimeError("several passes need a task whose train_step calls the criterion once")
     return result
 
 
@@ -103,16 +141,14 @@ class TrainingLink:
     def listen(self, task: Any) -> None:
         """Stand in the task's train_step, and hear when its epochs begin."""
         train_step, begin_epoch = task.train_step, task.begin_epoch
-        signature = inspect.signature(train_step)
 
         @functools.wraps(train_step)
         def linked_train_step(*args: Any, **kwargs: Any) -> Any:
-            call = signature.bind(*args, **kwargs)
-            self.connect(call.arguments["optimizer"])
-            self.update_num = int(call.arguments["update_num"])
-            criterion = call.arguments["criterion"]
-            if hasattr(criterion, "passes"):
-                return _in_passes(train_step, criterion, call)
+            given = {**dict(zip(_NAMES, args)), **kwargs}
+            self.connect(given["optimizer"])
+            self.update_num = int(given["update_num"])
+            if hasattr(given["criterion"], "passes"):
+                return _in_passes(train_step, given["criterion"], given)
             return train_step(*args, **kwargs)
 
         @functools.wraps(begin_epoch)
