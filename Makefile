@@ -39,10 +39,10 @@ demo: $(READY)
 	@$(RUN) examples/demo/run.py $(DEMO_FLAGS)
 
 test: $(READY)
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(READY)
-	$(RUN) -m pytest -m "slow and not gpu"
+	$(RUN) -m pytest -n 2 -m "slow and not gpu"
 
 # precision, workers and faults with every model on the GPU, and the tests that need one
 test-gpu: $(READY)
