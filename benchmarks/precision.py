@@ -199,11 +199,11 @@ def watched() -> Iterator[list[Tensor]]:
         found.append(term.perturbation.detach())
         return sizes(term)
 
-    SmoothnessTerm.sizes = noting  # type: ignore[method-assign]
+    SmoothnessTerm.sizes = noting
     try:
         yield found
     finally:
-        SmoothnessTerm.sizes = sizes  # type: ignore[method-assign]
+        SmoothnessTerm.sizes = sizes
 
 
 def set_form(criterion: Any, form: str, dtype: torch.dtype) -> None:
