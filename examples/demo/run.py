@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import encoder
-import generate
-
 # a remark on tensorboardX, which nothing here uses
 logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+
+import encoder  # noqa: E402
+import generate  # noqa: E402
 
 from smart_fairseq.data import command, preprocess  # noqa: E402
 from smart_fairseq.data.bpe import find_bpe  # noqa: E402
@@ -38,7 +38,7 @@ MAX_TOKENS = 128
 OWN_EPOCHS, GLUE_EPOCHS = 5, 3
 OWN_SEEDS, GLUE_SEEDS = 2, 1
 METHODS = {"plain": "without SMART", "smart": "SMART + MBPP"}
-COST = {"plain": 1.0, "smart": 3.0}  # of an update
+COST = {"plain": 1.0, "smart": 3.0}  # of an update, until both have been measured
 
 OWN_TASK = dataclasses.replace(
     TASKS["RTE"],

@@ -10,7 +10,6 @@ from .runs import Numbers, Result
 __all__ = ["Scores", "in_words", "laid_out", "rows", "scores", "term", "with_spread"]
 
 TERMS = ("task_loss", "smart_loss", "smart_delta", "bregman_loss")
-NOT_THERE = "-"
 # Student's t, two-sided 5 %, by the number of seeds; beyond these 2.3 is close enough
 CRITICAL_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
@@ -59,9 +58,7 @@ def with_spread(values: Sequence[float]) -> str:
 
 def _terms(results: Sequence[Result], name: str) -> str:
     found = [pair for pair in (term(result, name) for result in results) if pair is not None]
-    if not found:
-        return NOT_THERE
-    return " -> ".join(f"{mean(values):.2g}" for values in zip(*found))
+    return " -> ".join(f"{mean(values):.2g}" for values in zip(*found)) or "-"
 
 
 def rows(results: Sequence[Result], metrics: Sequence[str], methods: Mapping[str, str]) -> list[list[str]]:

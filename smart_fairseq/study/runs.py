@@ -1,5 +1,6 @@
 """Runs of fairseq-train as subprocesses, side by side: their logs, and one progress bar over all."""
 
+import contextlib
 import json
 import os
 import queue
@@ -37,12 +38,11 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One training that is asked for.
+    """One training that is asked for; ``method`` and ``seed`` are what a report sets side by side.
 
-    method, seed: what a report sets side by side.
-    flags: of fairseq-train, without --save-dir; with --log-format json --log-interval 1.
+    flags: of fairseq-train, --log-format json --log-interval 1 among them and --save-dir not.
     folder: of all runs; a run's own log and checkpoints bear its name.
-    cost: of an update, in those of other runs' methods; for the time that is left, until updates have been seen.
+    cost: of an update, beside the others' methods; for the time that is left, until updates have been seen.
     program: what takes the flags.
     """
 
@@ -115,10 +115,8 @@ def parse_line(line: str) -> tuple[str, Numbers] | None:
         return None
     numbers: Numbers = {}
     for key, value in entries.items():
-        try:
+        with contextlib.suppress(TypeError, ValueError):  # such as fairseq's empty lists of predictions
             numbers[key] = float(value)
-        except (TypeError, ValueError):
-            continue  # such as fairseq's empty lists of predictions
     return found[1], numbers
 
 
@@ -132,10 +130,8 @@ def seconds_left(results: Sequence[Result], jobs: int) -> float | None:
     if not rates:
         return None
     usual = mean(mean(found) for found in rates.values())
-    left = [
-        (result.run.updates - result.done) * result.run.cost * mean(rates.get(result.run.method, [usual]))
-        for result in results
-    ]
+    rate_of = {run.method: run.cost * mean(rates.get(run.method, [usual])) for run in (r.run for r in results)}
+    left = [(result.run.updates - result.done) * rate_of[result.run.method] for result in results]
     return max(sum(left) / jobs, max(left))
 
 
