@@ -17,8 +17,8 @@ from data_samples import (
     write,
 )
 
+from smart_fairseq.commands.preprocess import glue_main
 from smart_fairseq.data.binarize import label_dictionary, read_indexed, regression_text
-from smart_fairseq.data.preprocess import glue_main
 from smart_fairseq.data.tasks import TASKS
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, write
 
+from smart_fairseq.commands.preprocess import anli_main, glue_main
 from smart_fairseq.data import binarize
-from smart_fairseq.data.preprocess import anli_main, glue_main
 
 HEADER = "index\tsentence1\tsentence2\tlabel"
 GOOD = "0\ta\tb\tentailment"

@@ -14,9 +14,10 @@ import torch
 from data_samples import ROOT, make_gpt2_bpe, make_pairs, sentences, write
 from test_data_preprocess import make_anli
 
-from smart_fairseq.data import evaluate, metrics, predict
-from smart_fairseq.data.predict import Predictions, batches
-from smart_fairseq.data.preprocess import anli_main, glue_main
+from smart_fairseq.commands import evaluate, predict
+from smart_fairseq.commands.predict import Predictions, batches
+from smart_fairseq.commands.preprocess import anli_main, glue_main
+from smart_fairseq.data import metrics
 from smart_fairseq.data.tasks import GLUE, NLI_LABELS, TASKS
 
 STSB = "index genre filename year old_index source1 source2 sentence1 sentence2".split()
@@ -403,7 +404,7 @@ def test_data_folders_that_are_damaged(place, tmp_path, capsys):
 
 
 def test_probabilities_feed_the_analysis_of_agreement(place, tmp_path, capsys):
-    from smart_fairseq.data import agreement
+    from smart_fairseq.commands import agreement
 
     flags = ["--data-dir", str(place / "bins" / "MNLI-bin"), "--out", str(tmp_path), "--cpu", "--split", "valid"]
     assert predict.main(["--checkpoint", checkpoint(place, "MNLI"), *flags, "--probabilities"]) == 0

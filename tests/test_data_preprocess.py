@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, sentences, write
 
+from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data.binarize import read_indexed, read_manifest
-from smart_fairseq.data.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data.readers import Row
 
 RTE = ("entailment", "not_entailment")
@@ -203,7 +203,8 @@ def test_a_new_run_replaces_the_folder_and_a_failed_one_leaves_it(tmp_path, bpe,
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
-from smart_fairseq.data import binarize, preprocess
+from smart_fairseq.commands import preprocess
+from smart_fairseq.data import binarize
 write = binarize.Folder.write
 def slow(self, split, *rest):
     write(self, split, *rest)

@@ -31,7 +31,8 @@ import generate  # noqa: E402
 import table  # noqa: E402
 from trainings import Run, TrainingFailed, minutes, run_all  # noqa: E402
 
-from smart_fairseq.data import command, preprocess  # noqa: E402
+from smart_fairseq.commands import preprocess  # noqa: E402
+from smart_fairseq.commands.run import run as run_command  # noqa: E402
 from smart_fairseq.data.bpe import find_bpe  # noqa: E402
 from smart_fairseq.data.readers import read_task  # noqa: E402
 from smart_fairseq.data.tasks import GLUE, TASKS, Task  # noqa: E402
@@ -213,7 +214,7 @@ def demo(argv: Sequence[str] | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     try:
-        return command.run("demo", demo, argv)
+        return run_command("demo", demo, argv)
     except TrainingFailed as error:
         print("\n".join(error.tail), file=sys.stderr)
         print(f"demo: error: {error}", file=sys.stderr)

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.binarize import read_indexed, read_manifest
+from ..data.metrics import score
+from ..data.readers import located, read_lines, shown
+from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from . import command
-from .binarize import read_indexed, read_manifest
-from .metrics import score
 from .predict import (
     LETTERS,
     Model,
@@ -27,8 +28,7 @@ from .predict import (
     task_of,
 )
 from .preprocess import whole_number
-from .readers import located, read_lines, shown
-from .tasks import TASKS, Task
+from .run import run
 
 Scores = dict[str, float]
 
@@ -237,4 +237,4 @@ def _finite(value: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/evaluate.py and examples/anli/evaluate.py."""
-    return command.run("evaluate", _main, argv)
+    return run("evaluate", _main, argv)

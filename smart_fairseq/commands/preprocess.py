@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..data.binarize import Folder, Pool, complete_folder
+from ..data.bpe import BpeFiles, find_bpe
+from ..data.readers import Report, Row, find_sources, located, read_task, shown
+from ..data.tasks import ANLI, GLUE, TASKS, Task
 from ..errors import UsageError
-from . import command
-from .binarize import Folder, Pool, complete_folder
-from .bpe import BpeFiles, find_bpe
-from .readers import Report, Row, find_sources, located, read_task, shown
-from .tasks import ANLI, GLUE, TASKS, Task
+from .run import Progress, run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
 SPLIT_ORDER = ("train", "valid", "valid1", "test", "test1")
@@ -120,7 +120,7 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
     if train is not None:
         rows["train"] = list(train)
     for split in _split_order(rows):
-        progress = command.Progress(len(rows[split]), f"{data.task.name} {split}")
+        progress = Progress(len(rows[split]), f"{data.task.name} {split}")
         folder.write(split, rows[split], progress.advance)
         folder.write_ids(split, rows[split])
         progress.close(_note(data, folder, split))
@@ -326,12 +326,12 @@ def _anli(argv: Sequence[str] | None) -> None:
 
 def glue_main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/preprocess.py."""
-    return command.run("preprocess", _glue, argv)
+    return run("preprocess", _glue, argv)
 
 
 def anli_main(argv: Sequence[str] | None = None) -> int:
     """examples/anli/preprocess.py."""
-    return command.run("preprocess", _anli, argv)
+    return run("preprocess", _anli, argv)
 
 
 if __name__ == "__main__":

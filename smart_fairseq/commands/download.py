@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.readers import find_sources, located, shown
+from ..data.tasks import TASKS
 from ..errors import UsageError
-from . import command
-from .readers import find_sources, located, shown
-from .tasks import TASKS
+from .run import Progress, run
 
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4
@@ -182,7 +182,7 @@ def _fetch_once(url: str, part: Path, name: str) -> None:
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
-        progress = command.Progress(total, name, "B")
+        progress = Progress(total, name, "B")
         progress.advance(have)
         with open(part, "ab" if resumed else "wb") as file:
             for block in iter(lambda: response.read(BLOCK), b""):
@@ -314,9 +314,9 @@ def _run(argv: Sequence[str] | None, default: Sequence[str], example: str) -> No
 
 def glue_main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/download.py."""
-    return command.run("download", lambda given: _run(given, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
+    return run("download", lambda given: _run(given, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
 
 
 def anli_main(argv: Sequence[str] | None = None) -> int:
     """examples/anli/download.py."""
-    return command.run("download", lambda given: _run(given, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)
+    return run("download", lambda given: _run(given, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)

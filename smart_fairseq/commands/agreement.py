@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
+from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from . import command
 from .predict import replace_file
-from .readers import Row, find_sources, located, read_lines, read_source, shown
-from .tasks import TASKS, Task
+from .run import run
 
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
 ALL = "all"
@@ -241,4 +241,4 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/agreement.py."""
-    return command.run("agreement", _main, argv)
+    return run("agreement", _main, argv)

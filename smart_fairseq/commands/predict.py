@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from ..data.binarize import MANIFEST, Folder, Pool, read_index, read_manifest
+from ..data.bpe import find_bpe
+from ..data.readers import find_sources, located, read_lines, read_task, shown
+from ..data.tasks import GLUE, TASKS, Task
 from ..errors import UsageError
-from . import command
-from .binarize import MANIFEST, Folder, Pool, read_index, read_manifest
-from .bpe import find_bpe
 from .preprocess import whole_number
-from .readers import find_sources, located, read_lines, read_task, shown
-from .tasks import GLUE, TASKS, Task
+from .run import Progress, run
 
 SUBMISSION_FILES = {file: (name, split) for name in GLUE for split, file in TASKS[name].submission.items()}
 # the most frequent label of each training part, and for STS-B its mean score: what `--fill-missing majority` writes
@@ -165,7 +165,7 @@ class Model:
                 f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}",
             )
         scores = np.zeros((len(ids), self.task.num_classes))
-        progress = command.Progress(len(ids), f"{self.task.name} {split}")
+        progress = Progress(len(ids), f"{self.task.name} {split}")
         with self._torch.no_grad():
             for batch in batches(sizes, max_tokens):
                 scores[batch] = self._scores(dataset, batch)
@@ -453,4 +453,4 @@ def _zip(out: Path, fill: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """examples/glue/predict.py and examples/anli/predict.py."""
-    return command.run("predict", _main, argv)
+    return run("predict", _main, argv)
