@@ -203,9 +203,9 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="agreement.py", description="Accuracy and cross entropy of predictions by the annotators' agreement."
+        prog=prog, description="Accuracy and cross entropy of predictions by the annotators' agreement."
     )
     parser.add_argument(
         "--data-dir", required=True, help="the folder of the official files, for the annotators' labels"
@@ -239,6 +239,6 @@ def _main(argv: Sequence[str] | None) -> None:
         print(f"drew {options.picture}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/agreement.py."""
-    return run("agreement", _main, argv)
+def main(argv: Sequence[str] | None = None, prog: str = "agreement.py") -> int:
+    """The command; its exit status."""
+    return run("agreement", lambda given: _main(given, prog), argv)

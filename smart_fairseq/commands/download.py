@@ -294,9 +294,9 @@ def chosen(text: str, default: Iterable[str]) -> list[str]:
     return [by_lower[name.lower()] for name in names]
 
 
-def _run(argv: Sequence[str] | None, default: Sequence[str], example: str) -> None:
+def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="download.py",
+        prog=prog,
         description=f"Fetch the official files, for example --tasks {example}; without: {', '.join(default)}.",
     )
     parser.add_argument("folder", metavar="DIR", help="the data folder, made where it does not exist")
@@ -312,11 +312,14 @@ def _run(argv: Sequence[str] | None, default: Sequence[str], example: str) -> No
         download(name, folder, options.mirror)
 
 
-def glue_main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/download.py."""
-    return run("download", lambda given: _run(given, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
+def glue_main(argv: Sequence[str] | None = None, prog: str = "download.py") -> int:
+    """The command; without --tasks it fetches GLUE. Its exit status."""
+    return run("download", lambda given: _run(given, prog, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
 
 
-def anli_main(argv: Sequence[str] | None = None) -> int:
-    """examples/anli/download.py."""
-    return run("download", lambda given: _run(given, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)
+def anli_main(argv: Sequence[str] | None = None, prog: str = "download.py") -> int:
+    """The command; without --tasks it fetches ANLI. Its exit status."""
+    return run("download", lambda given: _run(given, prog, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)
+
+
+main = glue_main

@@ -203,9 +203,9 @@ def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="A task's official metrics for one or several checkpoints or prediction files."
+        prog=prog, description="A task's official metrics for one or several checkpoints or prediction files."
     )
     parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
     parser.add_argument("--task", help="which, if --data-dir holds several data folders or the official files")
@@ -235,6 +235,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/evaluate.py and examples/anli/evaluate.py."""
-    return run("evaluate", _main, argv)
+def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
+    """The command; its exit status."""
+    return run("evaluate", lambda given: _main(given, prog), argv)

@@ -399,9 +399,9 @@ def predict_task(
     return written
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="predict.py", description="Predictions of fine-tuned checkpoints, as files for the GLUE server or by id."
+        prog=prog, description="Predictions of fine-tuned checkpoints, as files for the GLUE server or by id."
     )
     parser.add_argument("--checkpoint", required=True, nargs="+", action="extend", metavar="[TASK=]PATH")
     parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
@@ -451,6 +451,6 @@ def _zip(out: Path, fill: str | None) -> None:
     print(f"wrote {path}{note}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/predict.py and examples/anli/predict.py."""
-    return run("predict", _main, argv)
+def main(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
+    """The command; its exit status."""
+    return run("predict", lambda given: _main(given, prog), argv)

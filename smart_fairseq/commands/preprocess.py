@@ -3,7 +3,6 @@
 import argparse
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -229,9 +228,12 @@ def _chosen_tasks(text: str) -> list[str]:
     return [by_lower[name.lower()] for name in names]
 
 
-def _glue(argv: Sequence[str] | None) -> None:
+def _glue(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="preprocess.py", description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders."
+        prog=prog,
+        description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders.",
+        epilog="ANLI's rounds joined in one folder: examples/anli/preprocess.py, or --task ANLI at the door of all "
+        "commands, python -m smart_fairseq.commands preprocess; they have options of their own.",
     )
     parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, a list of these, or all")
     parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
@@ -294,9 +296,9 @@ def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times:
     return data
 
 
-def _anli(argv: Sequence[str] | None) -> None:
+def _anli(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="preprocess.py",
+        prog=prog,
         description="From ANLI's files, alone or with others, to fairseq's data folder.",
     )
     parser.add_argument("--rounds", default="R1,R2,R3", help="which rounds (%(default)s)")
@@ -324,15 +326,21 @@ def _anli(argv: Sequence[str] | None) -> None:
     process(join(parts, extra, times), Path(options.out), bpe, options)
 
 
-def glue_main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/preprocess.py."""
-    return run("preprocess", _glue, argv)
+def glue_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """The command for all tasks, a folder for each; its exit status."""
+    return run("preprocess", lambda given: _glue(given, prog), argv)
 
 
-def anli_main(argv: Sequence[str] | None = None) -> int:
-    """examples/anli/preprocess.py."""
-    return run("preprocess", _anli, argv)
+def anli_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """The command for ANLI's rounds, joined in one folder; its exit status."""
+    return run("preprocess", lambda given: _anli(given, prog), argv)
 
 
-if __name__ == "__main__":
-    sys.exit(glue_main())
+def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """Both under one name: ``--task ANLI`` joins ANLI's rounds. The exit status."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    known, others = parser.parse_known_args(argv)
+    if known.task and known.task.upper() == "ANLI":
+        return anli_main(others, f"{prog} --task ANLI")
+    return glue_main(argv, prog)
