@@ -15,10 +15,10 @@ from data_samples import ROOT, make_gpt2_bpe, make_pairs, sentences, write
 from test_data_preprocess import make_anli
 
 from smart_fairseq.commands import evaluate, predict
-from smart_fairseq.commands.predict import Predictions, batches
 from smart_fairseq.commands.preprocess import anli_main, glue_main
 from smart_fairseq.data import metrics
 from smart_fairseq.data.tasks import GLUE, NLI_LABELS, TASKS
+from smart_fairseq.inference import Model, Predictions, batches
 
 STSB = "index genre filename year old_index source1 source2 sentence1 sentence2".split()
 
@@ -68,7 +68,7 @@ def train(data: Path, save_dir: Path, classes: int, *flags: str) -> Path:
             weight.mul_(20)
     torch.save(state, path)
     if classes > 1:
-        scores = predict.Model(path, data, cpu=True).predict("valid", 8192).scores
+        scores = Model(path, data, cpu=True).predict("valid", 8192).scores
         middle = torch.from_numpy(np.median(np.log(scores), axis=0))
         state["model"]["classification_heads.sentence_classification_head.out_proj.bias"] -= middle
         torch.save(state, path)
@@ -152,8 +152,8 @@ def test_scores_of_predictions_equal_what_fairseq_validate_logs(place, tmp_path,
 
 def test_batches_change_nothing(place, tmp_path):
     data = place / "bins" / "MRPC-bin"
-    small = predict.Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 1)
-    large = predict.Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 10**6)
+    small = Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 1)
+    large = Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 10**6)
     assert small.ids == large.ids == [str(number) for number in range(27)]
     np.testing.assert_allclose(small.scores, large.scores, atol=1e-5)
     np.testing.assert_allclose(small.scores.sum(1), 1, atol=1e-6)

@@ -23,7 +23,8 @@ from pathlib import Path
 from ..data.readers import find_sources, located, shown
 from ..data.tasks import TASKS
 from ..errors import UsageError
-from .run import Progress, run
+from ..progress import Progress
+from .run import run
 
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4

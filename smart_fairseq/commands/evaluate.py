@@ -14,18 +14,15 @@ from ..data.metrics import score
 from ..data.readers import located, read_lines, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
+from ..inference import Model, label_order, read_ids, task_of
 from .predict import (
     LETTERS,
-    Model,
     add_encoder_options,
     add_model_options,
     chosen_splits,
     data_folders,
-    label_order,
     official_folder,
-    read_ids,
     replace_file,
-    task_of,
 )
 from .preprocess import whole_number
 from .run import run

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..data.binarize import Folder, Pool, complete_folder
+from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles, find_bpe
+from ..data.pool import Pool
 from ..data.readers import Report, Row, find_sources, located, read_task, shown
 from ..data.tasks import ANLI, GLUE, TASKS, Task
 from ..errors import UsageError
-from .run import Progress, run
+from ..progress import Progress
+from .run import run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
 SPLIT_ORDER = ("train", "valid", "valid1", "test", "test1")
