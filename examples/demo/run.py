@@ -32,6 +32,7 @@ import table  # noqa: E402
 from trainings import Run, TrainingFailed, minutes, run_all  # noqa: E402
 
 from smart_fairseq.commands import preprocess  # noqa: E402
+from smart_fairseq.commands.options import whole_number  # noqa: E402
 from smart_fairseq.commands.run import run as run_command  # noqa: E402
 from smart_fairseq.data.bpe import find_bpe  # noqa: E402
 from smart_fairseq.data.readers import read_task  # noqa: E402
@@ -84,9 +85,9 @@ def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.encoder and not (options.encoder / "model.pt").is_file():
         raise UsageError(f"--encoder is {options.encoder}; it must be a folder that import_hf wrote, with a model.pt")
     options.task = names.get(options.task.lower(), "")
-    options.updates = preprocess.whole_number("UPDATES", options.updates, 1) if options.updates else None
+    options.updates = whole_number("UPDATES", options.updates, 1) if options.updates else None
     default_seeds = GLUE_SEEDS if options.task else OWN_SEEDS
-    options.seeds = preprocess.whole_number("SEEDS", options.seeds, 1) if options.seeds else default_seeds
+    options.seeds = whole_number("SEEDS", options.seeds, 1) if options.seeds else default_seeds
     return options
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
+from .evaluate import in_order
 from .predict import replace_file
 from .run import run
 
@@ -127,15 +128,8 @@ def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
     probabilities, labels = read_probabilities(path)
     if set(labels) != set(task.labels):
         raise located(path, 1, f"has the classes {', '.join(labels)}, and {task.name} has {', '.join(task.labels)}")
-    lacking = [row.id for row in rows if row.id not in probabilities]
-    if lacking or len(probabilities) != len(rows):
-        raise located(
-            path,
-            0,
-            f"holds {len(probabilities)} rows, and the official file {len(rows)}"
-            + (f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""),
-        )
-    return compare(labels, rows, np.array([probabilities[row.id] for row in rows]))
+    found = in_order(path, probabilities, [row.id for row in rows], "rows, and the official file {}")
+    return compare(labels, rows, np.array(found))
 
 
 def table(models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]) -> str:

@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..data.readers import find_sources, located, shown
 from ..data.tasks import TASKS
 from ..errors import UsageError
 from ..progress import Progress
+from .options import chosen
 from .run import run
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -283,18 +284,6 @@ def download(name: str, folder: Path, mirror: str | None = None) -> None:
                 archive.unlink()
 
 
-def chosen(text: str, default: Iterable[str]) -> list[str]:
-    """Parse ``--tasks``. Raises `UsageError` for an unknown name."""
-    if text == "all":
-        return list(default)
-    by_lower = {name.lower(): name for name in RESOURCES}
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    wrong = [name for name in names if name.lower() not in by_lower]
-    if wrong or not names:
-        raise UsageError(f"--tasks is {shown(text)}; it must be a list of {', '.join(RESOURCES)}, or all")
-    return [by_lower[name.lower()] for name in names]
-
-
 def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example: str) -> None:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -309,7 +298,9 @@ def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example:
     folder = Path(options.folder)
     if folder.exists() and not folder.is_dir():
         raise located(folder, 0, "is a file, and a folder is needed")
-    for name in chosen(options.tasks, default):
+    must = f"a list of {', '.join(RESOURCES)}, or all"
+    names = default if options.tasks == "all" else chosen("--tasks", options.tasks, RESOURCES, must)
+    for name in names:
         download(name, folder, options.mirror)
 
 

@@ -5,9 +5,9 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.binarize import read_indexed, read_manifest
 from ..data.metrics import score
@@ -15,19 +15,12 @@ from ..data.readers import located, read_lines, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
 from ..inference import Model, label_order, read_ids, task_of
-from .predict import (
-    LETTERS,
-    add_encoder_options,
-    add_model_options,
-    chosen_splits,
-    data_folders,
-    official_folder,
-    replace_file,
-)
-from .preprocess import whole_number
+from .options import add_encoder_options, add_model_options, chosen_splits, data_folders, official_folder, whole_number
+from .predict import LETTERS, replace_file
 from .run import run
 
 Scores = dict[str, float]
+Found = TypeVar("Found")
 
 
 def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
@@ -127,20 +120,21 @@ def table(rows: Sequence[tuple[str, Scores]]) -> str:
     )
 
 
+def in_order(path: Path, found: Mapping[str, Found], ids: Sequence[str], holds: str) -> list[Found]:
+    """What was found for each id; other ids or fewer raise `UsageError`, which ``holds`` words."""
+    lacking = [identity for identity in ids if identity not in found]
+    if lacking or len(found) != len(ids):
+        which = f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""
+        raise located(path, 0, f"holds {len(found)} {holds.format(len(ids))}{which}")
+    return [found[identity] for identity in ids]
+
+
 def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[str]:
     """The predictions of one run, from one file or one for each round, in the order of the ids."""
     found: dict[str, str] = {}
     for path in paths:
         found.update(read_predictions(path, task))
-    lacking = [identity for identity in ids if identity not in found]
-    if lacking or len(found) != len(ids):
-        raise located(
-            paths[0],
-            0,
-            f"holds {len(found)} predictions, and the split has {len(ids)} rows"
-            + (f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""),
-        )
-    return [found[identity] for identity in ids]
+    return in_order(paths[0], found, ids, "predictions, and the split has {} rows")
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -164,12 +158,7 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
         return folders[options.task]
     if options.task not in TASKS:
         raise UsageError(f"--task is {shown(options.task)}; it must be one of {', '.join(TASKS)}")
-    splits = (
-        options.split.split(",")
-        if options.split
-        else [split for split in TASKS[options.task].splits if "valid" in split]
-    )
-    return official_folder(TASKS[options.task], splits, scratch / "data", options)
+    return official_folder(TASKS[options.task], "valid", scratch / "data", options)
 
 
 def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +199,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--predictions", nargs="+", action="extend", help="files of predict; ANLI's rounds with commas")
     parser.add_argument("--split", help="labelled splits (all whose name begins with valid)")
     parser.add_argument("--json", help="write the same there")
-    add_encoder_options(parser)
+    add_encoder_options(parser, "with official files: ")
     add_model_options(parser)
     options = parser.parse_args(argv)
     if not options.checkpoint and not options.predictions:

@@ -8,14 +8,12 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.binarize import MANIFEST, Folder, read_manifest
-from ..data.bpe import find_bpe
-from ..data.pool import Pool
-from ..data.readers import find_sources, located, read_task, shown
+from ..data.binarize import read_manifest
+from ..data.readers import find_sources, located, shown
 from ..data.tasks import GLUE, TASKS, Task
 from ..errors import UsageError
 from ..inference import Model, Predictions
-from .preprocess import whole_number
+from .options import add_encoder_options, add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
 
 SUBMISSION_FILES = {file: (name, split) for name in GLUE for split, file in TASKS[name].submission.items()}
@@ -128,14 +126,6 @@ def write_zip(out: Path) -> tuple[Path, list[str]]:
 # Command -----------------------------------------------------------------------------------------------------------
 
 
-def data_folders(data_dir: Path) -> dict[str, Path]:
-    """Task to data folder: ``data_dir`` itself, or the folders in it that preprocess wrote."""
-    if not data_dir.is_dir():
-        raise located(data_dir, 0, "--data-dir: no such folder")
-    places = [data_dir] if (data_dir / MANIFEST).is_file() else sorted(data_dir.iterdir())
-    return {read_manifest(place)["task"]: place for place in places if (place / MANIFEST).is_file()}
-
-
 def named_checkpoints(texts: Sequence[str], folders: dict[str, Path]) -> dict[str, Path]:
     """Parse ``TASK=PATH``; without TASK the one task of the data. Raises `UsageError`."""
     found: dict[str, Path] = {}
@@ -151,49 +141,6 @@ def named_checkpoints(texts: Sequence[str], folders: dict[str, Path]) -> dict[st
             raise UsageError(f"--checkpoint names {name} twice; give one checkpoint for each task")
         found[name] = Path(path)
     return found
-
-
-def official_folder(task: Task, splits: Sequence[str], target: Path, options: argparse.Namespace) -> Path:
-    """Make a data folder of ``splits`` from the official files, as preprocess would."""
-    data_dir = Path(options.data_dir)
-    bpe = find_bpe(options.bpe, Path(options.bpe_dir) if options.bpe_dir else data_dir / "gpt2_bpe")
-    rows, _ = read_task(task, data_dir)
-    with Pool(bpe, whole_number("--workers", options.workers, 1), None, task.texts) as pool:
-        folder = Folder(target, task, pool)
-        folder.start(rows.get("train", []))
-        for split in splits:
-            if split in rows:
-                folder.write(split, rows[split])
-                folder.write_ids(split, rows[split])
-        folder.finish()
-    return target
-
-
-def chosen_splits(folder: Path, text: str | None, kind: str) -> list[str]:
-    """The splits that a flag names; without one, those of a kind (test, valid)."""
-    there = read_manifest(folder)["rows"]
-    if text is None:
-        return [split for split in there if split.startswith(kind)]
-    splits = [split.strip() for split in text.split(",")]
-    for split in splits:
-        if split not in there:
-            raise UsageError(f"--split is {shown(text)}; {folder} has {', '.join(there)}")
-    return splits
-
-
-def add_encoder_options(parser: argparse.ArgumentParser) -> None:
-    """The options that official files need, which preprocess has too."""
-    parser.add_argument("--bpe", help="with official files: gpt2, sentencepiece or bert")
-    parser.add_argument("--bpe-dir", help="with official files: the encoder's folder (gpt2_bpe in --data-dir)")
-    workers = str(min(8, os.cpu_count() or 1))
-    parser.add_argument("--workers", default=workers, help="processes that encode official files (%(default)s)")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of all commands that run a model."""
-    parser.add_argument("--max-tokens", default="8192", help="in a batch, padding counted (%(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--fp16", action="store_true", help="half precision (GPU)")
 
 
 def _splits(name: str, folder: Path, options: argparse.Namespace) -> list[str]:
@@ -233,7 +180,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--split", help="instead of the test splits; as in valid,valid1")
     parser.add_argument("--probabilities", action="store_true", help="write these too (not in files for the server)")
     parser.add_argument("--fill-missing", choices=["majority"], help="baseline for tasks without a file, for the zip")
-    add_encoder_options(parser)
+    add_encoder_options(parser, "with official files: ")
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
@@ -248,8 +195,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
                         f"--data-dir {data_dir} holds no data folder, and no official files for --checkpoint {text}; "
                         "with official files it must be TASK=PATH"
                     )
-                splits = options.split.split(",") if options.split else [s for s in TASKS[name].splits if "test" in s]
-                folders[name] = official_folder(TASKS[name], splits, Path(scratch) / name, options)
+                folders[name] = official_folder(TASKS[name], "test", Path(scratch) / name, options)
         checkpoints = named_checkpoints(options.checkpoint, folders)
         if "MNLI" in checkpoints and "AX" in folders and options.split is None:
             # the diagnostic set has no training part: GLUE asks for MNLI's model

@@ -1,7 +1,6 @@
 """The command behind examples/glue/preprocess.py and examples/anli/preprocess.py: official files to data folders."""
 
 import argparse
-import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..data.binarize import Folder, complete_folder
-from ..data.bpe import BpeFiles, find_bpe
+from ..data.bpe import BpeFiles
 from ..data.pool import Pool
 from ..data.readers import Report, Row, find_sources, located, read_task, shown
 from ..data.tasks import ANLI, GLUE, TASKS, Task
 from ..errors import UsageError
 from ..progress import Progress
+from .options import add_encoder_options, chosen, encoder_files, existing, whole_number
 from .run import run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
@@ -29,17 +29,6 @@ class Data:
     rows: dict[str, list[Row]]
     reports: dict[str, Report] = field(default_factory=dict)
     parts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # split to (data set, rows), in order
-
-
-def whole_number(flag: str, text: str, least: int) -> int:
-    """Parse a flag's value. Raises `UsageError` below ``least``."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise UsageError(f"{flag} is {shown(text)}; it must be a whole number from {least}")
-    return value
 
 
 def fractions(text: str) -> list[float]:
@@ -109,10 +98,6 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
     return " ".join(flags)
 
 
-def _split_order(rows: Mapping[str, object]) -> list[str]:
-    return [split for split in SPLIT_ORDER if split in rows]
-
-
 def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | None = None, **facts: object) -> Folder:
     """Write all splits into ``target``, an existing empty folder; ``train`` is a subset of the training part."""
     folder = Folder(target, data.task, pool)
@@ -120,7 +105,7 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
     rows = dict(data.rows)
     if train is not None:
         rows["train"] = list(train)
-    for split in _split_order(rows):
+    for split in [split for split in SPLIT_ORDER if split in rows]:
         progress = Progress(len(rows[split]), f"{data.task.name} {split}")
         folder.write(split, rows[split], progress.advance)
         folder.write_ids(split, rows[split])
@@ -189,15 +174,7 @@ def _classes(task: Task, rows: Sequence[Row]) -> str:
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """The options that both commands take."""
     parser.add_argument("--data-dir", required=True, help="the folder that holds the official files")
-    parser.add_argument("--bpe", help="gpt2 (RoBERTa), sentencepiece or bert; default: what --bpe-dir says, else gpt2")
-    parser.add_argument(
-        "--bpe-dir",
-        help="folder with dict.txt and encoder.json, vocab.bpe (gpt2), *.model (sentencepiece) or vocab.txt (bert); "
-        "default: gpt2_bpe in --data-dir",
-    )
-    parser.add_argument(
-        "--workers", default=str(min(8, os.cpu_count() or 1)), help="processes that encode (%(default)s)"
-    )
+    add_encoder_options(parser)
     parser.add_argument("--max-tokens", help="shorten longer rows, the longer text first; all added symbols count")
     parser.add_argument("--subsample", help="fractions of the training part, as in 0.001,0.01,0.1,1; nested subsets")
     parser.add_argument("--seed", default="1", help="of the subsets (%(default)s)")
@@ -213,21 +190,8 @@ def check_shared_options(options: argparse.Namespace) -> BpeFiles:
     options.max_tokens = None if options.max_tokens is None else whole_number("--max-tokens", options.max_tokens, 1)
     if options.subsample:
         fractions(options.subsample)
-    data_dir = Path(options.data_dir)
-    if not data_dir.is_dir():
-        raise located(data_dir, 0, "--data-dir: no such folder")
-    return find_bpe(options.bpe, Path(options.bpe_dir) if options.bpe_dir else data_dir / "gpt2_bpe")
-
-
-def _chosen_tasks(text: str) -> list[str]:
-    if text == "all":
-        return [*GLUE, *EXTRA]
-    names = [name.strip() for name in text.split(",")]
-    by_lower = {name.lower(): name for name in TASKS}
-    for name in names:
-        if name.lower() not in by_lower:
-            raise UsageError(f"--task is {shown(name)}; it must be one of {', '.join(TASKS)}, a list of these, or all")
-    return [by_lower[name.lower()] for name in names]
+    existing(Path(options.data_dir))
+    return encoder_files(options)
 
 
 def _glue(argv: Sequence[str] | None, prog: str) -> None:
@@ -241,7 +205,8 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
     add_shared_options(parser)
     options = parser.parse_args(argv)
-    names = _chosen_tasks(options.task)
+    must = f"one of {', '.join(TASKS)}, a list of these, or all"
+    names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, must)
     bpe = check_shared_options(options)
     data_dir = Path(options.data_dir)
     present = [name for name in names if find_sources(TASKS[name], data_dir)]
@@ -267,11 +232,11 @@ def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
 
 
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
-    chosen = [name.strip().upper() for name in text.split(",") if name.strip()]
-    wrong = [name for name in chosen if name not in allowed]
-    if wrong or len(set(chosen)) != len(chosen):
-        raise UsageError(f"{flag} is {shown(text)}; it must be a list, each once, of {', '.join(allowed)}")
-    return chosen
+    must = f"a list, each once, of {', '.join(allowed)}"
+    names = chosen(flag, text, allowed, must) if text.strip(" ,") else []
+    if len(set(names)) != len(names):
+        raise UsageError(f"{flag} is {shown(text)}; it must be {must}")
+    return names
 
 
 def weights(text: str, parts: Sequence[str]) -> dict[str, int]:
