@@ -1,7 +1,7 @@
 """What a fine-tuned checkpoint predicts for the splits of a data folder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .data.binarize import MANIFEST, read_index, read_manifest
 from .data.readers import located, read_lines, shown
-from .data.tasks import TASKS, Task
+from .data.tasks import ANLI_JOINED, TASKS, Task
 from .errors import UsageError
 from .progress import Progress
 
@@ -33,7 +33,7 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     """The task of a data folder; ANLI's joined rounds count as one."""
     name = manifest["task"]
     if name == "ANLI":
-        return replace(TASKS["ANLI-R1"], name="ANLI", rows={})
+        return ANLI_JOINED
     if name not in TASKS:
         raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
     return TASKS[name]

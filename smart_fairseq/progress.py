@@ -16,11 +16,13 @@ class Progress:
             self._bar = tqdm(total=total, desc=what, unit=unit, leave=False)
 
     def advance(self, count: int) -> None:
+        """So much more is done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
 
     def close(self, note: str = "") -> None:
+        """All is done: the line that stays, with a note at its end."""
         if self._bar is not None:
             self._bar.close()
         print(f"{self._what}: {self._done}{self._unit}{note}", flush=True)

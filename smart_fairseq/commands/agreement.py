@@ -1,4 +1,4 @@
-"""The command behind agreement.py: accuracy and cross entropy by the annotators' agreement.
+"""The command agreement: accuracy and cross entropy by the annotators' agreement.
 
 Paper: Jiang et al. (2020), section 5.2 and figure 2: rows of MNLI's development parts, which five people labelled, are
 grouped by how their votes fall, and a model is compared with the annotators' distribution. The paper's figure calls its

@@ -1,4 +1,4 @@
-"""The command behind download.py: the official files, resumed where a transfer broke off and checked by SHA-256.
+"""The command download: the official files, resumed where a transfer broke off and checked by SHA-256.
 
 Addresses: GLUE's download script and the data sets' own pages. Checksums: the lists of the public loaders
 (huggingface/datasets, tensorflow/datasets), which name the same files; there is none for the FEVER pairs.
@@ -42,6 +42,7 @@ class Resource:
 
     @property
     def name(self) -> str:
+        """The file's own name, without folders."""
         return self.target.rpartition("/")[2] or urllib.parse.urlparse(self.url).path.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""The command behind evaluate.py: official metrics of checkpoints or prediction files on a labelled split."""
+"""The command evaluate: official metrics of checkpoints or prediction files on a labelled split."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from ..data.readers import located, read_lines, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
 from ..inference import Model, label_order, read_ids, task_of
-from .options import add_encoder_options, add_model_options, chosen_splits, data_folders, official_folder, whole_number
+from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .predict import LETTERS, replace_file
 from .run import run
 
@@ -25,15 +25,11 @@ Found = TypeVar("Found")
 
 def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
+    path = folder / "label" / f"{split}.{'label' if task.regression else 'idx'}"
+    if not path.is_file():
+        raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
     if task.regression:
-        path = folder / "label" / f"{split}.label"
-        if not path.is_file():
-            raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
         return [str(float(line) * task.divisor) for _, line in read_lines(path)]
-    if not (folder / "label" / f"{split}.idx").is_file():
-        raise located(
-            folder / "label" / f"{split}.idx", 0, f"is missing: {split} has no labels; choose another --split"
-        )
     order = label_order(folder, task.num_classes)
     return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
 
@@ -148,11 +144,8 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
     folders = data_folders(Path(options.data_dir))
     if options.task is None:
         if len(folders) != 1:
-            raise located(
-                Path(options.data_dir),
-                0,
-                f"--data-dir holds {len(folders)} data folders; name one, or say which --task",
-            )
+            message = f"--data-dir holds {len(folders)} data folders; name one, or say which --task"
+            raise located(Path(options.data_dir), 0, message)
         return next(iter(folders.values()))
     if options.task in folders:
         return folders[options.task]
@@ -193,13 +186,11 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
         prog=prog, description="A task's official metrics for one or several checkpoints or prediction files."
     )
-    parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
     parser.add_argument("--task", help="which, if --data-dir holds several data folders or the official files")
     parser.add_argument("--checkpoint", nargs="+", action="extend", help="one or several, e.g. of several seeds")
     parser.add_argument("--predictions", nargs="+", action="extend", help="files of predict; ANLI's rounds with commas")
     parser.add_argument("--split", help="labelled splits (all whose name begins with valid)")
     parser.add_argument("--json", help="write the same there")
-    add_encoder_options(parser, "with official files: ")
     add_model_options(parser)
     options = parser.parse_args(argv)
     if not options.checkpoint and not options.predictions:

@@ -95,7 +95,9 @@ def official_folder(task: Task, kind: str, target: Path, options: argparse.Names
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of all commands that run a model."""
+    """The options of all commands that run a model on a data folder."""
+    parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
+    add_encoder_options(parser, "with official files: ")
     parser.add_argument("--max-tokens", default="8192", help="in a batch, padding counted (%(default)s)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--fp16", action="store_true", help="half precision (GPU)")

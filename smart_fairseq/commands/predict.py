@@ -1,4 +1,4 @@
-"""The command behind predict.py: a checkpoint's predictions, in the files that the GLUE server and ANLI take."""
+"""The command predict: a checkpoint's predictions, in the files that the GLUE server and ANLI take."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from ..data.readers import find_sources, located, shown
 from ..data.tasks import GLUE, TASKS, Task
 from ..errors import UsageError
 from ..inference import Model, Predictions
-from .options import add_encoder_options, add_model_options, chosen_splits, data_folders, official_folder, whole_number
+from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
 
 SUBMISSION_FILES = {file: (name, split) for name in GLUE for split, file in TASKS[name].submission.items()}
@@ -175,12 +175,10 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
         prog=prog, description="Predictions of fine-tuned checkpoints, as files for the GLUE server or by id."
     )
     parser.add_argument("--checkpoint", required=True, nargs="+", action="extend", metavar="[TASK=]PATH")
-    parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
     parser.add_argument("--out", required=True, help="folder for the files")
     parser.add_argument("--split", help="instead of the test splits; as in valid,valid1")
     parser.add_argument("--probabilities", action="store_true", help="write these too (not in files for the server)")
     parser.add_argument("--fill-missing", choices=["majority"], help="baseline for tasks without a file, for the zip")
-    add_encoder_options(parser, "with official files: ")
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)

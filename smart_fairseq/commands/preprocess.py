@@ -1,4 +1,4 @@
-"""The command behind examples/glue/preprocess.py and examples/anli/preprocess.py: official files to data folders."""
+"""The command preprocess: official files to data folders."""
 
 import argparse
 import random
@@ -11,7 +11,7 @@ from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
 from ..data.pool import Pool
 from ..data.readers import Report, Row, find_sources, located, read_task, shown
-from ..data.tasks import ANLI, GLUE, TASKS, Task
+from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
 from ..progress import Progress
 from .options import add_encoder_options, chosen, encoder_files, existing, whole_number
@@ -253,7 +253,7 @@ def weights(text: str, parts: Sequence[str]) -> dict[str, int]:
 def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times: Mapping[str, int]) -> Data:
     """One data set from ANLI's rounds and others: these only train; a weight repeats a part's training rows."""
     rounds = [name for name in parts if name not in extra]
-    data = Data(replace(TASKS["ANLI-R1"], name="ANLI", rows={}), {})
+    data = Data(ANLI_JOINED, {})
     for split in ("train", "valid", "test"):
         for name in [*rounds, *(extra if split == "train" else ())]:
             rows = parts[name].get(split, []) * (times.get(name, 1) if split == "train" else 1)

@@ -53,6 +53,7 @@ class IndexedWriter:
         self._sizes: list[int] = []
 
     def add(self, ids: "array[int]", sizes: Sequence[int]) -> None:
+        """Write some rows, the ids of all one after the other."""
         ids.tofile(self._data)
         self._sizes.extend(sizes)
 
