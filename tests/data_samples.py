@@ -7,12 +7,20 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import toolkit
+import torch
+
+from smart_fairseq.commands.preprocess import glue_main
+from smart_fairseq.data.tasks import NLI_LABELS
+from smart_fairseq.inference import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("SMART_TEST_DATA") or ROOT.parent / "shared" / "data")
 needs_real_files = pytest.mark.skipif(not (REAL / "glue_data").is_dir(), reason="no real files (SMART_TEST_DATA)")
 
+STSB = "index genre filename year old_index source1 source2 sentence1 sentence2".split()
 WORDS = (
     "the a small dog cat bird river house sees likes finds old green quick 42 3.5 don't "
     'it\'s "quoted" café naïve 東京 e-mail (so) 100% \u2028 end.'
@@ -85,6 +93,90 @@ def make_pairs(folder: Path, labels: Sequence[str], rows: int = 30, seed: int = 
             lines.append(f"{number}\t{sentence(generator)}\t{sentence(generator)}{label}")
         write(folder / f"{split}.tsv", *lines)
     return folder
+
+
+def make_glue(folder: Path) -> Path:
+    """RTE, CoLA, MRPC, STS-B, MNLI and AX with a few rows each."""
+    make_pairs(folder / "RTE", ("entailment", "not_entailment"))
+    texts = sentences(400, seed=9)
+
+    def two(number):
+        return f"{texts[number]}\t{texts[number + 1]}"
+
+    write(folder / "CoLA" / "train.tsv", *(f"gj\t{number % 2}\t\t{texts[number]}" for number in range(30)))
+    write(folder / "CoLA" / "dev.tsv", *(f"gj\t{number % 3 % 2}\t\t{texts[number + 40]}" for number in range(25)))
+    write(folder / "CoLA" / "test.tsv", "index\tsentence", *(f"{number}\t{texts[number]}" for number in range(12)))
+    mrpc = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    for split, count in (("train", 30), ("dev", 27)):
+        rows = (f"{int(number % 3 > 0)}\t1\t2\t{two(number)}" for number in range(count))
+        write(folder / "MRPC" / f"{split}.tsv", mrpc, *rows)
+        rows = (f"{number}\tg\tf\ty\t0\tn\tn\t{two(number)}\t{number % 11 / 2}" for number in range(count))
+        write(folder / "STS-B" / f"{split}.tsv", "\t".join([*STSB, "score"]), *rows)
+    rows = (f"{number}\tg\tf\ty\t0\tn\tn\t{two(number)}" for number in range(14))
+    write(folder / "STS-B" / "test.tsv", "\t".join(STSB), *rows)
+    mnli = "index\tsentence1\tsentence2"
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        votes = "".join(f"\tlabel{number}" for number in range(1, 6)) if "dev" in split else ""
+        rows = []
+        for number in range(30):
+            label = NLI_LABELS[number % 3]
+            cast = "".join(f"\t{vote}" for vote in [label] * 3 + ["neutral", "entailment"]) if votes else ""
+            rows.append(f"{number}\t{two(number)}{cast}\t{label}")
+        write(folder / "MNLI" / f"{split}.tsv", f"{mnli}{votes}\tgold_label", *rows)
+    for split in ("MNLI/test_matched", "MNLI/test_mismatched", "AX/AX"):
+        write(folder / f"{split}.tsv", mnli, *(f"{number}\t{two(number + 3)}" for number in range(9)))
+    return folder
+
+
+def make_anli(folder: Path) -> Path:
+    """ANLI's three rounds with a few rows each, and as much of SNLI and FEVER."""
+    texts = iter(sentences(1000, seed=2))
+
+    def nli(path, count, **names):
+        rows = []
+        for number in range(count):
+            label = "enc"[number % 3]
+            row = {"uid": f"{path.parent.name}{path.stem}{number}", "reason": "", "context": next(texts)}
+            rows.append({**row, "hypothesis": next(texts), "label": label})
+        write(path, *(json.dumps(row) for row in rows))
+
+    for place, name in enumerate(("R1", "R2", "R3")):
+        for split, count in (("train", 4 + place), ("dev", 3), ("test", 3 + place)):
+            nli(folder / "anli_v1.0" / name / f"{split}.jsonl", count)
+    pairs = [
+        {"gold_label": label, "pairID": f"s{number}", "sentence1": "the dog", "sentence2": "a cat"}
+        for number, label in enumerate(("neutral", "-", "entailment"))
+    ]
+    write(folder / "snli_1.0" / "snli_1.0_train.jsonl", *map(json.dumps, pairs))
+    claim = {"fid": "f0", "query": "dog", "context": "cat", "label": "SUPPORTS"}
+    write(folder / "nli_fever" / "train_fitems.jsonl", json.dumps(claim))
+    return folder
+
+
+def prepare(task: str, data_dir: Path, bpe: Path, out: Path, *more: str) -> Path:
+    """Our own preprocess of one task; the folder that it wrote."""
+    flags = ["--task", task, "--data-dir", str(data_dir), "--bpe-dir", str(bpe), "--out", str(out), *more]
+    assert glue_main(flags) == 0
+    return Path(out)
+
+
+def train(data: Path, save_dir: Path, classes: int, *flags: str) -> Path:
+    """Two updates of a tiny RoBERTa; its head is then changed so that predictions differ from row to row."""
+    longer = ["--max-positions", "256", "--seed", "3", "--max-update", "2"]
+    plain = {} if data.name == "RTE-bin" else {"criterion": "sentence_prediction", "optimizer": "adam"}
+    toolkit.train(toolkit.command(data, *longer, *flags, save_dir=save_dir, num_classes=classes, **plain))
+    path = save_dir / "checkpoint_last.pt"
+    state = torch.load(path)
+    for name, weight in state["model"].items():
+        if name.startswith("classification_heads") and name.endswith("weight"):
+            weight.mul_(20)
+    torch.save(state, path)
+    if classes > 1:
+        scores = Model(path, data, cpu=True).predict("valid", 8192).scores
+        middle = torch.from_numpy(np.median(np.log(scores), axis=0))
+        state["model"]["classification_heads.sentence_classification_head.out_proj.bias"] -= middle
+        torch.save(state, path)
+    return path
 
 
 def fairseq_route(

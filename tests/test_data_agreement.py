@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from data_samples import REAL, needs_real_files, write
 
-from smart_fairseq.data import agreement
-from smart_fairseq.data.agreement import GROUPS, compare, group_of
+from smart_fairseq.commands import agreement
+from smart_fairseq.commands.agreement import GROUPS, compare, group_of
 from smart_fairseq.data.readers import Row
 from smart_fairseq.data.tasks import NLI_LABELS
 

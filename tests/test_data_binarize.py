@@ -1,7 +1,6 @@
 """The folders that preprocess writes are those of fairseq's own route, byte for byte."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +12,13 @@ from data_samples import (
     make_gpt2_bpe,
     make_pairs,
     needs_real_files,
+    prepare,
     sentence,
     write,
 )
 
 from smart_fairseq.data.binarize import label_dictionary, read_indexed, regression_text
-from smart_fairseq.data.preprocess import glue_main
 from smart_fairseq.data.tasks import TASKS
-
-
-def preprocess(task, data_dir, bpe, out, *more):
-    flags = ["--task", task, "--data-dir", str(data_dir), "--bpe-dir", str(bpe), "--out", str(out), *more]
-    assert glue_main(flags) == 0
-    return Path(out)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -33,7 +26,7 @@ def test_pairs_equal_fairseqs_route(tmp_path, workers):
     bpe = make_gpt2_bpe(tmp_path / "bpe")
     # more rows than a unit of work, so that two workers have something to share
     data = make_pairs(tmp_path / "glue" / "RTE", ("entailment", "not_entailment"), rows=1200)
-    ours = preprocess("RTE", tmp_path / "glue", bpe, tmp_path / "RTE-bin", "--workers", workers)
+    ours = prepare("RTE", tmp_path / "glue", bpe, tmp_path / "RTE-bin", "--workers", workers)
     files = {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
     texts = {split: cut(data / name, (2, 3)) for split, name in files.items()}
     labels = {split: cut(data / files[split], (4,))[0] for split in ("train", "valid")}
@@ -47,7 +40,7 @@ def test_single_sentences_without_header_equal_fairseqs_route(tmp_path):
     for split in ("train", "dev"):
         write(folder / f"{split}.tsv", *(f"gj04\t{number % 3 % 2}\t\t{sentence(generator)}" for number in range(20)))
     write(folder / "test.tsv", "index\tsentence", *(f"{number}\t{sentence(generator)}" for number in range(9)))
-    ours = preprocess("CoLA", tmp_path / "glue", bpe, tmp_path / "CoLA-bin")
+    ours = prepare("CoLA", tmp_path / "glue", bpe, tmp_path / "CoLA-bin")
     texts = {"train": cut(folder / "train.tsv", (4,), False), "valid": cut(folder / "dev.tsv", (4,), False)}
     texts["test"] = cut(folder / "test.tsv", (2,))
     labels = {"train": cut(folder / "train.tsv", (2,), False)[0], "valid": cut(folder / "dev.tsv", (2,), False)[0]}
@@ -67,7 +60,7 @@ def test_regression_equals_fairseqs_route(tmp_path):
             for number, score in enumerate(scores)
         ]
         write(folder / f"{split}.tsv", header + ("" if split == "test" else "\tscore"), *rows)
-    ours = preprocess("STS-B", tmp_path / "glue", bpe, tmp_path / "STS-B-bin")
+    ours = prepare("STS-B", tmp_path / "glue", bpe, tmp_path / "STS-B-bin")
     files = {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
     texts = {split: cut(folder / name, (8, 9)) for split, name in files.items()}
     labels = {split: cut(folder / files[split], (10,))[0] for split in ("train", "valid")}
@@ -77,7 +70,7 @@ def test_regression_equals_fairseqs_route(tmp_path):
 @needs_real_files
 @pytest.mark.parametrize("task, columns, label", [("RTE", (2, 3), 4), ("STS-B", (8, 9), 10), ("CoLA", (4,), 2)])
 def test_real_files_equal_fairseqs_route(tmp_path, task, columns, label):
-    ours = preprocess(task, REAL / "glue_data", REAL / "gpt2_bpe", tmp_path / "ours", "--workers", "2")
+    ours = prepare(task, REAL / "glue_data", REAL / "gpt2_bpe", tmp_path / "ours", "--workers", "2")
     folder, header = REAL / "glue_data" / task, task != "CoLA"
     texts = {"train": cut(folder / "train.tsv", columns, header), "valid": cut(folder / "dev.tsv", columns, header)}
     if (folder / "test.tsv").exists():
@@ -104,7 +97,7 @@ def test_real_mrpc_equals_fairseqs_route(tmp_path):
     ]
     dev = {(row[1], row[2]) for row in random.Random(0).sample(rows, 408)}
     write(folder / "dev_ids.tsv", *("\t".join(pair) for pair in dev))
-    ours = preprocess("MRPC", tmp_path / "glue", REAL / "gpt2_bpe", tmp_path / "ours", "--workers", "2")
+    ours = prepare("MRPC", tmp_path / "glue", REAL / "gpt2_bpe", tmp_path / "ours", "--workers", "2")
     parts = {"train": [row for row in rows if (row[1], row[2]) not in dev]}
     parts["valid"] = [row for row in rows if (row[1], row[2]) in dev]
     assert (len(parts["train"]), len(parts["valid"])) == (3668, 408)
@@ -120,7 +113,7 @@ def test_large_dictionary_takes_four_bytes_like_fairseqs(tmp_path):
     with open(bpe / "dict.txt", "a") as dictionary:
         dictionary.writelines(f"more{number} 0\n" for number in range(66000))
     make_pairs(tmp_path / "RTE", ("entailment", "not_entailment"))
-    ours = preprocess("RTE", tmp_path / "RTE", bpe, tmp_path / "RTE-bin")
+    ours = prepare("RTE", tmp_path / "RTE", bpe, tmp_path / "RTE-bin")
     columns = {"train": cut(tmp_path / "RTE" / "train.tsv", (2, 3))}
     route = fairseq_route(columns, {"train": ["x"]}, bpe, tmp_path / "fairseq")
     for name in ("input0/train.bin", "input1/train.idx", "input0/dict.txt"):
@@ -157,7 +150,7 @@ def test_regression_text(score, text):
 def test_read_indexed_gives_back_the_rows(tmp_path):
     bpe = make_gpt2_bpe(tmp_path / "bpe")
     make_pairs(tmp_path / "RTE", ("entailment", "not_entailment"))
-    ours = preprocess("RTE", tmp_path / "RTE", bpe, tmp_path / "RTE-bin")
+    ours = prepare("RTE", tmp_path / "RTE", bpe, tmp_path / "RTE-bin")
     from fairseq.data.indexed_dataset import MMapIndexedDataset
 
     fairseqs = MMapIndexedDataset(str(ours / "input1" / "valid"))

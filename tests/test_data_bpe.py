@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from data_samples import WORDS, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, sentences, write
-from test_data_binarize import preprocess
+from data_samples import WORDS, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, prepare, sentences, write
 
 from smart_fairseq.data.binarize import read_indexed
 from smart_fairseq.data.bpe import BpeFiles, find_bpe, load_vocabulary, make_encoder
@@ -65,7 +64,7 @@ def test_folder_in_other_encoders(tmp_path, kind, make):
     """The ids read back are the dictionary's for the encoder's symbols, and the unknown one where it lacks them."""
     bpe = make(tmp_path / "bpe")
     data = make_pairs(tmp_path / "RTE", ("entailment", "not_entailment"))
-    out = preprocess("RTE", data, bpe, tmp_path / "RTE-bin", "--bpe", kind)
+    out = prepare("RTE", data, bpe, tmp_path / "RTE-bin", "--bpe", kind)
     encoder, vocabulary = make_encoder(find_bpe(kind, bpe)), load_vocabulary(bpe / "dict.txt")
     texts = [line.split("\t")[1] for line in (data / "train.tsv").read_text(encoding="utf-8").split("\n")[1:-1]]
     for text, row in zip(texts, read_indexed(out / "input0" / "train")):

@@ -6,8 +6,8 @@ import shlex
 import pytest
 from data_samples import ROOT
 
-from smart_fairseq.data import agreement, download, evaluate, predict, preprocess
-from smart_fairseq.data.download import RESOURCES
+from smart_fairseq.commands import agreement, download, evaluate, predict, preprocess
+from smart_fairseq.commands.download import RESOURCES
 from smart_fairseq.data.tasks import TASKS
 
 READMES = {name: (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8") for name in ("glue", "anli")}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from data_samples import write
 
-from smart_fairseq.data import download
-from smart_fairseq.data.download import RESOURCES, Resource, glue_main
+from smart_fairseq.commands import download
+from smart_fairseq.commands.download import RESOURCES, Resource, glue_main
 from smart_fairseq.data.readers import read_task
 from smart_fairseq.data.tasks import TASKS
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, write
 
-from smart_fairseq.data import binarize
-from smart_fairseq.data.preprocess import anli_main, glue_main
+from smart_fairseq.commands.preprocess import anli_main, glue_main
+from smart_fairseq.data import pool
 
 HEADER = "index\tsentence1\tsentence2\tlabel"
 GOOD = "0\ta\tb\tentailment"
@@ -265,7 +265,7 @@ def die(rows):
 
 def test_worker_that_is_killed(place, capsys, monkeypatch):
     make_pairs(place / "glue" / "RTE", ("entailment", "not_entailment"), rows=1100)
-    monkeypatch.setattr(binarize, "_encode_chunk", die)
+    monkeypatch.setattr(pool, "_encode_chunk", die)
     assert "--workers is 2; one of them was killed" in refused(place, capsys, "--workers", "2")
 
 

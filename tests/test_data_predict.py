@@ -9,69 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toolkit
 import torch
-from data_samples import ROOT, make_gpt2_bpe, make_pairs, sentences, write
-from test_data_preprocess import make_anli
+from data_samples import ROOT, make_anli, make_glue, make_gpt2_bpe, train, write
 
-from smart_fairseq.data import evaluate, metrics, predict
-from smart_fairseq.data.predict import Predictions, batches
-from smart_fairseq.data.preprocess import anli_main, glue_main
+from smart_fairseq.commands import evaluate, predict
+from smart_fairseq.commands.preprocess import anli_main, glue_main
+from smart_fairseq.data import metrics
 from smart_fairseq.data.tasks import GLUE, NLI_LABELS, TASKS
-
-STSB = "index genre filename year old_index source1 source2 sentence1 sentence2".split()
-
-
-def make_glue(folder: Path) -> Path:
-    """RTE, CoLA, MRPC, STS-B, MNLI and AX with a few rows each."""
-    make_pairs(folder / "RTE", ("entailment", "not_entailment"))
-    texts = sentences(400, seed=9)
-
-    def two(number):
-        return f"{texts[number]}\t{texts[number + 1]}"
-
-    write(folder / "CoLA" / "train.tsv", *(f"gj\t{number % 2}\t\t{texts[number]}" for number in range(30)))
-    write(folder / "CoLA" / "dev.tsv", *(f"gj\t{number % 3 % 2}\t\t{texts[number + 40]}" for number in range(25)))
-    write(folder / "CoLA" / "test.tsv", "index\tsentence", *(f"{number}\t{texts[number]}" for number in range(12)))
-    mrpc = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
-    for split, count in (("train", 30), ("dev", 27)):
-        rows = (f"{int(number % 3 > 0)}\t1\t2\t{two(number)}" for number in range(count))
-        write(folder / "MRPC" / f"{split}.tsv", mrpc, *rows)
-        rows = (f"{number}\tg\tf\ty\t0\tn\tn\t{two(number)}\t{number % 11 / 2}" for number in range(count))
-        write(folder / "STS-B" / f"{split}.tsv", "\t".join([*STSB, "score"]), *rows)
-    rows = (f"{number}\tg\tf\ty\t0\tn\tn\t{two(number)}" for number in range(14))
-    write(folder / "STS-B" / "test.tsv", "\t".join(STSB), *rows)
-    mnli = "index\tsentence1\tsentence2"
-    for split in ("train", "dev_matched", "dev_mismatched"):
-        votes = "".join(f"\tlabel{number}" for number in range(1, 6)) if "dev" in split else ""
-        rows = []
-        for number in range(30):
-            label = NLI_LABELS[number % 3]
-            cast = "".join(f"\t{vote}" for vote in [label] * 3 + ["neutral", "entailment"]) if votes else ""
-            rows.append(f"{number}\t{two(number)}{cast}\t{label}")
-        write(folder / "MNLI" / f"{split}.tsv", f"{mnli}{votes}\tgold_label", *rows)
-    for split in ("MNLI/test_matched", "MNLI/test_mismatched", "AX/AX"):
-        write(folder / f"{split}.tsv", mnli, *(f"{number}\t{two(number + 3)}" for number in range(9)))
-    return folder
-
-
-def train(data: Path, save_dir: Path, classes: int, *flags: str) -> Path:
-    """Two updates of a tiny RoBERTa; its head is then changed so that predictions differ from row to row."""
-    longer = ["--max-positions", "256", "--seed", "3", "--max-update", "2"]
-    plain = {} if data.name == "RTE-bin" else {"criterion": "sentence_prediction", "optimizer": "adam"}
-    toolkit.train(toolkit.command(data, *longer, *flags, save_dir=save_dir, num_classes=classes, **plain))
-    path = save_dir / "checkpoint_last.pt"
-    state = torch.load(path)
-    for name, weight in state["model"].items():
-        if name.startswith("classification_heads") and name.endswith("weight"):
-            weight.mul_(20)
-    torch.save(state, path)
-    if classes > 1:
-        scores = predict.Model(path, data, cpu=True).predict("valid", 8192).scores
-        middle = torch.from_numpy(np.median(np.log(scores), axis=0))
-        state["model"]["classification_heads.sentence_classification_head.out_proj.bias"] -= middle
-        torch.save(state, path)
-    return path
+from smart_fairseq.inference import Model, Predictions, batches
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +96,8 @@ def test_scores_of_predictions_equal_what_fairseq_validate_logs(place, tmp_path,
 
 def test_batches_change_nothing(place, tmp_path):
     data = place / "bins" / "MRPC-bin"
-    small = predict.Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 1)
-    large = predict.Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 10**6)
+    small = Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 1)
+    large = Model(Path(checkpoint(place, "MRPC")), data, cpu=True).predict("valid", 10**6)
     assert small.ids == large.ids == [str(number) for number in range(27)]
     np.testing.assert_allclose(small.scores, large.scores, atol=1e-5)
     np.testing.assert_allclose(small.scores.sum(1), 1, atol=1e-6)
@@ -403,7 +348,7 @@ def test_data_folders_that_are_damaged(place, tmp_path, capsys):
 
 
 def test_probabilities_feed_the_analysis_of_agreement(place, tmp_path, capsys):
-    from smart_fairseq.data import agreement
+    from smart_fairseq.commands import agreement
 
     flags = ["--data-dir", str(place / "bins" / "MNLI-bin"), "--out", str(tmp_path), "--cpu", "--split", "valid"]
     assert predict.main(["--checkpoint", checkpoint(place, "MNLI"), *flags, "--probabilities"]) == 0

@@ -1,7 +1,6 @@
 """The command as users call it: several tasks, subsets, shortening, ANLI's mixtures, replacement of folders."""
 
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, sentences, write
+from data_samples import ROOT, make_anli, make_bert_bpe, make_gpt2_bpe, make_pairs, write
 
+from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data.binarize import read_indexed, read_manifest
-from smart_fairseq.data.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data.readers import Row
 
 RTE = ("entailment", "not_entailment")
@@ -142,30 +141,6 @@ def test_subsample_writes_a_folder_for_each_fraction(tmp_path, bpe):
 # ANLI -------------------------------------------------------------------------------------------------------------
 
 
-def make_anli(folder: Path) -> Path:
-    texts = iter(sentences(1000, seed=2))
-
-    def nli(path, count, **names):
-        rows = []
-        for number in range(count):
-            label = "enc"[number % 3]
-            row = {"uid": f"{path.parent.name}{path.stem}{number}", "reason": "", "context": next(texts)}
-            rows.append({**row, "hypothesis": next(texts), "label": label})
-        write(path, *(json.dumps(row) for row in rows))
-
-    for place, name in enumerate(("R1", "R2", "R3")):
-        for split, count in (("train", 4 + place), ("dev", 3), ("test", 3 + place)):
-            nli(folder / "anli_v1.0" / name / f"{split}.jsonl", count)
-    pairs = [
-        {"gold_label": label, "pairID": f"s{number}", "sentence1": "the dog", "sentence2": "a cat"}
-        for number, label in enumerate(("neutral", "-", "entailment"))
-    ]
-    write(folder / "snli_1.0" / "snli_1.0_train.jsonl", *map(json.dumps, pairs))
-    claim = {"fid": "f0", "query": "dog", "context": "cat", "label": "SUPPORTS"}
-    write(folder / "nli_fever" / "train_fitems.jsonl", json.dumps(claim))
-    return folder
-
-
 def test_anli_rounds_with_others(tmp_path, bpe, capsys):
     data, out = make_anli(tmp_path / "data"), tmp_path / "ANLI-bin"
     flags = ["--data-dir", str(data), "--bpe-dir", str(bpe), "--out", str(out)]
@@ -203,7 +178,8 @@ def test_a_new_run_replaces_the_folder_and_a_failed_one_leaves_it(tmp_path, bpe,
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
-from smart_fairseq.data import binarize, preprocess
+from smart_fairseq.commands import preprocess
+from smart_fairseq.data import binarize
 write = binarize.Folder.write
 def slow(self, split, *rest):
     write(self, split, *rest)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import ROOT, make_gpt2_bpe
+from data_samples import ROOT, make_glue, make_gpt2_bpe, train
 from omegaconf import OmegaConf
-from test_data_predict import make_glue, train
 
+from smart_fairseq.commands.preprocess import glue_main
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
-from smart_fairseq.data.preprocess import glue_main
 from smart_fairseq.data.tasks import ANLI, GLUE, TASKS
 from smart_fairseq.optim.mbpp import MBPPConfig
 

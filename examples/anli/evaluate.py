@@ -1,12 +1,6 @@
 """Official metrics of checkpoints or prediction files; --help lists the options, README.md says more."""
 
-import sys
-from pathlib import Path
-
-# so that it runs from a checkout without installation
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from smart_fairseq.data.evaluate import main
+from smart_fairseq.commands.evaluate import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

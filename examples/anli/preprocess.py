@@ -1,12 +1,6 @@
 """From the official files to fairseq's data folders; --help lists the options, README.md says more."""
 
-import sys
-from pathlib import Path
-
-# so that it runs from a checkout without installation
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from smart_fairseq.data.preprocess import anli_main
+from smart_fairseq.commands.preprocess import anli_main
 
 if __name__ == "__main__":
-    sys.exit(anli_main())
+    raise SystemExit(anli_main())

@@ -24,7 +24,9 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 import encoder  # noqa: E402
 import generate  # noqa: E402
 
-from smart_fairseq.data import command, preprocess  # noqa: E402
+from smart_fairseq.commands import preprocess  # noqa: E402
+from smart_fairseq.commands.options import whole_number  # noqa: E402
+from smart_fairseq.commands.run import run as run_command  # noqa: E402
 from smart_fairseq.data.bpe import find_bpe  # noqa: E402
 from smart_fairseq.data.readers import read_task  # noqa: E402
 from smart_fairseq.data.tasks import GLUE, TASKS, Task  # noqa: E402
@@ -67,9 +69,9 @@ def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.encoder and not (options.encoder / "model.pt").is_file():
         raise UsageError(f"--encoder is {options.encoder}; it must be a folder that import_hf wrote, with a model.pt")
     options.task = names.get(options.task.lower(), "")
-    options.updates = preprocess.whole_number("UPDATES", options.updates, 1) if options.updates else None
+    options.updates = whole_number("UPDATES", options.updates, 1) if options.updates else None
     default_seeds = GLUE_SEEDS if options.task else OWN_SEEDS
-    options.seeds = preprocess.whole_number("SEEDS", options.seeds, 1) if options.seeds else default_seeds
+    options.seeds = whole_number("SEEDS", options.seeds, 1) if options.seeds else default_seeds
     return options
 
 
@@ -163,7 +165,7 @@ def demo(argv: Sequence[str] | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     try:
-        return command.run("demo", demo, argv)
+        return run_command("demo", demo, argv)
     except TrainingFailed as error:
         print("\n".join(error.tail), file=sys.stderr)
         print(f"demo: error: {error}", file=sys.stderr)

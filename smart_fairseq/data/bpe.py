@@ -29,6 +29,7 @@ class BpeFiles:
 
     @property
     def dictionary(self) -> Path:
+        """fairseq's dictionary of the symbols."""
         return Path(self.folder) / "dict.txt"
 
 
@@ -129,6 +130,7 @@ class Encoder:
     """From a text to its symbols."""
 
     def encode(self, text: str) -> list[str]:
+        """The symbols of a text."""
         raise NotImplementedError
 
 
@@ -154,6 +156,7 @@ class Gpt2Encoder(Encoder):
         self._known: dict[str, list[str]] = {}
 
     def encode(self, text: str) -> list[str]:
+        """The numbers of GPT-2's symbols, as strings."""
         symbols: list[str] = []
         known = self._known
         for word in self._find(text):
@@ -198,6 +201,7 @@ class SentencepieceEncoder(Encoder):
             raise located(path, 0, "is not a sentencepiece model") from None
 
     def encode(self, text: str) -> list[str]:
+        """The model's pieces."""
         # a symbol that holds white space would be cut in two by fairseq-preprocess
         return " ".join(self._processor.encode(text, out_type=str)).split()
 
@@ -218,6 +222,7 @@ class BertEncoder(Encoder):
         self._tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
 
     def encode(self, text: str) -> list[str]:
+        """WordPiece's pieces."""
         return " ".join(self._tokenizer.encode(text, add_special_tokens=False).tokens).split()
 
 

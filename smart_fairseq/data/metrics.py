@@ -11,6 +11,7 @@ import numpy as np
 
 
 def accuracy(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """Percent of rows that are right."""
     return 100.0 * float(np.mean(predicted == gold))
 
 
@@ -22,10 +23,12 @@ def f1(predicted: np.ndarray, gold: np.ndarray) -> float:
 
 
 def acc_and_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """The mean of both, GLUE's number for MRPC and QQP."""
     return (accuracy(predicted, gold) + f1(predicted, gold)) / 2
 
 
 def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """Matthews' correlation, for any number of labels."""
     labels = np.unique(np.concatenate([predicted, gold]))
     chosen = (predicted[:, None] == labels).astype(float)
     true = (gold[:, None] == labels).astype(float)
@@ -38,6 +41,7 @@ def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
 
 
 def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """Pearson's correlation of numbers; nan where one side is constant."""
     first, second = predicted - predicted.mean(), gold - gold.mean()
     with np.errstate(invalid="ignore", divide="ignore"):
         return 100.0 * float(first @ second / np.sqrt((first @ first) * (second @ second)))
@@ -51,10 +55,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """Spearman's correlation: Pearson's of the ranks."""
     return pearson(_ranks(predicted), _ranks(gold))
 
 
 def pearson_and_spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """The mean of both, GLUE's number for STS-B."""
     return (pearson(predicted, gold) + spearman(predicted, gold)) / 2
 
 

@@ -6,7 +6,7 @@ official ones, before rows without a label are left out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Column = str | int  # a name in the header, or a position from 0 in a file without one
 
@@ -50,10 +50,12 @@ class Task:
 
     @property
     def regression(self) -> bool:
+        """Are the labels numbers?"""
         return not self.labels
 
     @property
     def num_classes(self) -> int:
+        """Outputs of the head; 1 for regression."""
         return len(self.labels) or 1
 
 
@@ -344,3 +346,4 @@ _ROWS: tuple[Task, ...] = (
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 GLUE = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI", "AX")
 ANLI = ("ANLI-R1", "ANLI-R2", "ANLI-R3")
+ANLI_JOINED = replace(TASKS["ANLI-R1"], name="ANLI", rows={})  # the rounds as one task

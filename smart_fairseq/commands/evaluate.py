@@ -1,49 +1,35 @@
-"""The command behind evaluate.py: official metrics of checkpoints or prediction files on a labelled split."""
+"""The command evaluate: official metrics of checkpoints or prediction files on a labelled split."""
 
 import argparse
 import json
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..data.binarize import read_indexed, read_manifest
+from ..data.metrics import score
+from ..data.readers import located, read_lines, shown
+from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from . import command
-from .binarize import read_indexed, read_manifest
-from .metrics import score
-from .predict import (
-    LETTERS,
-    Model,
-    add_encoder_options,
-    add_model_options,
-    chosen_splits,
-    data_folders,
-    label_order,
-    official_folder,
-    read_ids,
-    replace_file,
-    task_of,
-)
-from .preprocess import whole_number
-from .readers import located, read_lines, shown
-from .tasks import TASKS, Task
+from ..inference import Model, label_order, read_ids, task_of
+from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
+from .predict import LETTERS, replace_file
+from .run import run
 
 Scores = dict[str, float]
+Found = TypeVar("Found")
 
 
 def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
+    path = folder / "label" / f"{split}.{'label' if task.regression else 'idx'}"
+    if not path.is_file():
+        raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
     if task.regression:
-        path = folder / "label" / f"{split}.label"
-        if not path.is_file():
-            raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
         return [str(float(line) * task.divisor) for _, line in read_lines(path)]
-    if not (folder / "label" / f"{split}.idx").is_file():
-        raise located(
-            folder / "label" / f"{split}.idx", 0, f"is missing: {split} has no labels; choose another --split"
-        )
     order = label_order(folder, task.num_classes)
     return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
 
@@ -130,20 +116,21 @@ def table(rows: Sequence[tuple[str, Scores]]) -> str:
     )
 
 
+def in_order(path: Path, found: Mapping[str, Found], ids: Sequence[str], holds: str) -> list[Found]:
+    """What was found for each id; other ids or fewer raise `UsageError`, which ``holds`` words."""
+    lacking = [identity for identity in ids if identity not in found]
+    if lacking or len(found) != len(ids):
+        which = f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""
+        raise located(path, 0, f"holds {len(found)} {holds.format(len(ids))}{which}")
+    return [found[identity] for identity in ids]
+
+
 def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[str]:
     """The predictions of one run, from one file or one for each round, in the order of the ids."""
     found: dict[str, str] = {}
     for path in paths:
         found.update(read_predictions(path, task))
-    lacking = [identity for identity in ids if identity not in found]
-    if lacking or len(found) != len(ids):
-        raise located(
-            paths[0],
-            0,
-            f"holds {len(found)} predictions, and the split has {len(ids)} rows"
-            + (f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""),
-        )
-    return [found[identity] for identity in ids]
+    return in_order(paths[0], found, ids, "predictions, and the split has {} rows")
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -157,22 +144,14 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
     folders = data_folders(Path(options.data_dir))
     if options.task is None:
         if len(folders) != 1:
-            raise located(
-                Path(options.data_dir),
-                0,
-                f"--data-dir holds {len(folders)} data folders; name one, or say which --task",
-            )
+            message = f"--data-dir holds {len(folders)} data folders; name one, or say which --task"
+            raise located(Path(options.data_dir), 0, message)
         return next(iter(folders.values()))
     if options.task in folders:
         return folders[options.task]
     if options.task not in TASKS:
         raise UsageError(f"--task is {shown(options.task)}; it must be one of {', '.join(TASKS)}")
-    splits = (
-        options.split.split(",")
-        if options.split
-        else [split for split in TASKS[options.task].splits if "valid" in split]
-    )
-    return official_folder(TASKS[options.task], splits, scratch / "data", options)
+    return official_folder(TASKS[options.task], "valid", scratch / "data", options)
 
 
 def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -203,17 +182,15 @@ def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="A task's official metrics for one or several checkpoints or prediction files."
+        prog=prog, description="A task's official metrics for one or several checkpoints or prediction files."
     )
-    parser.add_argument("--data-dir", required=True, help="a data folder, a folder of these, or the official files")
     parser.add_argument("--task", help="which, if --data-dir holds several data folders or the official files")
     parser.add_argument("--checkpoint", nargs="+", action="extend", help="one or several, e.g. of several seeds")
     parser.add_argument("--predictions", nargs="+", action="extend", help="files of predict; ANLI's rounds with commas")
     parser.add_argument("--split", help="labelled splits (all whose name begins with valid)")
     parser.add_argument("--json", help="write the same there")
-    add_encoder_options(parser)
     add_model_options(parser)
     options = parser.parse_args(argv)
     if not options.checkpoint and not options.predictions:
@@ -235,6 +212,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/evaluate.py and examples/anli/evaluate.py."""
-    return command.run("evaluate", _main, argv)
+def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
+    """The command; its exit status."""
+    return run("evaluate", lambda given: _main(given, prog), argv)

@@ -1,20 +1,21 @@
-"""The command behind examples/glue/preprocess.py and examples/anli/preprocess.py: official files to data folders."""
+"""The command preprocess: official files to data folders."""
 
 import argparse
-import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..data.binarize import Folder, complete_folder
+from ..data.bpe import BpeFiles
+from ..data.pool import Pool
+from ..data.readers import Report, Row, find_sources, located, read_task, shown
+from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
-from . import command
-from .binarize import Folder, Pool, complete_folder
-from .bpe import BpeFiles, find_bpe
-from .readers import Report, Row, find_sources, located, read_task, shown
-from .tasks import ANLI, GLUE, TASKS, Task
+from ..progress import Progress
+from .options import add_encoder_options, chosen, encoder_files, existing, whole_number
+from .run import run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
 SPLIT_ORDER = ("train", "valid", "valid1", "test", "test1")
@@ -28,17 +29,6 @@ class Data:
     rows: dict[str, list[Row]]
     reports: dict[str, Report] = field(default_factory=dict)
     parts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # split to (data set, rows), in order
-
-
-def whole_number(flag: str, text: str, least: int) -> int:
-    """Parse a flag's value. Raises `UsageError` below ``least``."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise UsageError(f"{flag} is {shown(text)}; it must be a whole number from {least}")
-    return value
 
 
 def fractions(text: str) -> list[float]:
@@ -108,10 +98,6 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
     return " ".join(flags)
 
 
-def _split_order(rows: Mapping[str, object]) -> list[str]:
-    return [split for split in SPLIT_ORDER if split in rows]
-
-
 def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | None = None, **facts: object) -> Folder:
     """Write all splits into ``target``, an existing empty folder; ``train`` is a subset of the training part."""
     folder = Folder(target, data.task, pool)
@@ -119,8 +105,8 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
     rows = dict(data.rows)
     if train is not None:
         rows["train"] = list(train)
-    for split in _split_order(rows):
-        progress = command.Progress(len(rows[split]), f"{data.task.name} {split}")
+    for split in [split for split in SPLIT_ORDER if split in rows]:
+        progress = Progress(len(rows[split]), f"{data.task.name} {split}")
         folder.write(split, rows[split], progress.advance)
         folder.write_ids(split, rows[split])
         progress.close(_note(data, folder, split))
@@ -188,15 +174,7 @@ def _classes(task: Task, rows: Sequence[Row]) -> str:
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """The options that both commands take."""
     parser.add_argument("--data-dir", required=True, help="the folder that holds the official files")
-    parser.add_argument("--bpe", help="gpt2 (RoBERTa), sentencepiece or bert; default: what --bpe-dir says, else gpt2")
-    parser.add_argument(
-        "--bpe-dir",
-        help="folder with dict.txt and encoder.json, vocab.bpe (gpt2), *.model (sentencepiece) or vocab.txt (bert); "
-        "default: gpt2_bpe in --data-dir",
-    )
-    parser.add_argument(
-        "--workers", default=str(min(8, os.cpu_count() or 1)), help="processes that encode (%(default)s)"
-    )
+    add_encoder_options(parser)
     parser.add_argument("--max-tokens", help="shorten longer rows, the longer text first; all added symbols count")
     parser.add_argument("--subsample", help="fractions of the training part, as in 0.001,0.01,0.1,1; nested subsets")
     parser.add_argument("--seed", default="1", help="of the subsets (%(default)s)")
@@ -212,32 +190,23 @@ def check_shared_options(options: argparse.Namespace) -> BpeFiles:
     options.max_tokens = None if options.max_tokens is None else whole_number("--max-tokens", options.max_tokens, 1)
     if options.subsample:
         fractions(options.subsample)
-    data_dir = Path(options.data_dir)
-    if not data_dir.is_dir():
-        raise located(data_dir, 0, "--data-dir: no such folder")
-    return find_bpe(options.bpe, Path(options.bpe_dir) if options.bpe_dir else data_dir / "gpt2_bpe")
+    existing(Path(options.data_dir))
+    return encoder_files(options)
 
 
-def _chosen_tasks(text: str) -> list[str]:
-    if text == "all":
-        return [*GLUE, *EXTRA]
-    names = [name.strip() for name in text.split(",")]
-    by_lower = {name.lower(): name for name in TASKS}
-    for name in names:
-        if name.lower() not in by_lower:
-            raise UsageError(f"--task is {shown(name)}; it must be one of {', '.join(TASKS)}, a list of these, or all")
-    return [by_lower[name.lower()] for name in names]
-
-
-def _glue(argv: Sequence[str] | None) -> None:
+def _glue(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="preprocess.py", description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders."
+        prog=prog,
+        description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders.",
+        epilog="ANLI's rounds joined in one folder: examples/anli/preprocess.py, or --task ANLI at the door of all "
+        "commands, python -m smart_fairseq.commands preprocess; they have options of their own.",
     )
     parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, a list of these, or all")
     parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
     add_shared_options(parser)
     options = parser.parse_args(argv)
-    names = _chosen_tasks(options.task)
+    must = f"one of {', '.join(TASKS)}, a list of these, or all"
+    names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, must)
     bpe = check_shared_options(options)
     data_dir = Path(options.data_dir)
     present = [name for name in names if find_sources(TASKS[name], data_dir)]
@@ -263,11 +232,11 @@ def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
 
 
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
-    chosen = [name.strip().upper() for name in text.split(",") if name.strip()]
-    wrong = [name for name in chosen if name not in allowed]
-    if wrong or len(set(chosen)) != len(chosen):
-        raise UsageError(f"{flag} is {shown(text)}; it must be a list, each once, of {', '.join(allowed)}")
-    return chosen
+    must = f"a list, each once, of {', '.join(allowed)}"
+    names = chosen(flag, text, allowed, must) if text.strip(" ,") else []
+    if len(set(names)) != len(names):
+        raise UsageError(f"{flag} is {shown(text)}; it must be {must}")
+    return names
 
 
 def weights(text: str, parts: Sequence[str]) -> dict[str, int]:
@@ -284,7 +253,7 @@ def weights(text: str, parts: Sequence[str]) -> dict[str, int]:
 def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times: Mapping[str, int]) -> Data:
     """One data set from ANLI's rounds and others: these only train; a weight repeats a part's training rows."""
     rounds = [name for name in parts if name not in extra]
-    data = Data(replace(TASKS["ANLI-R1"], name="ANLI", rows={}), {})
+    data = Data(ANLI_JOINED, {})
     for split in ("train", "valid", "test"):
         for name in [*rounds, *(extra if split == "train" else ())]:
             rows = parts[name].get(split, []) * (times.get(name, 1) if split == "train" else 1)
@@ -294,9 +263,9 @@ def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times:
     return data
 
 
-def _anli(argv: Sequence[str] | None) -> None:
+def _anli(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="preprocess.py",
+        prog=prog,
         description="From ANLI's files, alone or with others, to fairseq's data folder.",
     )
     parser.add_argument("--rounds", default="R1,R2,R3", help="which rounds (%(default)s)")
@@ -324,15 +293,21 @@ def _anli(argv: Sequence[str] | None) -> None:
     process(join(parts, extra, times), Path(options.out), bpe, options)
 
 
-def glue_main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/preprocess.py."""
-    return command.run("preprocess", _glue, argv)
+def glue_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """The command for all tasks, a folder for each; its exit status."""
+    return run("preprocess", lambda given: _glue(given, prog), argv)
 
 
-def anli_main(argv: Sequence[str] | None = None) -> int:
-    """examples/anli/preprocess.py."""
-    return command.run("preprocess", _anli, argv)
+def anli_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """The command for ANLI's rounds, joined in one folder; its exit status."""
+    return run("preprocess", lambda given: _anli(given, prog), argv)
 
 
-if __name__ == "__main__":
-    sys.exit(glue_main())
+def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """Both under one name: ``--task ANLI`` joins ANLI's rounds. The exit status."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    known, others = parser.parse_known_args(argv)
+    if known.task and known.task.upper() == "ANLI":
+        return anli_main(others, f"{prog} --task ANLI")
+    return glue_main(argv, prog)

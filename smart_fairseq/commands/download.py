@@ -1,4 +1,4 @@
-"""The command behind download.py: the official files, resumed where a transfer broke off and checked by SHA-256.
+"""The command download: the official files, resumed where a transfer broke off and checked by SHA-256.
 
 Addresses: GLUE's download script and the data sets' own pages. Checksums: the lists of the public loaders
 (huggingface/datasets, tensorflow/datasets), which name the same files; there is none for the FEVER pairs.
@@ -16,14 +16,16 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.readers import find_sources, located, shown
+from ..data.tasks import TASKS
 from ..errors import UsageError
-from . import command
-from .readers import find_sources, located, shown
-from .tasks import TASKS
+from ..progress import Progress
+from .options import chosen
+from .run import run
 
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4
@@ -40,6 +42,7 @@ class Resource:
 
     @property
     def name(self) -> str:
+        """The file's own name, without folders."""
         return self.target.rpartition("/")[2] or urllib.parse.urlparse(self.url).path.rpartition("/")[2]
 
 
@@ -182,7 +185,7 @@ def _fetch_once(url: str, part: Path, name: str) -> None:
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
-        progress = command.Progress(total, name, "B")
+        progress = Progress(total, name, "B")
         progress.advance(have)
         with open(part, "ab" if resumed else "wb") as file:
             for block in iter(lambda: response.read(BLOCK), b""):
@@ -282,21 +285,9 @@ def download(name: str, folder: Path, mirror: str | None = None) -> None:
                 archive.unlink()
 
 
-def chosen(text: str, default: Iterable[str]) -> list[str]:
-    """Parse ``--tasks``. Raises `UsageError` for an unknown name."""
-    if text == "all":
-        return list(default)
-    by_lower = {name.lower(): name for name in RESOURCES}
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    wrong = [name for name in names if name.lower() not in by_lower]
-    if wrong or not names:
-        raise UsageError(f"--tasks is {shown(text)}; it must be a list of {', '.join(RESOURCES)}, or all")
-    return [by_lower[name.lower()] for name in names]
-
-
-def _run(argv: Sequence[str] | None, default: Sequence[str], example: str) -> None:
+def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="download.py",
+        prog=prog,
         description=f"Fetch the official files, for example --tasks {example}; without: {', '.join(default)}.",
     )
     parser.add_argument("folder", metavar="DIR", help="the data folder, made where it does not exist")
@@ -308,15 +299,20 @@ def _run(argv: Sequence[str] | None, default: Sequence[str], example: str) -> No
     folder = Path(options.folder)
     if folder.exists() and not folder.is_dir():
         raise located(folder, 0, "is a file, and a folder is needed")
-    for name in chosen(options.tasks, default):
+    must = f"a list of {', '.join(RESOURCES)}, or all"
+    names = default if options.tasks == "all" else chosen("--tasks", options.tasks, RESOURCES, must)
+    for name in names:
         download(name, folder, options.mirror)
 
 
-def glue_main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/download.py."""
-    return command.run("download", lambda given: _run(given, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
+def glue_main(argv: Sequence[str] | None = None, prog: str = "download.py") -> int:
+    """The command; without --tasks it fetches GLUE. Its exit status."""
+    return run("download", lambda given: _run(given, prog, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
 
 
-def anli_main(argv: Sequence[str] | None = None) -> int:
-    """examples/anli/download.py."""
-    return command.run("download", lambda given: _run(given, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)
+def anli_main(argv: Sequence[str] | None = None, prog: str = "download.py") -> int:
+    """The command; without --tasks it fetches ANLI. Its exit status."""
+    return run("download", lambda given: _run(given, prog, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)
+
+
+main = glue_main

@@ -1,4 +1,4 @@
-"""The command behind agreement.py: accuracy and cross entropy by the annotators' agreement.
+"""The command agreement: accuracy and cross entropy by the annotators' agreement.
 
 Paper: Jiang et al. (2020), section 5.2 and figure 2: rows of MNLI's development parts, which five people labelled, are
 grouped by how their votes fall, and a model is compared with the annotators' distribution. The paper's figure calls its
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
+from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from . import command
+from .evaluate import in_order
 from .predict import replace_file
-from .readers import Row, find_sources, located, read_lines, read_source, shown
-from .tasks import TASKS, Task
+from .run import run
 
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
 ALL = "all"
@@ -127,15 +128,8 @@ def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
     probabilities, labels = read_probabilities(path)
     if set(labels) != set(task.labels):
         raise located(path, 1, f"has the classes {', '.join(labels)}, and {task.name} has {', '.join(task.labels)}")
-    lacking = [row.id for row in rows if row.id not in probabilities]
-    if lacking or len(probabilities) != len(rows):
-        raise located(
-            path,
-            0,
-            f"holds {len(probabilities)} rows, and the official file {len(rows)}"
-            + (f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""),
-        )
-    return compare(labels, rows, np.array([probabilities[row.id] for row in rows]))
+    found = in_order(path, probabilities, [row.id for row in rows], "rows, and the official file {}")
+    return compare(labels, rows, np.array(found))
 
 
 def table(models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]) -> str:
@@ -203,9 +197,9 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="agreement.py", description="Accuracy and cross entropy of predictions by the annotators' agreement."
+        prog=prog, description="Accuracy and cross entropy of predictions by the annotators' agreement."
     )
     parser.add_argument(
         "--data-dir", required=True, help="the folder of the official files, for the annotators' labels"
@@ -239,6 +233,6 @@ def _main(argv: Sequence[str] | None) -> None:
         print(f"drew {options.picture}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """examples/glue/agreement.py."""
-    return command.run("agreement", _main, argv)
+def main(argv: Sequence[str] | None = None, prog: str = "agreement.py") -> int:
+    """The command; its exit status."""
+    return run("agreement", lambda given: _main(given, prog), argv)

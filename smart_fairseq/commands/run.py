@@ -1,11 +1,10 @@
-"""What the commands share: one-line errors with exit status 2, clean-up when asked to stop, progress."""
+"""What the commands share: one-line errors with exit status 2, clean-up when asked to stop."""
 
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
 
 from ..errors import UsageError
 
@@ -37,25 +36,3 @@ def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequen
         signal.signal(signal.SIGTERM, before)
         fairseq.setLevel(level)
     return 0
-
-
-class Progress:
-    """A bar on a terminal, a plain line at the end of each step otherwise."""
-
-    def __init__(self, total: int, what: str, unit: str = " rows") -> None:
-        self._what, self._done, self._unit = what, 0, unit
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=what, unit=unit, leave=False)
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def close(self, note: str = "") -> None:
-        if self._bar is not None:
-            self._bar.close()
-        print(f"{self._what}: {self._done}{self._unit}{note}", flush=True)

@@ -1,0 +1,43 @@
+"""One door to the commands: `python -m smart_fairseq.commands NAME ...`; alone or with --help it lists them."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+PROGRAM = "python -m smart_fairseq.commands"
+COMMANDS = {  # name to module, which is imported on demand, and what it does
+    "download": (".download", "fetch the official files, checked and resumable"),
+    "preprocess": (".preprocess", "official files to the data folders of fairseq-train"),
+    "predict": (".predict", "predictions of checkpoints, as files for the GLUE server or by id"),
+    "evaluate": (".evaluate", "official metrics of checkpoints or prediction files"),
+    "agreement": (".agreement", "accuracy and cross entropy by the annotators' agreement"),
+    "export": ("..export", "a checkpoint of this plugin to one that plain fairseq loads"),
+    "import-hf": ("..import_hf", "a Hugging Face folder (BERT, RoBERTa) to a checkpoint for fairseq"),
+}
+
+
+def listing() -> str:
+    """The usage line and a line for each command."""
+    lines = [f"  {name:12}{line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join([f"usage: {PROGRAM} NAME ...", "", *lines, "", f"{PROGRAM} NAME --help lists a command's options"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Call the command that the first argument names; its exit status."""
+    given, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if given in ("-h", "--help"):
+        print(listing())
+        return 0
+    name = given.replace("_", "-")
+    if name not in COMMANDS:
+        print(f"{PROGRAM}: error: no command {given!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[name]
+    command: Callable[..., int | None] = import_module(module, __package__).main
+    # the last two are programs of their own too, which name themselves
+    names = {} if module.startswith("..") else {"prog": f"{PROGRAM} {name}"}
+    return command(rest, **names) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""What a fine-tuned checkpoint predicts for the splits of a data folder."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data.binarize import MANIFEST, read_index, read_manifest
+from .data.readers import located, read_lines, shown
+from .data.tasks import ANLI_JOINED, TASKS, Task
+from .errors import UsageError
+from .progress import Progress
+
+
+@dataclass
+class Predictions:
+    """What a checkpoint says about one split: ids and labels in the order of the file.
+
+    ``scores``: B x K probabilities of ``classes``, or B x 1 targets as the model gives them (0..1 for STS-B).
+    """
+
+    task: Task
+    split: str
+    ids: list[str]
+    labels: list[str]
+    scores: np.ndarray
+    classes: tuple[str, ...] = ()
+
+
+def task_of(manifest: dict[str, Any], folder: Path) -> Task:
+    """The task of a data folder; ANLI's joined rounds count as one."""
+    name = manifest["task"]
+    if name == "ANLI":
+        return ANLI_JOINED
+    if name not in TASKS:
+        raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def read_ids(folder: Path, split: str) -> list[str]:
+    """The ids of a split's rows, from ids/SPLIT.tsv."""
+    path = folder / "ids" / f"{split}.tsv"
+    if not path.is_file():
+        raise located(path, 0, f"is missing, so {folder} has no split {split}; run preprocess again")
+    ids = [line.split("\t")[0] for _, line in read_lines(path)][1:]
+    rows = len(read_index(folder / "input0" / split)[1])
+    if len(ids) != rows:
+        raise located(path, 0, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
+    return ids
+
+
+def label_order(folder: Path, count: int) -> tuple[str, ...]:
+    """The labels of the classes, in the order of a head that was trained on this folder."""
+    lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
+    return tuple(lines[:count])
+
+
+class Model:
+    """A checkpoint that `sentence_prediction` wrote, with the data of one folder."""
+
+    def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
+        import torch
+
+        import smart_fairseq  # noqa: F401 - registers what a checkpoint's configuration names
+
+        if not checkpoint.is_file():
+            raise located(checkpoint, 0, "--checkpoint: no such file")
+        self.folder, self.task = folder, task_of(read_manifest(folder), folder)
+        self._torch, self._path = torch, checkpoint
+        self._model, self._config, self._fairseq_task = self._load(checkpoint)
+        self.classes: tuple[str, ...] = ()
+        self._check(checkpoint)
+        self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
+        self._model.to(self._device).eval()
+        if fp16:
+            self._model.half()
+
+    def _load(self, path: Path) -> tuple[Any, Any, Any]:
+        from fairseq import checkpoint_utils
+
+        try:
+            overrides = {"data": str(self.folder), "no_shuffle": True}
+            state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+            self._trained_on = str(_setting(state, "data") or "")
+            if _setting(state, "_name") not in (None, "sentence_prediction"):
+                raise located(path, 0, f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
+            state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
+            models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+        except UsageError:
+            raise
+        except Exception as error:
+            # whatever torch or fairseq says about a file that is no such checkpoint
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            # where sizes differ, torch says which from the second line on
+            reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
+            raise located(
+                path,
+                0,
+                f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
+                f"{reason[:240]}); give the folder that it was trained on, and a whole file",
+            ) from None
+        return models[0], config, task
+
+    def _check(self, path: Path) -> None:
+        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        heads = getattr(self._model, "classification_heads", {})
+        if self._head not in heads:
+            raise located(path, 0, f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
+        outputs = heads[self._head].out_proj.out_features
+        if outputs != self.task.num_classes:
+            raise located(
+                path, 0, f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's"
+            )
+        if not self.task.regression:
+            self.classes = label_order(self.folder, outputs)
+            trained_on = Path(self._trained_on)
+            if (trained_on / "label" / "dict.txt").is_file():
+                # the head's own order, where it can be known, is right even if this folder has another
+                order = label_order(trained_on, outputs)
+                if set(order) != set(self.classes):
+                    raise located(
+                        path,
+                        0,
+                        f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
+                        f"{', '.join(self.classes)}: another task's",
+                    )
+                self.classes = order
+
+    def predict(self, split: str, max_tokens: int) -> Predictions:
+        """Predictions for a split, in batches of rows of like length, at most ``max_tokens`` with the padding."""
+        ids = read_ids(self.folder, split)
+        dataset = self._fairseq_task.load_dataset(split)
+        sizes = np.asarray(dataset.sizes[0])
+        most = self._model.max_positions()
+        over = int((sizes > most).sum())
+        if over:
+            raise located(
+                self.folder,
+                0,
+                f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}",
+            )
+        scores = np.zeros((len(ids), self.task.num_classes))
+        progress = Progress(len(ids), f"{self.task.name} {split}")
+        with self._torch.no_grad():
+            for batch in batches(sizes, max_tokens):
+                scores[batch] = self._scores(dataset, batch)
+                progress.advance(len(batch))
+        progress.close(" predicted")
+        wrong = int((~np.isfinite(scores)).any(1).sum())
+        if wrong:
+            raise located(
+                self._path, 0, f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged"
+            )
+        return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes)
+
+    def _scores(self, dataset: Any, batch: Sequence[int]) -> np.ndarray:
+        sample = dataset.collater([dataset[place] for place in batch])
+        inputs = {name: value.to(self._device) for name, value in sample["net_input"].items()}
+        logits, _ = self._model(**inputs, features_only=True, classification_head_name=self._head)
+        logits = logits.float()
+        found = logits if self.task.regression else self._torch.softmax(logits, dim=-1)
+        return np.asarray(found.cpu().numpy())
+
+    def _labels(self, scores: np.ndarray) -> list[str]:
+        if self.task.regression:
+            return [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
+        return [self.classes[place] for place in scores.argmax(1)]
+
+
+def _setting(state: dict[str, Any], name: str) -> Any:
+    """A field of the task's configuration, in checkpoints old and new."""
+    if state.get("cfg") is not None:
+        return state["cfg"]["task"].get(name)
+    return getattr(state.get("args"), "task" if name == "_name" else name, None)
+
+
+def batches(sizes: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
+    """Positions in batches, longest first, so that a batch that is too large shows at once."""
+    batch: list[int] = []
+    for place in np.argsort(-sizes, kind="stable"):
+        if batch and (len(batch) + 1) * sizes[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(int(place))
+    if batch:
+        yield batch
