@@ -33,7 +33,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor, nn
 
 import smart_fairseq
-from smart_fairseq.data import preprocess
+from smart_fairseq.commands import preprocess
 from smart_fairseq.data.bpe import find_bpe
 from smart_fairseq.data.readers import find_sources, read_task
 from smart_fairseq.data.tasks import TASKS, Task

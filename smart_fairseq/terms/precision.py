@@ -24,9 +24,9 @@ __all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs"
 logger = logging.getLogger(__name__)
 
 # two forwards are within 5 % of R_s from this many roundings of what is perturbed on
-ROUNDINGS = 2.5
-# the first order is, and its direction at cosine 0.99, up to this share of what is perturbed; for one step and for more
-LINEAR_SHARE, LINEAR_SHARE_OF_MORE_STEPS = 0.015, 0.009
+ROUNDINGS = 2.25
+# the first order is, and its direction at cosine 0.99, up to this share of what is perturbed
+LINEAR_SHARE = 0.009
 # changes are carried along at this share of what is perturbed: in float16 those of a trained encoder overflow at size 1
 CARRIED_SHARE = 0.25
 # up to here, a backward pass for each class but one costs no more than a forward-mode product
@@ -148,11 +148,10 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         raise UsageError(
             f"{why}: two forwards would measure rounding; the form that is right {unknown}, or a larger size"
         )
-    share = LINEAR_SHARE if flags.smart_steps == 1 else LINEAR_SHARE_OF_MORE_STEPS
-    if an_entry > share * place.root_mean_square:
+    if an_entry > LINEAR_SHARE * place.root_mean_square:
         logger.warning(
-            f"--smart-mode auto: {why}, and near the end of what the first order holds for: the term may be off by more "
-            "than 5 %; take a larger or a smaller size, or a finer precision"
+            f"--smart-mode auto: {why}, and large for the first order, which is taken: the term may be off by more than "
+            "5 %; take a larger or a smaller size, or a finer precision"
         )
     else:
         logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")
