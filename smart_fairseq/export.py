@@ -27,7 +27,6 @@ the embeddings, which leaves the logits as they are apart from that epsilon. Cla
 
 import argparse
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from smart_fairseq.errors import UsageError
+from smart_fairseq.files import whole_file
 from smart_fairseq.models.smart_bert import SmartBertModel
 
 FAIRSEQ_LAYER_NORM_EPS = 1e-5
@@ -251,17 +251,6 @@ def is_fairseqs(section: str, name: str | None) -> bool:
     return name is None or (kind is not None and kind.__module__.startswith("fairseq."))
 
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path`, completely or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    finally:
-        if part.exists():
-            part.unlink()
-
-
 def export(checkpoint: Path, out: Path, teacher: bool = False) -> list[str]:
     """Write `checkpoint`, or the teacher in it, to `out` for plain fairseq; returns lines for the user.
 
@@ -275,7 +264,9 @@ def export(checkpoint: Path, out: Path, teacher: bool = False) -> list[str]:
     state = load_checkpoint(checkpoint)
     if teacher:
         state["model"] = teacher_weights(checkpoint, state)
-    save_checkpoint(to_plain_roberta(checkpoint, state), out)
+    exported = to_plain_roberta(checkpoint, state)
+    with whole_file(out) as partial:
+        torch.save(exported, partial)
     whose = "the teacher's weights, " if teacher else ""
     return [f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"]
 

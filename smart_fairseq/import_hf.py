@@ -31,10 +31,8 @@ the byte-level vocabulary: ids 0 to 255 are the bytes, 256 + i is merge i, then 
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,6 +48,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smart_fairseq.errors import UsageError
+from smart_fairseq.files import hidden_folder, sha256
 
 WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt", "bpe.json", "import.json")
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -602,24 +601,13 @@ def build_checkpoint(state: dict[str, Tensor], settings: dict[str, Any]) -> dict
     }
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def staged(out_dir: Path) -> Iterator[Path]:
     """A new folder beside `out_dir` whose files move there when the block ends well, and vanish when it does not.
 
     model.pt moves last: where it is, the import is complete.
     """
-    staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.part"
-    staging.mkdir(parents=True)
-    try:
+    with hidden_folder(out_dir) as staging:
         yield staging
         if out_dir.exists():
             replaces_import = (out_dir / "model.pt").exists()
@@ -631,11 +619,8 @@ def staged(out_dir: Path) -> Iterator[Path]:
                 elif replaces_import and (out_dir / name).exists():
                     # another family's vocabulary, of the import that is replaced
                     (out_dir / name).unlink()
-            staging.rmdir()
         else:
-            os.rename(staging, out_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            staging.rename(out_dir)
 
 
 def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
