@@ -13,11 +13,11 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["hidden_folder", "sha256", "whole_file", "whole_folder"]
+__all__ = ["hidden_folder", "sha256", "whole_file", "whole_files", "whole_folder"]
 
 
 def sha256(path: Path) -> str:
@@ -79,6 +79,26 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(target)
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A hidden folder beside ``folder``, to be filled with some of ``names``: they move there when the block ends well.
+
+    Other files of ``folder`` stay. The first name goes first and comes last: where it is, the rest belongs to it.
+    """
+    with hidden_folder(folder) as partial:
+        yield partial
+        if not folder.exists():
+            partial.rename(folder)
+            return
+        replaces = (folder / names[0]).exists()
+        (folder / names[0]).unlink(missing_ok=True)
+        for name in reversed(names):
+            if (partial / name).exists():
+                os.replace(partial / name, folder / name)
+            elif replaces:
+                (folder / name).unlink(missing_ok=True)  # its successor does without
 
 
 def _beside(target: Path, kind: str) -> Path:

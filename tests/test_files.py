@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from smart_fairseq.files import hidden_folder, sha256, whole_file, whole_folder
+from smart_fairseq.files import hidden_folder, sha256, whole_file, whole_files, whole_folder
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -93,6 +93,34 @@ def test_behind_a_link_its_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_folder(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and content(tmp_path / "real") == {"deep/new": "new"}
+
+
+def write_some(folder: Path, *names: str, fail: Callable[[], None] = lambda: None) -> None:
+    with whole_files(folder, ("main", "a", "b")) as partial:
+        for name in names:
+            (partial / name).write_text("new")
+        fail()
+
+
+def test_some_files_of_a_folder(tmp_path: Path) -> None:
+    """They come and go together; what else is in the folder stays."""
+    folder = tmp_path / "folder"
+    write_some(folder, "main", "a")
+    assert content(folder) == {"main": "new", "a": "new"}
+    for name in ("main", "a", "mine"):
+        (folder / name).write_text("old")
+    with pytest.raises(OSError):
+        write_some(folder, "main", "b", fail=full_disk)
+    assert content(folder) == {"main": "old", "a": "old", "mine": "old"}
+    write_some(folder, "main", "b")
+    assert content(folder) == {"main": "new", "b": "new", "mine": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_files_that_belong_to_nothing_written_here_stay(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    write_some(tmp_path, "main", "b")
+    assert content(tmp_path) == {"main": "new", "a": "mine", "b": "new"}
 
 
 # Other processes

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from smart_fairseq.convert.command import refuse
 
-__all__ = ["FAIRSEQ_LAYER_NORM_EPS", "fairseq_checkpoint", "load_checkpoint", "plain"]
-
 FAIRSEQ_LAYER_NORM_EPS = 1e-5
+EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+
+
+def tied(model: dict[str, Tensor]) -> bool:
+    """Whether the LM head of a model's state shares the embeddings."""
+    return LM_HEAD in model and EMBEDDINGS in model and torch.equal(model[LM_HEAD], model[EMBEDDINGS])
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from typing import Any, NoReturn
 
 from smart_fairseq.errors import UsageError
 
-__all__ = ["refuse", "run"]
-
 
 def refuse(where: Any, what: str, allowed: str) -> NoReturn:
     """Raise the error that names the file, what is wrong with it, and what would be right."""

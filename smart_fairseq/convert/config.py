@@ -7,16 +7,6 @@ from smart_fairseq.convert.checkpoint import FAIRSEQ_LAYER_NORM_EPS
 from smart_fairseq.convert.command import refuse
 from smart_fairseq.convert.folder import read_json
 
-__all__ = [
-    "FAIRSEQ_SPECIALS",
-    "SPECIAL_TOKENS",
-    "Config",
-    "Sizes",
-    "architecture",
-    "architecture_flags",
-    "read_config",
-]
-
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # by family, their tokens in that order
 SPECIAL_TOKENS = {"bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"), "roberta": FAIRSEQ_SPECIALS}
@@ -29,18 +19,14 @@ ACTIVATIONS = {
 
 
 class Sizes(NamedTuple):
-    """What config.json says about the model, under fairseq's names where it has them.
-
-    `vocabulary` counts the rows of the embedding table, `position_rows` those of the position table, of which
-    RoBERTa does not use the first two.
-    """
+    """What config.json says about the model, under fairseq's names where it has them."""
 
     layers: int
     embed_dim: int
     ffn_dim: int
     heads: int
-    vocabulary: int
-    position_rows: int
+    vocabulary: int  # rows of the embedding table
+    position_rows: int  # of which RoBERTa does not use the first two
     token_types: int
 
 
@@ -59,26 +45,18 @@ class Config(NamedTuple):
 def read_config(model_dir: Path) -> Config:
     """Read config.json and refuse what fairseq's RoBERTa cannot compute.
 
-    Raises `UsageError` for a model of another family, an activation or a kind of positions that fairseq does not
-    have, and missing or impossible sizes.
+    Raises:
+        UsageError: a model of another family, an activation or a kind of positions that fairseq does not have, and
+            missing or impossible sizes
     """
     path = model_dir / "config.json"
     raw = read_json(path)
 
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in SPECIAL_TOKENS:
-        refuse(path, f"model_type is {model_type!r}", "allowed: 'bert', 'roberta'")
-    for key, allowed in (
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-    ):
-        if raw.get(key, allowed) != allowed:
-            refuse(path, f"{key} is {raw[key]!r}", f"allowed: {allowed!r}")
-    activations = ACTIVATIONS[model_type]
-    hidden_act = raw.get("hidden_act", "gelu")
-    if not isinstance(hidden_act, str) or hidden_act not in activations:
-        refuse(path, f"hidden_act is {hidden_act!r}", "allowed: " + ", ".join(map(repr, activations)))
+    def choice(key: str, default: Any, *allowed: Any) -> Any:
+        value = raw.get(key, default)
+        if value not in allowed:
+            refuse(path, f"{key} is {value!r}", "allowed: " + ", ".join(map(repr, allowed)))
+        return value
 
     def number(key: str, default: int | None = None, least: int = 1) -> int:
         value = raw.get(key, default)
@@ -86,6 +64,12 @@ def read_config(model_dir: Path) -> Config:
             refuse(path, f"{key} is {value!r}", f"a whole number of at least {least} is needed")
         return value
 
+    model_type = choice("model_type", None, *SPECIAL_TOKENS)
+    choice("position_embedding_type", "absolute", "absolute")
+    choice("is_decoder", False, False)
+    choice("add_cross_attention", False, False)
+    activations = ACTIVATIONS[model_type]
+    activation = activations[choice("hidden_act", "gelu", *activations)]
     sizes = Sizes(
         layers=number("num_hidden_layers"),
         embed_dim=number("hidden_size"),
@@ -104,7 +88,7 @@ def read_config(model_dir: Path) -> Config:
         path=path,
         model_type=model_type,
         sizes=sizes,
-        activation=activations[hidden_act],
+        activation=activation,
         layer_norm_eps=float(eps),
         pad_token_id=number("pad_token_id", {"bert": 0, "roberta": 1}[model_type], least=0),
         tied_embeddings=bool(raw.get("tie_word_embeddings", True)),
@@ -112,10 +96,13 @@ def read_config(model_dir: Path) -> Config:
 
 
 def architecture(config: Config, untied: bool) -> dict[str, Any]:
-    """The model's settings by fairseq's names: what the flags say and model.pt's configuration holds."""
+    """The model's settings by fairseq's names: what the flags say and model.pt's configuration holds.
+
+    Args:
+        config: what config.json says
+        untied: the LM head does not share the embeddings
+    """
     sizes = config.sizes
-    # RoBERTa's rows 0 and 1 of the position table stand for no position
-    positions = sizes.position_rows - (2 if config.model_type == "roberta" else 0)
     settings: dict[str, Any] = {
         "arch": "smart_bert",
         "encoder_layers": sizes.layers,
@@ -123,7 +110,8 @@ def architecture(config: Config, untied: bool) -> dict[str, Any]:
         "encoder_ffn_embed_dim": sizes.ffn_dim,
         "encoder_attention_heads": sizes.heads,
         "activation_fn": config.activation,
-        "max_positions": positions,
+        # RoBERTa's rows 0 and 1 of the position table stand for no position
+        "max_positions": sizes.position_rows - (2 if config.model_type == "roberta" else 0),
     }
     if config.model_type == "roberta" and config.layer_norm_eps == FAIRSEQ_LAYER_NORM_EPS:
         settings["arch"] = "roberta"
@@ -136,9 +124,5 @@ def architecture(config: Config, untied: bool) -> dict[str, Any]:
 
 def architecture_flags(settings: dict[str, Any]) -> list[str]:
     """fairseq-train's flags for these settings: {"encoder_layers": 6} gives ["--encoder-layers", "6"]."""
-    flags = []
-    for name, value in settings.items():
-        flags.append("--" + name.replace("_", "-"))
-        if value is not True:
-            flags.append(str(value))
-    return flags
+    pairs = [("--" + name.replace("_", "-"), [] if value is True else [str(value)]) for name, value in settings.items()]
+    return [word for flag, values in pairs for word in (flag, *values)]

@@ -20,17 +20,14 @@ the embeddings, which leaves the logits as they are apart from that epsilon. Cla
 import math
 import re
 
-import torch
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import FAIRSEQ_LAYER_NORM_EPS
-
-__all__ = ["scale_residual_stream", "stream_scale"]
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, FAIRSEQ_LAYER_NORM_EPS, LM_HEAD, tied
 
 LAYER = re.compile(r"encoder\.sentence_encoder\.layers\.(\d+)\.")
 ADDED_TO_STREAM = re.compile(
-    r"encoder\.sentence_encoder\."
-    r"(embed_(tokens|positions)\.weight|(layernorm_embedding|layers\.\d+\.(\w+_layer_norm|self_attn\.out_proj|fc2))\.(weight|bias))"
+    r"encoder\.sentence_encoder\.(embed_tokens|embed_positions|layernorm_embedding"
+    r"|layers\.\d+\.(\w+_layer_norm|self_attn\.out_proj|fc2))\.(weight|bias)"
 )
 READS_STREAM = re.compile(LAYER.pattern + r"(self_attn\.[qkv]_proj|fc1)\.weight")
 
@@ -54,8 +51,7 @@ def scale_residual_stream(model: dict[str, Tensor], scale: float) -> dict[str, T
     Returns:
         a new state; tensors that do not change are shared with `model`
     """
-    embeddings, lm_head = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
-    tied = lm_head in model and torch.equal(model[embeddings], model[lm_head])
+    lm_head_shares = tied(model)
     last = max(int(match[1]) for match in map(LAYER.match, model) if match)
     scaled = dict(model)
     for key, tensor in model.items():
@@ -63,8 +59,8 @@ def scale_residual_stream(model: dict[str, Tensor], scale: float) -> dict[str, T
             continue
         if ADDED_TO_STREAM.fullmatch(key):
             scaled[key] = tensor * scale
-        elif READS_STREAM.fullmatch(key) or (tied and key.startswith("encoder.lm_head.layer_norm.")):
+        elif READS_STREAM.fullmatch(key) or (lm_head_shares and key.startswith("encoder.lm_head.layer_norm.")):
             scaled[key] = tensor * (1 / scale)
-    if tied:
-        scaled[lm_head] = scaled[embeddings]  # one tensor in the file
+    if lm_head_shares:
+        scaled[LM_HEAD] = scaled[EMBEDDINGS]  # one tensor in the file
     return scaled

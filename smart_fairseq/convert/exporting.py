@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.models.roberta import RobertaModel
+from fairseq.registry import REGISTRIES
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import fairseq_checkpoint, load_checkpoint, plain
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, load_checkpoint, plain, tied
 from smart_fairseq.convert.command import refuse, run
 from smart_fairseq.convert.epsilon import scale_residual_stream, stream_scale
 from smart_fairseq.files import whole_file
 from smart_fairseq.models.smart_bert import SmartBertModel
-
-__all__ = ["export", "main"]
 
 OUR_PREFIXES = ("smart_", "mbpp_")
 # names that only this package registers, and fairseq's that stand in for them
@@ -47,16 +47,12 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     """
     teacher = ((state.get("last_optimizer_state") or {}).get("mbpp") or {}).get("teacher")
     if not teacher:
-        refuse(
-            path,
-            "holds no teacher",
-            "a checkpoint of a run with --optimizer mbpp is needed, saved after an update and without "
-            "--no-save-optimizer-state",
-        )
+        needed = "a checkpoint of a run with --optimizer mbpp is needed, saved after an update and without "
+        refuse(path, "holds no teacher", needed + "--no-save-optimizer-state")
     model: dict[str, Tensor] = dict(state["model"])
-    embeddings, tied = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
-    if tied in model and embeddings in model and torch.equal(model[tied], model[embeddings]):
-        del model[tied]
+    lm_head_shares = tied(model)
+    if lm_head_shares:
+        del model[LM_HEAD]
     names = [name for name in model if not name.endswith((".version", "._float_tensor"))]  # fairseq's buffers
     shapes = [model[name].shape for name in names]
     if len(teacher) == 1 and teacher[0].dim() == 1 and len(names) > 1:
@@ -64,26 +60,12 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
         if sum(sizes) == teacher[0].numel():
             teacher = [piece.view(shape) for piece, shape in zip(teacher[0].split(sizes), shapes)]
     if [weight.shape for weight in teacher] != shapes:
-        refuse(
-            path,
-            f"its teacher's {len(teacher)} tensors do not fit the model's {len(names)}",
-            "allowed: models all of whose parameters were trained, on one device",
-        )
+        what = f"its teacher's {len(teacher)} tensors do not fit the model's {len(names)}"
+        refuse(path, what, "allowed: models all of whose parameters were trained, on one device")
     model.update(zip(names, teacher))
-    if tied in state["model"] and tied not in model:
-        model[tied] = model[embeddings]
+    if lm_head_shares:
+        model[LM_HEAD] = model[EMBEDDINGS]
     return {name: model[name] for name in state["model"]}
-
-
-def architecture_of(path: Path, model: dict[str, Any]) -> Any:
-    """The model class of a checkpoint; `UsageError` unless it is RoBERTa or smart_bert."""
-    from fairseq.models.roberta import RobertaModel
-
-    name = model.get("_name") or model.get("arch")
-    kind = ARCH_MODEL_REGISTRY.get(name)
-    if kind not in (SmartBertModel, RobertaModel):
-        refuse(path, f"its architecture is {name}", "allowed: those of smart_bert and roberta")
-    return kind
 
 
 def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +81,10 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """
     config = plain(state["cfg"])
     arguments = config["model"]
-    kind = architecture_of(path, arguments)
+    name = arguments.get("_name") or arguments.get("arch")
+    kind = ARCH_MODEL_REGISTRY.get(name)
+    if kind not in (SmartBertModel, RobertaModel):
+        refuse(path, f"its architecture is {name}", "allowed: those of smart_bert and roberta")
 
     # halves could not hold what the factors lead to
     model = {k: v.float() if v.is_floating_point() else v for k, v in state["model"].items()}
@@ -131,8 +116,6 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def is_fairseqs(section: str, name: str | None) -> bool:
     """Whether fairseq itself registers this criterion or optimizer (None: none was chosen)."""
-    from fairseq.registry import REGISTRIES
-
     kind = REGISTRIES[section]["registry"].get(name)
     return name is None or (kind is not None and kind.__module__.startswith("fairseq."))
 
@@ -172,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="written by fairseq-train or import_hf")
     parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
-    parser.add_argument(
-        "--teacher", action="store_true", help="write the teacher's weights, which --optimizer mbpp keeps"
-    )
+    help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
+    parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
     args = parser.parse_args(argv)
     return run("export", lambda: print(f"export: {export(args.checkpoint, args.out, args.teacher)}"))

@@ -30,10 +30,8 @@ the byte-level vocabulary: ids 0 to 255 are the bytes, 256 + i is merge i, then 
 """
 
 import argparse
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +42,13 @@ from fairseq.tasks.masked_lm import MaskedLMConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import fairseq_checkpoint, plain
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
 from smart_fairseq.convert.command import refuse, run
 from smart_fairseq.convert.config import architecture, architecture_flags, read_config
+from smart_fairseq.convert.folder import MODEL_DIR_HOLDS
 from smart_fairseq.convert.vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
 from smart_fairseq.convert.weights import LM_HEAD_SEED, convert_weights, open_weights
-from smart_fairseq.files import hidden_folder, sha256
-
-__all__ = ["import_hf", "main"]
+from smart_fairseq.files import sha256, whole_files
 
 WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt", "bpe.json", "import.json")
 
@@ -59,34 +56,10 @@ WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt
 def build_checkpoint(state: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as fairseq-train writes it after 0 updates, task masked_lm, of plain containers and tensors."""
     config = OmegaConf.structured(FairseqConfig())
-    config.task = MaskedLMConfig(data=".", tokens_per_sample=settings["max_positions"])
-    config.task._name = "masked_lm"
-    config.criterion = MaskedLmConfig()
-    config.criterion._name = "masked_lm"
+    config.task = MaskedLMConfig("masked_lm", data=".", tokens_per_sample=settings["max_positions"])
+    config.criterion = MaskedLmConfig("masked_lm")
     config.model = {"_name": settings["arch"], **settings}
     return fairseq_checkpoint(state, plain(config), "MaskedLmLoss")
-
-
-@contextlib.contextmanager
-def staged(out_dir: Path) -> Iterator[Path]:
-    """A new folder beside `out_dir` whose files move there when the block ends well, and vanish when it does not.
-
-    model.pt moves last: where it is, the import is complete.
-    """
-    with hidden_folder(out_dir) as staging:
-        yield staging
-        if out_dir.exists():
-            replaces_import = (out_dir / "model.pt").exists()
-            with contextlib.suppress(FileNotFoundError):
-                (out_dir / "model.pt").unlink()
-            for name in reversed(WRITTEN_FILES):
-                if (staging / name).exists():
-                    os.replace(staging / name, out_dir / name)
-                elif replaces_import and (out_dir / name).exists():
-                    # another family's vocabulary, of the import that is replaced
-                    (out_dir / name).unlink()
-        else:
-            staging.rename(out_dir)
 
 
 def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -105,7 +78,7 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
             an `out_dir` that holds a model.pt already
     """
     if not model_dir.is_dir():
-        refuse(model_dir, "no such folder", "MODEL_DIR must hold config.json, model.safetensors and the vocabulary")
+        refuse(model_dir, "no such folder", MODEL_DIR_HOLDS)
     if out_dir.exists():
         if not out_dir.is_dir():
             refuse(out_dir, "is not a folder", "OUT_DIR must be a folder or not exist")
@@ -129,8 +102,7 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
     with open_weights(model_dir, config) as weights:
         state, head_from_file, left_out = convert_weights(weights, config, vocabulary.rows)
 
-    untied = state["encoder.lm_head.weight"] is not state["encoder.sentence_encoder.embed_tokens.weight"]
-    settings = architecture(config, untied)
+    settings = architecture(config, untied=state[LM_HEAD] is not state[EMBEDDINGS])
     report: dict[str, Any] = {
         "model_type": config.model_type,
         "sizes": {**config.sizes._asdict(), "max_positions": settings["max_positions"]},
@@ -140,23 +112,20 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
         "left_out": left_out,
         "flags": architecture_flags(settings),
     }
-    with staged(out_dir) as staging:
+    with whole_files(out_dir, WRITTEN_FILES) as staging:
         for name, content in vocabulary.files.items():
             (staging / name).write_bytes(content)
         (staging / "bpe.json").write_text(json.dumps(vocabulary.bpe) + "\n", encoding="utf-8")
-        with (staging / "dict.txt").open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{symbol} {count}\n" for symbol, count in zip(vocabulary.symbols, vocabulary.counts))
+        (staging / "dict.txt").write_text(vocabulary.dictionary, encoding="utf-8", newline="\n")
         (staging / "import.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         torch.save(build_checkpoint(state, settings), staging / "model.pt")
 
-    notes = list(vocabulary.notes)
-    notes.append("counts in dict.txt are not known to Hugging Face files: 1 for symbols, 0 for fillers (madeupword)")
-    if head_from_file:
-        notes.append("LM head: taken from the file")
-    else:
-        notes.append(
-            f"LM head: the file has none, initialised with seed {LM_HEAD_SEED}; classification does not use it"
-        )
+    initialised = f"the file has none, initialised with seed {LM_HEAD_SEED}; classification does not use it"
+    notes = [
+        *vocabulary.notes,
+        "counts in dict.txt are not known to Hugging Face files: 1 for symbols, 0 for fillers (madeupword)",
+        "LM head: " + ("taken from the file" if head_from_file else initialised),
+    ]
     if left_out:
         notes.append("left out: " + ", ".join(left_out))
     return {**report, "notes": notes}

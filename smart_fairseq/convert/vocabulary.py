@@ -1,5 +1,6 @@
 """A Hugging Face vocabulary as fairseq's dictionary and BPE files."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,24 +12,28 @@ from smart_fairseq.convert.command import refuse
 from smart_fairseq.convert.config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config
 from smart_fairseq.convert.folder import read_json, read_lines
 
-__all__ = ["Vocabulary", "read_bert_vocabulary", "read_gpt2_vocabulary"]
-
 END_OF_TEXT = "<|endoftext|>"
+FILLER = "madeupword"  # and four digits: fairseq's name for a row without a token
+NORMALIZER_KEYS = {  # of tokenizer_config.json, and of tokenizer.json
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 
 
 class Vocabulary(NamedTuple):
-    """The model's tokens in fairseq's order.
+    """The model's tokens in fairseq's order, and what goes with them."""
 
-    `rows[i]` is the row of the Hugging Face tables for fairseq's id i (specials first, <mask> last); `symbols`
-    and `counts` are the lines of dict.txt, ids 4 to len(rows) - 2. `files` are the BPE files, by name.
-    """
+    rows: list[int]  # of the Hugging Face tables, for each of fairseq's ids: specials first, <mask> last
+    symbols: list[str]  # of dict.txt, ids 4 to len(rows) - 2
+    files: dict[str, bytes]  # for the BPE, by name
+    bpe: dict[str, Any]  # content of bpe.json
+    notes: list[str]  # lines for the user
 
-    rows: list[int]
-    symbols: list[str]
-    counts: list[int]
-    files: dict[str, bytes]
-    bpe: dict[str, Any]
-    notes: list[str]
+    @property
+    def dictionary(self) -> str:
+        """The content of dict.txt."""
+        return "".join(f"{symbol} {int(not symbol.startswith(FILLER))}\n" for symbol in self.symbols)
 
 
 def read_tokenizer_json(model_dir: Path, kind: str) -> dict[str, Any]:
@@ -44,8 +49,10 @@ def read_tokenizer_json(model_dir: Path, kind: str) -> dict[str, Any]:
 
 def arrange(
     path: Path, tokens: dict[str, int], special_tokens: Sequence[str], row_count: int, symbol_of: dict[str, str]
-) -> tuple[list[int], list[str], list[int]]:
+) -> tuple[list[int], list[str]]:
     """Put the rows of the embedding table into fairseq's order and name them.
+
+    Rows without a token, or with one that dict.txt cannot hold, become fillers.
 
     Args:
         path: the vocabulary's file, for messages
@@ -55,9 +62,10 @@ def arrange(
         symbol_of: dictionary symbols of the tokens that are not called by their own name
 
     Returns:
-        rows, symbols and counts as in `Vocabulary`
+        rows and symbols as in `Vocabulary`
 
-    Rows without a token, or with one that dict.txt cannot hold, become madeupwordNNNN, fairseq's name for fillers.
+    Raises:
+        UsageError: a special token is missing, or an id is impossible or comes twice
     """
     missing = [token for token in special_tokens if token not in tokens]
     if missing:
@@ -76,29 +84,17 @@ def arrange(
             refuse(path, f"{by_row[row]!r} and {token!r} share the id {row}", "every token needs its own")
         by_row[row] = token
     special_rows = [tokens[token] for token in special_tokens]
-    names: list[str | None] = [None] * row_count
-    for token, row in tokens.items():
-        names[row] = symbol_of.get(token, token)
-    rest = [row for row in range(row_count) if row not in set(special_rows)]
+    rest = sorted(set(range(row_count)) - set(special_rows))
 
-    used: set[str] = set(FAIRSEQ_SPECIALS)
-    kept = set()
+    kept: dict[str, int] = {}
     for row in rest:
-        name = names[row]
+        symbol = symbol_of.get(by_row.get(row, ""), by_row.get(row, ""))
         # a dictionary line is "symbol count", split at white space, and no symbol comes twice
-        if name and len(name.split()) == 1 and name == name.strip() and name not in used:
-            used.add(name)
-            kept.add(row)
-    numbers = iter(range(row_count))
-    symbols, counts = [], []
-    for row in rest:
-        name = names[row]
-        if name is None or row not in kept:
-            name = next(filler for filler in (f"madeupword{n:04d}" for n in numbers) if filler not in used)
-            used.add(name)
-        symbols.append(name)
-        counts.append(0 if name.startswith("madeupword") else 1)
-    return [*special_rows[:4], *rest, special_rows[4]], symbols, counts
+        if symbol.split() == [symbol] and symbol not in FAIRSEQ_SPECIALS:
+            kept.setdefault(symbol, row)
+    symbols = {row: symbol for symbol, row in kept.items()}
+    fillers = (name for name in (f"{FILLER}{number:04d}" for number in itertools.count()) if name not in kept)
+    return [*special_rows[:4], *rest, special_rows[4]], [symbols.get(row) or next(fillers) for row in rest]
 
 
 def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
@@ -107,17 +103,14 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     RoBERTa's dictionary names tokens by GPT-2's ids, in decimal; its own ids are the lines' order. Tokens that are
     no product of the merges (madeupword0000, added ones) keep their names.
     """
-    path = model_dir / "vocab.json"
-    merges_path = model_dir / "merges.txt"
+    path, merges_path = model_dir / "vocab.json", model_dir / "merges.txt"
     if path.exists() or not (model_dir / "tokenizer.json").exists():
         tokens = dict(read_json(path))
-        added_path = model_dir / "added_tokens.json"
-        if added_path.exists():
-            tokens.update(read_json(added_path))
+        if (model_dir / "added_tokens.json").exists():
+            tokens.update(read_json(model_dir / "added_tokens.json"))
         lines = read_lines(merges_path)
-        merges = [
-            tuple(line.split()) for line in lines[1 if lines and lines[0].startswith("#version") else 0 :] if line
-        ]
+        has_header = lines[:1] and lines[0].startswith("#version")
+        merges = [tuple(line.split()) for line in lines[1 if has_header else 0 :] if line]
     else:
         path = merges_path = model_dir / "tokenizer.json"
         model = read_tokenizer_json(model_dir, "BPE")
@@ -134,27 +127,18 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     ids.setdefault(END_OF_TEXT, 256 + len(merges))
     specials = SPECIAL_TOKENS["roberta"]
     symbol_of = {token: str(number) for token, number in ids.items() if token not in specials}
-    foreign = [token for token in tokens if token not in ids and token not in specials]
-    numeric = [token for token in foreign if token.isdecimal()]
+    numeric = [token for token in tokens if token not in ids and token not in specials and token.isdecimal()]
     if numeric:
         refuse(path, f"token {numeric[0]!r} is no product of the merges", "merges.txt of the same model is needed")
 
-    rows, symbols, counts = arrange(path, tokens, specials, config.sizes.vocabulary, symbol_of)
+    rows, symbols = arrange(path, tokens, specials, config.sizes.vocabulary, symbol_of)
     notes = []
     tokenizer_config = model_dir / "tokenizer_config.json"
     if tokenizer_config.exists() and read_json(tokenizer_config).get("add_prefix_space") is True:
         notes.append("the tokenizer puts a space before the first word (add_prefix_space); fairseq's BPE does not")
-    return Vocabulary(
-        rows=rows,
-        symbols=symbols,
-        counts=counts,
-        files={
-            "encoder.json": json.dumps(ids).encode("ascii"),
-            "vocab.bpe": "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]).encode(),
-        },
-        bpe={"bpe": "gpt2"},
-        notes=notes,
-    )
+    lines = ["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]
+    files = {"encoder.json": json.dumps(ids).encode("ascii"), "vocab.bpe": "".join(lines).encode()}
+    return Vocabulary(rows, symbols, files, {"bpe": "gpt2"}, notes)
 
 
 def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
@@ -173,16 +157,9 @@ def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     if len(names) > config.sizes.vocabulary:
         refuse(path, f"{len(names)} tokens", f"config.json's vocab_size allows {config.sizes.vocabulary}")
     tokens = {name: row for row, name in enumerate(names)}  # of duplicates the last one counts, as in BERT
-    rows, symbols, counts = arrange(path, tokens, SPECIAL_TOKENS["bert"], config.sizes.vocabulary, {})
+    rows, symbols = arrange(path, tokens, SPECIAL_TOKENS["bert"], config.sizes.vocabulary, {})
     lowercase, notes = read_lowercase(model_dir)
-    return Vocabulary(
-        rows=rows,
-        symbols=symbols,
-        counts=counts,
-        files={"vocab.txt": content},
-        bpe={"bpe": "bert", "lowercase": lowercase},
-        notes=notes,
-    )
+    return Vocabulary(rows, symbols, {"vocab.txt": content}, {"bpe": "bert", "lowercase": lowercase}, notes)
 
 
 def read_lowercase(model_dir: Path) -> tuple[bool, list[str]]:
@@ -190,22 +167,18 @@ def read_lowercase(model_dir: Path) -> tuple[bool, list[str]]:
 
     bpe.json can say nothing else about the tokenizer, so other deviations from BERT's are refused.
     """
-    config_path, tokenizer_path = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
     settings: dict[str, Any] = {}
-    path = config_path
-    if tokenizer_path.exists():
-        normalizer = read_json(tokenizer_path).get("normalizer") or {}
+    path = config_path = model_dir / "tokenizer_config.json"
+    if (model_dir / "tokenizer.json").exists():
+        normalizer = read_json(model_dir / "tokenizer.json").get("normalizer") or {}
         if "lowercase" in normalizer:
-            path = tokenizer_path
-            settings["do_lower_case"] = normalizer["lowercase"]
-            settings["strip_accents"] = normalizer.get("strip_accents")
-            settings["tokenize_chinese_chars"] = normalizer.get("handle_chinese_chars", True)
+            path = model_dir / "tokenizer.json"
+            settings = {key: normalizer.get(theirs) for key, theirs in NORMALIZER_KEYS.items()}
     if config_path.exists():
         from_config = read_json(config_path)
-        for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
-            if from_config.get(key) is not None:
-                path = config_path
-                settings[key] = from_config[key]
+        stated = {key: from_config[key] for key in NORMALIZER_KEYS if from_config.get(key) is not None}
+        path = config_path if stated else path
+        settings.update(stated)
     if settings.get("do_lower_case") is None:
         return True, ["nothing says whether the tokenizer lower-cases: BERT's default, it does, is written to bpe.json"]
     lowercase = bool(settings["do_lower_case"])

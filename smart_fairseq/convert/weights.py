@@ -1,6 +1,7 @@
 """The tensors of model.safetensors as the state of fairseq's RobertaModel."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
 from smart_fairseq.convert.command import refuse
 from smart_fairseq.convert.config import Config
 
-__all__ = ["LM_HEAD_SEED", "Weights", "convert_weights", "open_weights"]
-
 LM_HEAD_SEED = 0
-
+# the LM head's prefix, and in it its dense layer and LayerNorm
 LM_HEADS = {
-    "bert": {
-        "dense": "cls.predictions.transform.dense",
-        "layer_norm": "cls.predictions.transform.LayerNorm",
-        "bias": "cls.predictions.bias",
-        "decoder": "cls.predictions.decoder",
-    },
-    "roberta": {
-        "dense": "lm_head.dense",
-        "layer_norm": "lm_head.layer_norm",
-        "bias": "lm_head.bias",
-        "decoder": "lm_head.decoder",
-    },
+    "bert": ("cls.predictions.", "transform.dense", "transform.LayerNorm"),
+    "roberta": ("lm_head.", "dense", "layer_norm"),
 }
 LAYER_MODULES = {  # Hugging Face's -> fairseq's, and which sizes its weight joins
     "attention.self.query": ("self_attn.q_proj", ("embed_dim", "embed_dim")),
@@ -56,30 +46,23 @@ class Weights:
         prefix = config.model_type + "."
         if not any(key.startswith(prefix + "embeddings.") for key in keys):
             prefix = ""
-        # TensorFlow's names, in BERT's own release
-        renamed = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
         self._keys: dict[str, str] = {}
         for key in keys:
-            name = key[len(prefix) :] if key.startswith(prefix) else key
-            for old, new in renamed.items():
-                if name.endswith(old):
-                    name = name[: -len(old)] + new
-            self._keys[name] = key
+            # TensorFlow's names, in BERT's own release
+            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix(prefix))
+            self._keys[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)] = key
 
     def __contains__(self, name: str) -> bool:
         return name in self._keys
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name as float32, [*shape]."""
+        """The tensor of that name as float32, [*shape]; it is no longer among the `rest`."""
         if name not in self._keys:
             refuse(self.path, f"has no tensor {name}", f"{self.config.path.name} promises one of shape {list(shape)}")
         tensor: Tensor = self._file.get_tensor(self._keys.pop(name))
         if tuple(tensor.shape) != shape:
-            refuse(
-                self.path,
-                f"{name} has shape {list(tensor.shape)}",
-                f"{self.config.path.name} promises {list(shape)}",
-            )
+            promise = f"{self.config.path.name} promises {list(shape)}"
+            refuse(self.path, f"{name} has shape {list(tensor.shape)}", promise)
         if not tensor.is_floating_point():
             refuse(self.path, f"{name} is of type {tensor.dtype}", "allowed: floating point")
         return tensor.float().contiguous()
@@ -101,19 +84,23 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield Weights(path, config, file)
     except (SafetensorError, OSError) as error:
-        refuse(
-            path, f"not a readable safetensors file ({error})", "it may have been cut short: copy or download it again"
-        )
+        advice = "it may have been cut short: copy or download it again"
+        refuse(path, f"not a readable safetensors file ({error})", advice)
 
 
 def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tuple[dict[str, Tensor], bool, list[str]]:
     """Rename, permute and fold the tensors into the state of fairseq's RobertaModel.
 
     Args:
+        weights: the file's tensors
+        config: what config.json says of them
         rows: Hugging Face's row for each of fairseq's ids
 
     Returns:
         the state, all float32; whether the LM head came from the file; names of the tensors left out
+
+    Raises:
+        UsageError: the file does not hold what config.json promises, or layers beyond it
     """
     sizes = config.sizes
     order = torch.tensor(rows)
@@ -123,7 +110,7 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
     words = weights.take("embeddings.word_embeddings.weight", sizes.vocabulary, sizes.embed_dim)
     types = weights.take("embeddings.token_type_embeddings.weight", sizes.token_types, sizes.embed_dim)
     positions = weights.take("embeddings.position_embeddings.weight", sizes.position_rows, sizes.embed_dim)
-    state[encoder + "embed_tokens.weight"] = (words + types[0])[order]
+    state[EMBEDDINGS] = (words + types[0])[order]
     if config.model_type == "bert":
         positions = torch.cat([positions.new_zeros(2, sizes.embed_dim), positions])
     state[encoder + "embed_positions.weight"] = positions
@@ -138,23 +125,22 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
             shape_in_numbers = [getattr(sizes, size) for size in shape]
             module(f"encoder.layer.{layer}.{source}", f"{encoder}layers.{layer}.{target}", *shape_in_numbers)
 
-    head = LM_HEADS[config.model_type]
-    from_file = f"{head['dense']}.weight" in weights
-    state["encoder.lm_head.weight"] = state[encoder + "embed_tokens.weight"]
+    head, dense, layer_norm = LM_HEADS[config.model_type]
+    from_file = f"{head}{dense}.weight" in weights
+    state[LM_HEAD] = state[EMBEDDINGS]
     if from_file:
-        bias = head["bias"] if head["bias"] in weights else head["decoder"] + ".bias"
+        bias = head + "bias" if head + "bias" in weights else head + "decoder.bias"
         state["encoder.lm_head.bias"] = weights.take(bias, sizes.vocabulary)[order]
-        module(head["dense"], "encoder.lm_head.dense", sizes.embed_dim, sizes.embed_dim)
-        module(head["layer_norm"], "encoder.lm_head.layer_norm", sizes.embed_dim)
+        module(head + dense, "encoder.lm_head.dense", sizes.embed_dim, sizes.embed_dim)
+        module(head + layer_norm, "encoder.lm_head.layer_norm", sizes.embed_dim)
         if not config.tied_embeddings:
-            decoder = weights.take(head["decoder"] + ".weight", sizes.vocabulary, sizes.embed_dim)
-            state["encoder.lm_head.weight"] = decoder[order]
+            state[LM_HEAD] = weights.take(head + "decoder.weight", sizes.vocabulary, sizes.embed_dim)[order]
     else:
         # BERT's initialisation, the same numbers every time
         generator = torch.Generator().manual_seed(LM_HEAD_SEED)
-        dense = torch.empty(sizes.embed_dim, sizes.embed_dim).normal_(std=0.02, generator=generator)
+        drawn = torch.empty(sizes.embed_dim, sizes.embed_dim).normal_(std=0.02, generator=generator)
         state["encoder.lm_head.bias"] = torch.zeros(sizes.vocabulary)
-        state["encoder.lm_head.dense.weight"] = dense
+        state["encoder.lm_head.dense.weight"] = drawn
         state["encoder.lm_head.dense.bias"] = torch.zeros(sizes.embed_dim)
         state["encoder.lm_head.layer_norm.weight"] = torch.ones(sizes.embed_dim)
         state["encoder.lm_head.layer_norm.bias"] = torch.zeros(sizes.embed_dim)
@@ -167,5 +153,5 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
             f"holds {surplus[0]}, which no layer of the model uses",
             f"config.json says num_hidden_layers {sizes.layers}, and fairseq has no further kinds of layers",
         )
-    tied_copies = (head["decoder"] + ".weight", head["decoder"] + ".bias")
+    tied_copies = (head + "decoder.weight", head + "decoder.bias")
     return state, from_file, [name for name in rest if name not in tied_copies]
