@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smart_fairseq.convert.checkpoint import FAIRSEQ_LAYER_NORM_EPS
-from smart_fairseq.convert.command import refuse
-from smart_fairseq.convert.folder import read_json
+from smart_fairseq.convert.command import read_json, refuse
 
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # by family, their tokens in that order

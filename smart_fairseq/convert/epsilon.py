@@ -1,8 +1,7 @@
 """fairseq's epsilon in the place of another, by a residual stream of another scale.
 
-fairseq's RoBERTa divides by sqrt(variance + 1e-5) in every LayerNorm, `smart_bert` by
-sqrt(variance + eps). LayerNorm forgets the scale of its input, apart from epsilon, so the whole residual stream
-is made larger by a factor s:
+fairseq's RoBERTa divides by sqrt(variance + 1e-5) in every LayerNorm, `smart_bert` by sqrt(variance + eps). LayerNorm
+forgets the scale of its input, apart from epsilon, so the whole residual stream is made larger by a factor s:
 
     LayerNorm(s x; 1e-5) = LayerNorm(x; 1e-5 / s^2)
 
@@ -11,10 +10,10 @@ multiplied by s; what reads the stream (the weights of q, k, v and fc1) is divid
 LayerNorm keeps its gain and bias, so features and classification heads stay as they are. For eps = 1e-12, s is
 2^12 and 1e-5 / s^2 = 6e-13: powers of two cost no precision in float32.
 
-Limits: half precision. Activations are s times as large, beyond float16's 65504 in places: run exported models
-in float32 or bfloat16 (float16 weights are written as float32). And the LM head: its LayerNorm follows a
-gelu, which does not scale, so that one keeps fairseq's 1e-5; its gain and bias are divided by s when it shares
-the embeddings, which leaves the logits as they are apart from that epsilon. Classification does not use it.
+Limits: half precision. Activations are s times as large, beyond float16's 65504 in places: run exported models in
+float32 or bfloat16 (float16 weights are written as float32). And the LM head: its LayerNorm follows a gelu, which does
+not scale, so that one keeps fairseq's 1e-5; its gain and bias are divided by s when it shares the embeddings, which
+leaves the logits as they are apart from that epsilon. Classification does not use it.
 """
 
 import math

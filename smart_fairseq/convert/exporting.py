@@ -4,11 +4,9 @@
 
 With ``--teacher`` the weights are those of the teacher that --optimizer mbpp keeps, instead of the model's.
 
-The result has `--arch roberta`, criterion `sentence_prediction`, optimizer `adam`, no optimizer state, and no
-object, name or setting of this package; it holds plain containers and tensors only, which torch's safe loader
-takes as they are.
-
-Epsilon: smart_fairseq/convert/epsilon.py.
+The result has `--arch roberta`, criterion `sentence_prediction`, optimizer `adam`, no optimizer state, and no object,
+name or setting of this package; it holds plain containers and tensors only, which torch's safe loader takes as they
+are. What becomes of the epsilon of LayerNorm: epsilon.py.
 """
 
 import argparse
@@ -55,10 +53,9 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
         del model[LM_HEAD]
     names = [name for name in model if not name.endswith((".version", "._float_tensor"))]  # fairseq's buffers
     shapes = [model[name].shape for name in names]
-    if len(teacher) == 1 and teacher[0].dim() == 1 and len(names) > 1:
-        sizes = [shape.numel() for shape in shapes]
-        if sum(sizes) == teacher[0].numel():
-            teacher = [piece.view(shape) for piece, shape in zip(teacher[0].split(sizes), shapes)]
+    sizes = [shape.numel() for shape in shapes]
+    if len(names) > 1 and [tuple(weight.shape) for weight in teacher] == [(sum(sizes),)]:
+        teacher = [piece.view(shape) for piece, shape in zip(teacher[0].split(sizes), shapes)]
     if [weight.shape for weight in teacher] != shapes:
         what = f"its teacher's {len(teacher)} tensors do not fit the model's {len(names)}"
         refuse(path, what, "allowed: models all of whose parameters were trained, on one device")
@@ -108,9 +105,8 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     config["model"].update(_name="roberta", arch="roberta")
     config["model"].pop("user_dir", None)
 
-    history = (state.get("optimizer_history") or [{}])[-1]
-    iterator = (state.get("extra_state") or {}).get("train_iterator", {})
-    updates, epoch = history.get("num_updates", 0), iterator.get("epoch", 1)
+    updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
+    epoch = (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch", 1)
     return fairseq_checkpoint(model, config, "SentencePredictionCriterion", updates, epoch)
 
 

@@ -2,8 +2,8 @@
 
     python -m smart_fairseq.import_hf MODEL_DIR OUT_DIR
 
-MODEL_DIR holds config.json, model.safetensors and the vocabulary (vocab.json and merges.txt, or vocab.txt,
-or tokenizer.json). OUT_DIR receives
+MODEL_DIR holds config.json, model.safetensors and the vocabulary (vocab.json and merges.txt, or vocab.txt, or
+tokenizer.json). OUT_DIR receives
 
     model.pt      the weights and a fairseq configuration, plain containers and tensors only
     dict.txt      fairseq's dictionary. Its counts are not known to Hugging Face: 1 for every symbol, 0 for the
@@ -17,10 +17,9 @@ Where the two models differ, and what is done about it:
 
 - fairseq starts every dictionary with <s> <pad> </s> <unk> and its tasks append <mask>. Rows of the embedding
   (and of the LM head's bias) are permuted to that order; all others keep their order.
-- fairseq has no token types. Type 0 is added to the word embeddings, in the order in which BERT adds them, so
-  nothing is lost; type 1 is left out, and a second sentence is told apart by its separators alone, as in
-  RoBERTa. An LM head that shares the embeddings adds the same number to the logits of all symbols, which no
-  probability can see.
+- fairseq has no token types. Type 0 is added to the word embeddings, in the order in which BERT adds them, so nothing
+  is lost; type 1 is left out, and a second sentence is told apart by its separators alone, as in RoBERTa. An LM head
+  that shares the embeddings adds the same number to the logits of all symbols, which no probability can see.
 - fairseq counts positions from 2 (padding index + 1): BERT's row i becomes row i + 2; RoBERTa's have that offset.
 - fairseq's LayerNorm has epsilon 1e-5; other epsilons need `--arch smart_bert` (models/smart_bert.py).
 - The pooler is left out: fairseq's classification head has its own dense layer, initialised anew.
@@ -43,9 +42,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
-from smart_fairseq.convert.command import refuse, run
+from smart_fairseq.convert.command import MODEL_DIR_HOLDS, refuse, run
 from smart_fairseq.convert.config import architecture, architecture_flags, read_config
-from smart_fairseq.convert.folder import MODEL_DIR_HOLDS
 from smart_fairseq.convert.vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
 from smart_fairseq.convert.weights import LM_HEAD_SEED, convert_weights, open_weights
 from smart_fairseq.files import sha256, whole_files
@@ -88,17 +86,12 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
             refuse(out_dir / "model.pt", "exists already", "choose another OUT_DIR or give --overwrite")
 
     config = read_config(model_dir)
-    if config.model_type == "bert":
-        vocabulary = read_bert_vocabulary(model_dir, config)
-    else:
-        vocabulary = read_gpt2_vocabulary(model_dir, config)
-        # fairseq computes positions from the padding index, which is 1 in all of its dictionaries
-        if config.pad_token_id != 1 or vocabulary.rows[1] != 1:
-            refuse(
-                config.path,
-                f"pad_token_id is {config.pad_token_id} and <pad> has the id {vocabulary.rows[1]}",
-                "RoBERTa's positions start at 2 because both are 1; allowed: 1",
-            )
+    read_vocabulary = {"bert": read_bert_vocabulary, "roberta": read_gpt2_vocabulary}[config.model_type]
+    vocabulary = read_vocabulary(model_dir, config)
+    # fairseq computes positions from the padding index, which is 1 in all of its dictionaries
+    if config.model_type == "roberta" and not config.pad_token_id == vocabulary.rows[1] == 1:
+        what = f"pad_token_id is {config.pad_token_id} and <pad> has the id {vocabulary.rows[1]}"
+        refuse(config.path, what, "RoBERTa's positions start at 2 because both are 1; allowed: 1")
     with open_weights(model_dir, config) as weights:
         state, head_from_file, left_out = convert_weights(weights, config, vocabulary.rows)
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
-from smart_fairseq.convert.command import refuse
+from smart_fairseq.convert.command import read_json, read_lines, refuse
 from smart_fairseq.convert.config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config
-from smart_fairseq.convert.folder import read_json, read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 FILLER = "madeupword"  # and four digits: fairseq's name for a row without a token
@@ -67,19 +66,14 @@ def arrange(
     Raises:
         UsageError: a special token is missing, or an id is impossible or comes twice
     """
-    missing = [token for token in special_tokens if token not in tokens]
-    if missing:
-        refuse(path, f"has no token {missing[0]}", "needed: " + " ".join(special_tokens))
-    strays = [token for token, row in tokens.items() if not isinstance(row, int) or not 0 <= row < row_count]
-    if strays:
-        refuse(
-            path,
-            f"{len(tokens)} tokens, of which {strays[0]!r} has the id {tokens[strays[0]]!r}",
-            f"config.json's vocab_size {row_count} allows 0 to {row_count - 1}",
-        )
-
+    for token in special_tokens:
+        if token not in tokens:
+            refuse(path, f"has no token {token}", "needed: " + " ".join(special_tokens))
     by_row: dict[int, str] = {}
     for token, row in tokens.items():
+        if not isinstance(row, int) or not 0 <= row < row_count:
+            limit = f"config.json's vocab_size {row_count} allows 0 to {row_count - 1}"
+            refuse(path, f"{len(tokens)} tokens, of which {token!r} has the id {row!r}", limit)
         if row in by_row:
             refuse(path, f"{by_row[row]!r} and {token!r} share the id {row}", "every token needs its own")
         by_row[row] = token
@@ -145,8 +139,7 @@ def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     """BERT's WordPiece vocabulary; vocab.txt is handed on as it is."""
     path = model_dir / "vocab.txt"
     if path.exists() or not (model_dir / "tokenizer.json").exists():
-        names = read_lines(path)
-        content = path.read_bytes()
+        names, content = read_lines(path), path.read_bytes()
     else:
         path = model_dir / "tokenizer.json"
         by_row = {row: token for token, row in read_tokenizer_json(model_dir, "WordPiece")["vocab"].items()}

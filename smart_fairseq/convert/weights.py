@@ -42,14 +42,10 @@ class Weights:
         self.path = path
         self.config = config
         self._file = file
-        keys = list(file.keys())
-        prefix = config.model_type + "."
-        if not any(key.startswith(prefix + "embeddings.") for key in keys):
-            prefix = ""
         self._keys: dict[str, str] = {}
-        for key in keys:
+        for key in file.keys():
             # TensorFlow's names, in BERT's own release
-            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix(prefix))
+            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix(config.model_type + "."))
             self._keys[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)] = key
 
     def __contains__(self, name: str) -> bool:
@@ -122,8 +118,8 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
     module("embeddings.LayerNorm", encoder + "layernorm_embedding", sizes.embed_dim)
     for layer in range(sizes.layers):
         for source, (target, shape) in LAYER_MODULES.items():
-            shape_in_numbers = [getattr(sizes, size) for size in shape]
-            module(f"encoder.layer.{layer}.{source}", f"{encoder}layers.{layer}.{target}", *shape_in_numbers)
+            numbers = [getattr(sizes, size) for size in shape]
+            module(f"encoder.layer.{layer}.{source}", f"{encoder}layers.{layer}.{target}", *numbers)
 
     head, dense, layer_norm = LM_HEADS[config.model_type]
     from_file = f"{head}{dense}.weight" in weights
@@ -148,10 +144,7 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
     rest = [name for name in weights.rest() if name != "embeddings.position_ids"]
     surplus = [name for name in rest if name.startswith(("encoder.", "embeddings."))]
     if surplus:
-        refuse(
-            weights.path,
-            f"holds {surplus[0]}, which no layer of the model uses",
-            f"config.json says num_hidden_layers {sizes.layers}, and fairseq has no further kinds of layers",
-        )
+        limit = f"config.json says num_hidden_layers {sizes.layers}, and fairseq has no further kinds of layers"
+        refuse(weights.path, f"holds {surplus[0]}, which no layer of the model uses", limit)
     tied_copies = (head + "decoder.weight", head + "decoder.bias")
     return state, from_file, [name for name in rest if name not in tied_copies]
