@@ -18,13 +18,15 @@ import collections
 import functools
 import inspect
 import logging
-import os
 import shutil
 import typing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from .files import whole_file
 
 __all__ = ["allow_fairseq_checkpoints", "copy_checkpoints_whole", "cover_validation_sets", "forget_removed_flags"]
 
@@ -75,13 +77,8 @@ def copy_checkpoints_whole() -> None:
     def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
         if any(PathManager.path_requires_pathmanager(path) for path in (src_path, dst_path)):
             return copy(src_path, dst_path, overwrite)
-        part = f"{dst_path}.tmp"  # as fairseq names what it writes
-        try:
-            shutil.copyfile(src_path, part)
-            os.replace(part, dst_path)
-        finally:
-            if os.path.exists(part):
-                os.unlink(part)
+        with whole_file(Path(dst_path)) as partial:
+            shutil.copyfile(src_path, partial)
         return True
 
     PathManager.copy = staticmethod(copy_whole)

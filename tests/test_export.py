@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from test_import_hf import write_hf, write_task_data
+from hf_samples import write_hf, write_task_data
 from toolkit import USER_DIR, train
 
-from smart_fairseq.export import main, plain, scale_residual_stream, stream_scale
+from smart_fairseq.convert.checkpoint import plain
+from smart_fairseq.convert.epsilon import scale_residual_stream, stream_scale
+from smart_fairseq.export import main
 from smart_fairseq.import_hf import import_hf
 
 TOKENS = [[0, 5, 9, 12, 7, 2], [0, 6, 2, 1, 1, 1], [0, 8, 8, 10, 2, 1]]
@@ -239,6 +241,6 @@ def test_interrupted_writing_keeps_the_old_file(
         raise OSError(28, "No space left on device")
 
     (tmp_path / "out.pt").write_text("old")
-    monkeypatch.setattr("smart_fairseq.export.torch.save", full)
+    monkeypatch.setattr("torch.save", full)
     assert "No space left" in run_refused([str(imported / "model.pt"), str(tmp_path / "out.pt")], capsys)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.pt", "old")]

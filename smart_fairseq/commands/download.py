@@ -5,7 +5,6 @@ Addresses: GLUE's download script and the data sets' own pages. Checksums: the l
 """
 
 import argparse
-import hashlib
 import http.client
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from ..data.readers import find_sources, located, shown
 from ..data.tasks import TASKS
 from ..errors import UsageError
+from ..files import hidden_folder, sha256
 from ..progress import Progress
 from .options import chosen
 from .run import run
@@ -119,15 +119,6 @@ GLUE_DEFAULT = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", 
 ANLI_DEFAULT = ("ANLI", "gpt2_bpe")
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def mirrored(url: str, mirror: str | None) -> str:
     """The address with scheme and host replaced by those of ``mirror``."""
     if not mirror:
@@ -198,7 +189,7 @@ def _fetch_once(url: str, part: Path, name: str) -> None:
 
 def verify(resource: Resource, path: Path) -> None:
     """Raise `UsageError`, and remove the file, unless it has the official checksum."""
-    found = checksum(path)
+    found = sha256(path)
     if resource.sha256 is None:
         print(f"{resource.name}: no official checksum to compare with; SHA-256 {found}")
     elif found != resource.sha256:
@@ -228,25 +219,22 @@ def members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
 
 def unpack(path: Path, folder: Path) -> list[str]:
     """Unpack a zip into ``folder``, all of it or nothing; the names of its top folders."""
-    partial = folder / f".unpack.partial-{os.getpid()}"
     try:
-        with zipfile.ZipFile(path) as archive:
+        with hidden_folder(folder / "unpack") as partial, zipfile.ZipFile(path) as archive:
             wanted = members(archive, path)
             size, free = sum(member.file_size for member in wanted), shutil.disk_usage(folder).free
             if size > free:
                 raise located(folder, 0, f"{path.name} needs {size} bytes, and {free} are free; make room")
             for member in wanted:
                 archive.extract(member, partial)
-        for member in wanted:
-            target = folder / member.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial / member.filename, target)
+            for member in wanted:
+                target = folder / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial / member.filename, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise located(path, 0, f"is not a complete zip file ({error}); remove it and download it again") from None
     except OSError as error:
         raise located(folder, 0, f"cannot be written ({error.strerror or error}); nothing was unpacked") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted({member.filename.split("/")[0] for member in wanted})
 
 

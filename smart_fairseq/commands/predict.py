@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from ..data.binarize import read_manifest
 from ..data.readers import find_sources, located, shown
 from ..data.tasks import GLUE, TASKS, Task
 from ..errors import UsageError
+from ..files import whole_file
 from ..inference import Model, Predictions
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
@@ -39,15 +39,11 @@ LETTERS = {"entailment": "e", "neutral": "n", "contradiction": "c"}
 def replace_file(path: Path, text: str) -> None:
     """Write the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        partial.rename(path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise located(path, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def server_label(task: Task, label: str) -> str:
@@ -109,17 +105,12 @@ def fill_missing(out: Path) -> list[str]:
 def write_zip(out: Path) -> tuple[Path, list[str]]:
     """submission.zip of the server files in ``out``, and the names of those that are not there."""
     path, missing = out / "submission.zip", []
-    partial = out / f".submission.partial-{os.getpid()}"
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in SUBMISSION_FILES:
-                if (out / file).is_file():
-                    archive.write(out / file, file)
-                else:
-                    missing.append(file)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in SUBMISSION_FILES:
+            if (out / file).is_file():
+                archive.write(out / file, file)
+            else:
+                missing.append(file)
     return path, missing
 
 

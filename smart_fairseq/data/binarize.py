@@ -8,7 +8,6 @@ other, and a header, the sizes as int32 and the offsets in bytes as int64.
 import contextlib
 import json
 import os
-import shutil
 import struct
 from array import array
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .pool import Pool, integer_typecode
 from .readers import Row, located
@@ -230,22 +230,11 @@ def _ours(path: Path) -> bool:
     return not names or MANIFEST in names or ({"input0", "label"} <= names <= {"input0", "input1", "label"})
 
 
-def _process_runs(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 @contextlib.contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place when the block ends well, and vanishes otherwise.
 
-    A process that is killed without notice leaves a hidden folder .NAME.partial-PID; the next call removes it. Raises
-    `UsageError` if ``target`` holds anything that preprocess did not write.
+    Raises `UsageError` if ``target`` holds anything that preprocess did not write.
     """
     target = Path(os.path.realpath(target))  # behind a link, its folder is what is replaced
     if target.exists() and not target.is_dir():
@@ -254,39 +243,11 @@ def complete_folder(target: Path) -> Iterator[Path]:
         raise located(
             target, 0, "--out: this folder holds other things than preprocess.py writes; choose another or remove it"
         )
-    made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_up(target)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    partial.mkdir()
     try:
-        yield partial
-        if target.is_dir():
-            old = target.parent / f".{target.name}.old-{os.getpid()}"
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
+        with whole_folder(target) as partial:
+            yield partial
     except OSError as error:
         if error.filename is not None:
             raise
         # a full disk or a size limit: the system does not say where
         raise located(target, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()  # goes only while it is empty
-
-
-def _clear_up(target: Path) -> None:
-    """What runs that were killed have left beside ``target``; an old folder that lost its name gets it back."""
-    for stale in list(target.parent.iterdir()):
-        kind, _, number = stale.name[len(target.name) + 2 :].rpartition("-")
-        if not stale.name.startswith(f".{target.name}.") or not number.isdigit() or _process_runs(int(number)):
-            continue
-        if kind == "old" and not target.exists():
-            stale.rename(target)
-        elif kind in ("partial", "old"):
-            shutil.rmtree(stale, ignore_errors=True)

@@ -150,8 +150,8 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         )
     if an_entry > LINEAR_SHARE * place.root_mean_square:
         logger.warning(
-            f"--smart-mode auto: {why}, and large for the first order, which is taken: the term may be off by more than "
-            "5 %; take a larger or a smaller size, or a finer precision"
+            f"--smart-mode auto: {why}, and large for the first order, which is taken: the term may be off by more "
+            "than 5 %; take a larger or a smaller size, or a finer precision"
         )
     else:
         logger.info(f"--smart-mode auto: {why}, so the term is computed to first order (tangent)")

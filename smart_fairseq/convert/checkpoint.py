@@ -1,0 +1,76 @@
+"""Checkpoints of plain containers and tensors, as fairseq-train writes them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from smart_fairseq.convert.command import refuse
+
+FAIRSEQ_LAYER_NORM_EPS = 1e-5
+EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+
+
+def tied(model: dict[str, Tensor]) -> bool:
+    """Whether the LM head of a model's state shares the embeddings."""
+    return LM_HEAD in model and EMBEDDINGS in model and torch.equal(model[LM_HEAD], model[EMBEDDINGS])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with torch's safe loader; `UsageError` if it is none of fairseq's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        refuse(path, "no such file", "CHECKPOINT must be a checkpoint written by fairseq-train")
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        refuse(path, f"not a readable checkpoint ({reason})", "copy it again")
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
+        refuse(path, "holds no model or no configuration", "a checkpoint written by fairseq-train is needed")
+    return state
+
+
+def plain(value: Any) -> Any:
+    """The same as dictionaries, lists, numbers, strings and None; anything else by its text."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    # enumerations of fairseq's are strings; numpy's numbers know their plain value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def fairseq_checkpoint(
+    model: dict[str, Tensor], config: dict[str, Any], criterion: str, updates: int = 0, epoch: int = 1
+) -> dict[str, Any]:
+    """A checkpoint without optimizer state, for optimizer adam.
+
+    Args:
+        model: the model's state
+        config: fairseq's configuration, plain containers only
+        criterion: class name of the criterion
+        updates: how many were taken
+        epoch: where training goes on
+    """
+    # the hub interface overrides load_checkpoint_heads, and only settings that are there can be overridden
+    config["model"].setdefault("load_checkpoint_heads", False)
+    history = {"criterion_name": criterion, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}
+    return {
+        "args": None,
+        "cfg": config,
+        "model": model,
+        "criterion": None,
+        "optimizer_history": [{**history, "num_updates": updates}],
+        "task_state": {},
+        "extra_state": {"train_iterator": {"epoch": epoch, "iterations_in_epoch": 0, "shuffle": True}},
+        "last_optimizer_state": None,
+    }

@@ -1,0 +1,143 @@
+"""Turn a Hugging Face folder of the RoBERTa or BERT family into a checkpoint that fairseq trains from.
+
+    python -m smart_fairseq.import_hf MODEL_DIR OUT_DIR
+
+MODEL_DIR holds config.json, model.safetensors and the vocabulary (vocab.json and merges.txt, or vocab.txt, or
+tokenizer.json). OUT_DIR receives
+
+    model.pt      the weights and a fairseq configuration, plain containers and tensors only
+    dict.txt      fairseq's dictionary. Its counts are not known to Hugging Face: 1 for every symbol, 0 for the
+                  fillers of rows that have no token (masked language modelling uses counts with
+                  --freq-weighted-replacement; fine-tuning for sentences does not)
+    bpe.json      {"bpe": "gpt2"} or {"bpe": "bert", "lowercase": true}
+    encoder.json, vocab.bpe (gpt2) or vocab.txt (bert)
+    import.json   sizes, the source file's SHA-256, and fairseq-train's architecture flags as a list
+
+Where the two models differ, and what is done about it:
+
+- fairseq starts every dictionary with <s> <pad> </s> <unk> and its tasks append <mask>. Rows of the embedding
+  (and of the LM head's bias) are permuted to that order; all others keep their order.
+- fairseq has no token types. Type 0 is added to the word embeddings, in the order in which BERT adds them, so nothing
+  is lost; type 1 is left out, and a second sentence is told apart by its separators alone, as in RoBERTa. An LM head
+  that shares the embeddings adds the same number to the logits of all symbols, which no probability can see.
+- fairseq counts positions from 2 (padding index + 1): BERT's row i becomes row i + 2; RoBERTa's have that offset.
+- fairseq's LayerNorm has epsilon 1e-5; other epsilons need `--arch smart_bert` (models/smart_bert.py).
+- The pooler is left out: fairseq's classification head has its own dense layer, initialised anew.
+
+Sources: Devlin et al. (2019), arXiv:1810.04805; Liu et al. (2019), arXiv:1907.11692; Radford et al. (2019) for
+the byte-level vocabulary: ids 0 to 255 are the bytes, 256 + i is merge i, then <|endoftext|>.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.criterions.masked_lm import MaskedLmConfig
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.tasks.masked_lm import MaskedLMConfig
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
+from smart_fairseq.convert.command import MODEL_DIR_HOLDS, refuse, run
+from smart_fairseq.convert.config import architecture, architecture_flags, read_config
+from smart_fairseq.convert.vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
+from smart_fairseq.convert.weights import LM_HEAD_SEED, convert_weights, open_weights
+from smart_fairseq.files import sha256, whole_files
+
+WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt", "bpe.json", "import.json")
+
+
+def build_checkpoint(state: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as fairseq-train writes it after 0 updates, task masked_lm, of plain containers and tensors."""
+    config = OmegaConf.structured(FairseqConfig())
+    config.task = MaskedLMConfig("masked_lm", data=".", tokens_per_sample=settings["max_positions"])
+    config.criterion = MaskedLmConfig("masked_lm")
+    config.model = {"_name": settings["arch"], **settings}
+    return fairseq_checkpoint(state, plain(config), "MaskedLmLoss")
+
+
+def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Convert `model_dir` and write `out_dir`, completely or not at all.
+
+    Args:
+        model_dir: folder with config.json, model.safetensors and the vocabulary
+        out_dir: folder to write; made if missing
+        overwrite: replace an import that is there
+
+    Returns:
+        what import.json holds, and under "notes" the lines for the user
+
+    Raises:
+        UsageError: for a folder that is not of the two families, is incomplete or contradicts itself, and for
+            an `out_dir` that holds a model.pt already
+    """
+    if not model_dir.is_dir():
+        refuse(model_dir, "no such folder", MODEL_DIR_HOLDS)
+    if out_dir.exists():
+        if not out_dir.is_dir():
+            refuse(out_dir, "is not a folder", "OUT_DIR must be a folder or not exist")
+        if out_dir.samefile(model_dir):
+            refuse(out_dir, "is MODEL_DIR itself", "OUT_DIR must be another folder")
+        if (out_dir / "model.pt").exists() and not overwrite:
+            refuse(out_dir / "model.pt", "exists already", "choose another OUT_DIR or give --overwrite")
+
+    config = read_config(model_dir)
+    read_vocabulary = {"bert": read_bert_vocabulary, "roberta": read_gpt2_vocabulary}[config.model_type]
+    vocabulary = read_vocabulary(model_dir, config)
+    # fairseq computes positions from the padding index, which is 1 in all of its dictionaries
+    if config.model_type == "roberta" and not config.pad_token_id == vocabulary.rows[1] == 1:
+        what = f"pad_token_id is {config.pad_token_id} and <pad> has the id {vocabulary.rows[1]}"
+        refuse(config.path, what, "RoBERTa's positions start at 2 because both are 1; allowed: 1")
+    with open_weights(model_dir, config) as weights:
+        state, head_from_file, left_out = convert_weights(weights, config, vocabulary.rows)
+
+    settings = architecture(config, untied=state[LM_HEAD] is not state[EMBEDDINGS])
+    report: dict[str, Any] = {
+        "model_type": config.model_type,
+        "sizes": {**config.sizes._asdict(), "max_positions": settings["max_positions"]},
+        "layer_norm_eps": config.layer_norm_eps,
+        "source": {"file": "model.safetensors", "sha256": sha256(model_dir / "model.safetensors")},
+        "lm_head": "file" if head_from_file else "initialised",
+        "left_out": left_out,
+        "flags": architecture_flags(settings),
+    }
+    with whole_files(out_dir, WRITTEN_FILES) as staging:
+        for name, content in vocabulary.files.items():
+            (staging / name).write_bytes(content)
+        (staging / "bpe.json").write_text(json.dumps(vocabulary.bpe) + "\n", encoding="utf-8")
+        (staging / "dict.txt").write_text(vocabulary.dictionary, encoding="utf-8", newline="\n")
+        (staging / "import.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        torch.save(build_checkpoint(state, settings), staging / "model.pt")
+
+    initialised = f"the file has none, initialised with seed {LM_HEAD_SEED}; classification does not use it"
+    notes = [
+        *vocabulary.notes,
+        "counts in dict.txt are not known to Hugging Face files: 1 for symbols, 0 for fillers (madeupword)",
+        "LM head: " + ("taken from the file" if head_from_file else initialised),
+    ]
+    if left_out:
+        notes.append("left out: " + ", ".join(left_out))
+    return {**report, "notes": notes}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status: 0, or 2 with one line on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="import_hf", description="turn a Hugging Face folder (BERT, RoBERTa) into a checkpoint for fairseq"
+    )
+    parser.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="config.json, model.safetensors, vocabulary")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder for model.pt, dict.txt and the BPE files")
+    parser.add_argument("--overwrite", action="store_true", help="replace an import that is in OUT_DIR")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        report = import_hf(args.model_dir, args.out_dir, overwrite=args.overwrite)
+        for note in (*report["notes"], f"wrote {args.out_dir}; train with"):
+            print(f"import_hf: {note}")
+        print(" ".join(report["flags"]))
+
+    return run("import_hf", work)

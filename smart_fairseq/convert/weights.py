@@ -1,0 +1,150 @@
+"""The tensors of model.safetensors as the state of fairseq's RobertaModel."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
+from smart_fairseq.convert.command import refuse
+from smart_fairseq.convert.config import Config
+
+LM_HEAD_SEED = 0
+# the LM head's prefix, and in it its dense layer and LayerNorm
+LM_HEADS = {
+    "bert": ("cls.predictions.", "transform.dense", "transform.LayerNorm"),
+    "roberta": ("lm_head.", "dense", "layer_norm"),
+}
+LAYER_MODULES = {  # Hugging Face's -> fairseq's, and which sizes its weight joins
+    "attention.self.query": ("self_attn.q_proj", ("embed_dim", "embed_dim")),
+    "attention.self.key": ("self_attn.k_proj", ("embed_dim", "embed_dim")),
+    "attention.self.value": ("self_attn.v_proj", ("embed_dim", "embed_dim")),
+    "attention.output.dense": ("self_attn.out_proj", ("embed_dim", "embed_dim")),
+    "attention.output.LayerNorm": ("self_attn_layer_norm", ("embed_dim",)),
+    "intermediate.dense": ("fc1", ("ffn_dim", "embed_dim")),
+    "output.dense": ("fc2", ("embed_dim", "ffn_dim")),
+    "output.LayerNorm": ("final_layer_norm", ("embed_dim",)),
+}
+
+
+class Weights:
+    """The tensors of a safetensors file under names without the model's prefix, each taken once.
+
+    Raises `UsageError` from every method where the file does not hold what config.json promises.
+    """
+
+    def __init__(self, path: Path, config: Config, file: Any):
+        self.path = path
+        self.config = config
+        self._file = file
+        self._keys: dict[str, str] = {}
+        for key in file.keys():
+            # TensorFlow's names, in BERT's own release
+            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix(config.model_type + "."))
+            self._keys[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)] = key
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._keys
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name as float32, [*shape]; it is no longer among the `rest`."""
+        if name not in self._keys:
+            refuse(self.path, f"has no tensor {name}", f"{self.config.path.name} promises one of shape {list(shape)}")
+        tensor: Tensor = self._file.get_tensor(self._keys.pop(name))
+        if tuple(tensor.shape) != shape:
+            promise = f"{self.config.path.name} promises {list(shape)}"
+            refuse(self.path, f"{name} has shape {list(tensor.shape)}", promise)
+        if not tensor.is_floating_point():
+            refuse(self.path, f"{name} is of type {tensor.dtype}", "allowed: floating point")
+        return tensor.float().contiguous()
+
+    def rest(self) -> list[str]:
+        """Names of what was not taken."""
+        return sorted(self._keys)
+
+
+@contextlib.contextmanager
+def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
+    """Open model.safetensors; `UsageError` if it is missing or cut short."""
+    path = model_dir / "model.safetensors"
+    if not path.is_file():
+        others = [path for path in (*model_dir.glob("*.safetensors.index.json"), *model_dir.glob("pytorch_model*.bin"))]
+        found = f" (there is {others[0].name})" if others else ""
+        refuse(path, f"no such file{found}", "the weights must be in one file of that name")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield Weights(path, config, file)
+    except (SafetensorError, OSError) as error:
+        advice = "it may have been cut short: copy or download it again"
+        refuse(path, f"not a readable safetensors file ({error})", advice)
+
+
+def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tuple[dict[str, Tensor], bool, list[str]]:
+    """Rename, permute and fold the tensors into the state of fairseq's RobertaModel.
+
+    Args:
+        weights: the file's tensors
+        config: what config.json says of them
+        rows: Hugging Face's row for each of fairseq's ids
+
+    Returns:
+        the state, all float32; whether the LM head came from the file; names of the tensors left out
+
+    Raises:
+        UsageError: the file does not hold what config.json promises, or layers beyond it
+    """
+    sizes = config.sizes
+    order = torch.tensor(rows)
+    encoder = "encoder.sentence_encoder."
+    state = {encoder + "version": torch.tensor([3.0])}
+
+    words = weights.take("embeddings.word_embeddings.weight", sizes.vocabulary, sizes.embed_dim)
+    types = weights.take("embeddings.token_type_embeddings.weight", sizes.token_types, sizes.embed_dim)
+    positions = weights.take("embeddings.position_embeddings.weight", sizes.position_rows, sizes.embed_dim)
+    state[EMBEDDINGS] = (words + types[0])[order]
+    if config.model_type == "bert":
+        positions = torch.cat([positions.new_zeros(2, sizes.embed_dim), positions])
+    state[encoder + "embed_positions.weight"] = positions
+
+    def module(source: str, target: str, *shape: int) -> None:
+        state[target + ".weight"] = weights.take(source + ".weight", *shape)
+        state[target + ".bias"] = weights.take(source + ".bias", shape[0])
+
+    module("embeddings.LayerNorm", encoder + "layernorm_embedding", sizes.embed_dim)
+    for layer in range(sizes.layers):
+        for source, (target, shape) in LAYER_MODULES.items():
+            numbers = [getattr(sizes, size) for size in shape]
+            module(f"encoder.layer.{layer}.{source}", f"{encoder}layers.{layer}.{target}", *numbers)
+
+    head, dense, layer_norm = LM_HEADS[config.model_type]
+    from_file = f"{head}{dense}.weight" in weights
+    state[LM_HEAD] = state[EMBEDDINGS]
+    if from_file:
+        bias = head + "bias" if head + "bias" in weights else head + "decoder.bias"
+        state["encoder.lm_head.bias"] = weights.take(bias, sizes.vocabulary)[order]
+        module(head + dense, "encoder.lm_head.dense", sizes.embed_dim, sizes.embed_dim)
+        module(head + layer_norm, "encoder.lm_head.layer_norm", sizes.embed_dim)
+        if not config.tied_embeddings:
+            state[LM_HEAD] = weights.take(head + "decoder.weight", sizes.vocabulary, sizes.embed_dim)[order]
+    else:
+        # BERT's initialisation, the same numbers every time
+        generator = torch.Generator().manual_seed(LM_HEAD_SEED)
+        drawn = torch.empty(sizes.embed_dim, sizes.embed_dim).normal_(std=0.02, generator=generator)
+        state["encoder.lm_head.bias"] = torch.zeros(sizes.vocabulary)
+        state["encoder.lm_head.dense.weight"] = drawn
+        state["encoder.lm_head.dense.bias"] = torch.zeros(sizes.embed_dim)
+        state["encoder.lm_head.layer_norm.weight"] = torch.ones(sizes.embed_dim)
+        state["encoder.lm_head.layer_norm.bias"] = torch.zeros(sizes.embed_dim)
+
+    rest = [name for name in weights.rest() if name != "embeddings.position_ids"]
+    surplus = [name for name in rest if name.startswith(("encoder.", "embeddings."))]
+    if surplus:
+        limit = f"config.json says num_hidden_layers {sizes.layers}, and fairseq has no further kinds of layers"
+        refuse(weights.path, f"holds {surplus[0]}, which no layer of the model uses", limit)
+    tied_copies = (head + "decoder.weight", head + "decoder.bias")
+    return state, from_file, [name for name in rest if name not in tied_copies]

@@ -1,0 +1,147 @@
+"""Files and folders that are there whole or not at all, and their SHA-256.
+
+What is written goes to a hidden place beside the target, .NAME.partial-PID, and takes the target's name when it is
+complete. It is removed when the writing fails and on SIGTERM. What a process left that was killed without notice is
+removed by the next one that writes the same target.
+"""
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+__all__ = ["hidden_folder", "sha256", "whole_file", "whole_files", "whole_folder"]
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The path of a hidden file beside ``path``, to be written: it takes its place when the block ends well.
+
+    Close the file within the block. ``path`` stays as it was when the block fails.
+    """
+    _clear_up(path)
+    partial = _beside(path, "partial")
+    with _tidy_on_sigterm():
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """An empty hidden folder beside ``target``, which vanishes at the end unless it was moved away.
+
+    Folders above it are made, and vanish as well if nothing is in them.
+    """
+    made = [parent for parent in target.parents if not parent.exists()]
+    partial = _beside(target, "partial")
+    with _tidy_on_sigterm():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _clear_up(target)
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()  # goes only while it is empty
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target``, to be filled: it takes its place, old files and all, when the block ends well.
+
+    Behind a link, its folder is what is replaced. ``target`` stays as it was when the block fails.
+    """
+    target = Path(os.path.realpath(target))
+    with hidden_folder(target) as partial:
+        yield partial
+        if target.is_dir():
+            old = _beside(target, "old")
+            target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(target)
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A hidden folder beside ``folder``, to be filled with some of ``names``: they move there when the block ends well.
+
+    Other files of ``folder`` stay. The first name goes first and comes last: where it is, the rest belongs to it.
+    """
+    with hidden_folder(folder) as partial:
+        yield partial
+        if not folder.exists():
+            partial.rename(folder)
+            return
+        replaces = (folder / names[0]).exists()
+        (folder / names[0]).unlink(missing_ok=True)
+        for name in reversed(names):
+            if (partial / name).exists():
+                os.replace(partial / name, folder / name)
+            elif replaces:
+                (folder / name).unlink(missing_ok=True)  # its successor does without
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+def _clear_up(target: Path) -> None:
+    """What processes that were killed have left beside ``target``; an old folder that lost its name gets it back."""
+    with contextlib.suppress(OSError):  # what it stands in the way of will say so
+        for stale in list(target.parent.glob(f".{glob.escape(target.name)}.*-*")):
+            kind, _, number = stale.name[len(target.name) + 2 :].rpartition("-")
+            if kind not in ("partial", "old") or not number.isdigit() or _process_runs(int(number)):
+                continue
+            if kind == "old" and not target.exists():
+                stale.rename(target)
+            elif stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink()
+
+
+def _process_runs(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _tidy_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an error does, unless the program has an answer of its own to it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)

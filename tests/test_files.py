@@ -1,0 +1,226 @@
+"""Whole or not at all: what is there stays until its successor is complete, and nothing else is left beside it."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smart_fairseq.files import hidden_folder, sha256, whole_file, whole_files, whole_folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_file(target: Path, text: str, fail: Callable[[], None] = lambda: None) -> None:
+    with whole_file(target) as partial:
+        partial.write_text(text)
+        fail()
+
+
+def write_folder(target: Path, text: str, fail: Callable[[], None] = lambda: None) -> None:
+    with whole_folder(target) as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / text).write_text(text)
+        fail()
+
+
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def stopped() -> None:
+    raise KeyboardInterrupt
+
+
+WRITERS = [
+    pytest.param(write_file, {"target": "old"}, {"target": "new"}, id="file"),
+    pytest.param(write_folder, {"target/deep/old": "old"}, {"target/deep/new": "new"}, id="folder"),
+]
+Write = Callable[..., None]
+
+
+@pytest.mark.parametrize("write, old, new", WRITERS)
+def test_takes_the_place_of_what_was_there(tmp_path: Path, write: Write, old: dict, new: dict) -> None:
+    write(tmp_path / "target", "old")
+    assert content(tmp_path) == old
+    write(tmp_path / "target", "new")
+    assert content(tmp_path) == new and [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("fail", [full_disk, stopped])
+@pytest.mark.parametrize("write, old, new", WRITERS)
+def test_failure_leaves_the_old_one_whole(tmp_path: Path, write: Write, old: dict, new: dict, fail: Write) -> None:
+    write(tmp_path / "target", "old")
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        write(tmp_path / "target", "new", fail)
+    assert content(tmp_path) == old and [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_failure_leaves_nothing_where_nothing_was(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(OSError):
+        write(tmp_path / "target", "new", full_disk)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_above_come_and_go_with_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        write_folder(tmp_path / "a" / "b" / "target", "new", full_disk)
+    assert list(tmp_path.iterdir()) == []
+    write_folder(tmp_path / "a" / "b" / "target", "new")
+    assert content(tmp_path) == {"a/b/target/deep/new": "new"}
+
+
+def test_hidden_folder_vanishes_unless_moved(tmp_path: Path) -> None:
+    for name in ("left", "moved"):
+        with hidden_folder(tmp_path / name) as partial:
+            (partial / "file").write_text(name)
+            if name == "moved":
+                partial.rename(tmp_path / name)
+    assert content(tmp_path) == {"moved/file": "moved"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_behind_a_link_its_folder_is_replaced(tmp_path: Path) -> None:
+    write_folder(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and content(tmp_path / "real") == {"deep/new": "new"}
+
+
+def write_some(folder: Path, *names: str, fail: Callable[[], None] = lambda: None) -> None:
+    with whole_files(folder, ("main", "a", "b")) as partial:
+        for name in names:
+            (partial / name).write_text("new")
+        fail()
+
+
+def test_some_files_of_a_folder(tmp_path: Path) -> None:
+    """They come and go together; what else is in the folder stays."""
+    folder = tmp_path / "folder"
+    write_some(folder, "main", "a")
+    assert content(folder) == {"main": "new", "a": "new"}
+    for name in ("main", "a", "mine"):
+        (folder / name).write_text("old")
+    with pytest.raises(OSError):
+        write_some(folder, "main", "b", fail=full_disk)
+    assert content(folder) == {"main": "old", "a": "old", "mine": "old"}
+    write_some(folder, "main", "b")
+    assert content(folder) == {"main": "new", "b": "new", "mine": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_files_that_belong_to_nothing_written_here_stay(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    write_some(tmp_path, "main", "b")
+    assert content(tmp_path) == {"main": "new", "a": "mine", "b": "new"}
+
+
+# Other processes
+
+# writes "other" to the target, says so, and completes it when its standard input ends
+OTHER = """
+import sys
+from pathlib import Path
+from test_files import write_file, write_folder
+
+def wait():
+    print("written", flush=True)
+    sys.stdin.read()
+
+{"file": write_file, "folder": write_folder}[sys.argv[1]](Path(sys.argv[2]), "other", wait)
+"""
+
+
+def start_other(kind: str, target: Path) -> "subprocess.Popen[str]":
+    """A process in the middle of its block."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, kind, str(target)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ":".join(paths)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "written\n"
+    return process
+
+
+KINDS = [pytest.param("file", write_file, id="file"), pytest.param("folder", write_folder, id="folder")]
+
+
+@pytest.mark.parametrize("kind, write", KINDS)
+def test_two_processes_at_once_do_not_meet(tmp_path: Path, kind: str, write: Write) -> None:
+    """Each completes its own; the later one stays."""
+    other = start_other(kind, tmp_path / "target")
+    write(tmp_path / "target", "ours")
+    visible = {name: text for name, text in content(tmp_path).items() if not name.startswith(".")}
+    assert list(visible.values()) == ["ours"]
+    other.communicate()
+    assert other.returncode == 0
+    assert list(content(tmp_path).values()) == ["other"] and [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("kind, write", KINDS)
+def test_sigterm_leaves_the_old_one_whole(tmp_path: Path, kind: str, write: Write) -> None:
+    write(tmp_path / "target", "old")
+    other = start_other(kind, tmp_path / "target")
+    other.terminate()
+    other.communicate()
+    assert other.returncode == 128 + signal.SIGTERM
+    assert list(content(tmp_path).values()) == ["old"] and [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("kind, write", KINDS)
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, kind: str, write: Write) -> None:
+    write(tmp_path / "target.bin", "neighbour")
+    other = start_other(kind, tmp_path / "target")
+    other.kill()
+    other.communicate()
+    assert len(list(tmp_path.iterdir())) == 2
+    write(tmp_path / "target", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "target.bin"}
+
+
+def test_an_old_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    write_folder(tmp_path / f".target.old-{gone.pid}", "old")
+    with pytest.raises(OSError):
+        write_folder(tmp_path / "target", "new", full_disk)
+    assert content(tmp_path) == {"target/deep/old": "old"}
+
+
+def test_sigterm_keeps_the_answer_that_the_program_gives(tmp_path: Path) -> None:
+    """Its own handler stays in the block, the default comes back after it, and other threads have no say in it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler, within in ((signal.SIG_IGN, signal.SIG_IGN), (signal.SIG_DFL, None)):
+            signal.signal(signal.SIGTERM, handler)
+            with whole_file(tmp_path / "target") as partial:
+                partial.write_text("x")
+                assert within is None or signal.getsignal(signal.SIGTERM) is within
+            assert signal.getsignal(signal.SIGTERM) is handler
+        thread = threading.Thread(target=write_file, args=(tmp_path / "thread", "from a thread"))
+        thread.start()
+        thread.join()
+        assert (tmp_path / "thread").read_text() == "from a thread"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_missing_folder_above_a_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "none" / "target") as partial:
+        partial.write_text("x")
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20_000
+    (tmp_path / "data").write_bytes(data)
+    assert sha256(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        sha256(tmp_path / "none")
