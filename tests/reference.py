@@ -7,9 +7,34 @@ follow the gradient of the linearised model f(x) + J d, with the whole Jacobian 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def as_function_of_embeddings(model: Any, tokens: Tensor, place: str) -> Callable[[Tensor], Tensor]:
+    """One example's output as a function of its embeddings, by the encoder's own parts and no hook."""
+    head = model.classification_heads["sentence_classification_head"]
+    encoder = model.encoder.sentence_encoder
+
+    def from_token_embeddings(x: Tensor) -> Tensor:
+        features, _ = model.encoder.extract_features(tokens[None], token_embeddings=x[None])
+        return head(features)[0]
+
+    def from_layer_input(x: Tensor) -> Tensor:
+        padding = tokens[None].eq(encoder.padding_idx)
+        hidden = (x * ~padding[0][:, None]).unsqueeze(1)
+        for layer in encoder.layers:
+            hidden = layer(hidden, encoder_padding_mask=padding if padding.any() else None)
+        return head(hidden.transpose(0, 1))[0]
+
+    return from_token_embeddings if place == "token" else from_layer_input
+
+
+def embeddings_of(model: Any, tokens: Tensor, place: str) -> Tensor:
+    encoder = model.encoder.sentence_encoder
+    return encoder.embed_tokens(tokens) if place == "token" else encoder.forward_embedding(tokens[None])[0][0]
 
 
 def divergence(p_logits: Tensor, q_logits: Tensor, regression: bool) -> Tensor:
@@ -69,8 +94,8 @@ def perturb(
             if projection == "normalize":
                 part /= size(part, norm)
             elif norm == "inf":
-                for entry in part.view(-1).split(1):
-                    entry.fill_(max(-radius, min(radius, float(entry))))
+                entries = [max(-radius, min(radius, entry)) for entry in part.flatten().tolist()]
+                part.copy_(torch.tensor(entries, dtype=part.dtype).view_as(part))
             elif size(part, norm) > radius:
                 part *= radius / size(part, norm)
         x_tilde = x + offset

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,6 @@ from smart_fairseq.method.noise import example_noise
 SETTINGS = list(
     itertools.product(["classes", "regression"], [1, 3], ["inf", "l2"], ["example", "token"], ["ball", "normalize"])
 )
-
-
-def as_function_of_embeddings(model: Any, tokens: torch.Tensor, place: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One example's output as a function of its embeddings, by the encoder's own parts and no hook."""
-    head = model.classification_heads[HEAD]
-    encoder = model.encoder.sentence_encoder
-
-    def from_token_embeddings(x: torch.Tensor) -> torch.Tensor:
-        features, _ = model.encoder.extract_features(tokens[None], token_embeddings=x[None])
-        return head(features)[0]
-
-    def from_layer_input(x: torch.Tensor) -> torch.Tensor:
-        padding = tokens[None].eq(encoder.padding_idx)
-        hidden = (x * ~padding[0][:, None]).unsqueeze(1)
-        for layer in encoder.layers:
-            hidden = layer(hidden, encoder_padding_mask=padding if padding.any() else None)
-        return head(hidden.transpose(0, 1))[0]
-
-    return from_token_embeddings if place == "token" else from_layer_input
-
-
-def embeddings_of(model: Any, tokens: torch.Tensor, place: str) -> torch.Tensor:
-    encoder = model.encoder.sentence_encoder
-    return encoder.embed_tokens(tokens) if place == "token" else encoder.forward_embedding(tokens[None])[0][0]
 
 
 def prepared(data: Path, kind: str, *flags: str, **options: Any) -> tuple[Any, ...]:
@@ -76,11 +51,11 @@ class Literal:
     def __init__(self, model: Any, teacher: Any, sample: Any, kind: str, place: str, **settings: Any) -> None:
         tokens, regression = sample["net_input"]["src_tokens"], kind == "regression"
         noise = settings.pop("noise_std") * example_noise(sample["id"], tokens.shape[1], 16, seed=77).double()
-        students = [as_function_of_embeddings(model, row, place) for row in tokens]
-        teachers = [as_function_of_embeddings(teacher, row, place) for row in tokens]
-        xs = [embeddings_of(model, row, place) for row in tokens]
+        students = [reference.as_function_of_embeddings(model, row, place) for row in tokens]
+        teachers = [reference.as_function_of_embeddings(teacher, row, place) for row in tokens]
+        xs = [reference.embeddings_of(model, row, place) for row in tokens]
         # the teacher has embeddings of its own: its function takes the offset from the student's
-        teacher_xs = [embeddings_of(teacher, row, place) for row in tokens]
+        teacher_xs = [reference.embeddings_of(teacher, row, place) for row in tokens]
         lengths = tokens.ne(1).sum(1).tolist()
         assert min(lengths) < tokens.shape[1], "the batch has no padding to leave alone"
         x_tildes = [

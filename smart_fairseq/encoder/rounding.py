@@ -6,8 +6,8 @@ down by where it lies between two points of the grid, against an even sequence o
 entries of an example the perturbation is right. The thresholds are the multiples of the golden ratio, modulo 1
 (Weyl's sequence), numbered by token and channel: no generator is asked, no example depends on its neighbours.
 
-Measured on a tuned encoder in bfloat16 (`benchmarks/precision.py`): from 2.25 roundings on R_s is within 5 %, where
-rounding to the nearest was off by up to 9 % at 4 and 5 % at 6.
+Measured on a tuned encoder in bfloat16 at 4 roundings (`benchmarks/precision.py`): R_s is off by 0 to 4 %, where
+rounding to the nearest was off by 6 to 9 %.
 """
 
 import torch
