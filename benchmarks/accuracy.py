@@ -29,10 +29,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "bfloat16": ([], {"bf16": True}),
     "float16": ([], {"fp16": True, "fp16_no_flatten_grads": True}),
     "every-2": (["--smart-every", "2"], {}),
-    "bregman-every-2": (["--smart-bregman-every", "2"], {}),
-    "reuse": (["--smart-reuse"], {}),
-    "search-layers-3": (["--smart-search-layers", "3"], {}),
-    "search-layers-0": (["--smart-search-layers", "0"], {}),
+    "linear-search": (["--smart-linear-search"], {}),
 }
 TERMS = ("task_loss", "smart_loss", "bregman_loss")
 
@@ -70,7 +67,7 @@ def row(variant: str, results: list[Result]) -> dict[str, Any]:
     logs = [result.run.log.read_text() for result in results]
     return {
         "variant": variant,
-        "form": "first order" if "smoothness term to first order" in logs[0] else "two forwards",
+        "form": "first order" if "first_order" in logs[0] else "two forwards",
         "accuracy": [result.valid[-1]["valid_accuracy"] for result in results],
         "updates": [result.done for result in results],
         **{name: statistics.mean(last for _, last in found) for name, found in terms.items()},

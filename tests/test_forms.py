@@ -20,7 +20,7 @@ PLACE = Place(median=1.0, root_mean_square=1.5, entries=900.0)
 
 def form_at(size: float, data: Path, *flags: str, dtype: torch.dtype = torch.float16, num_classes: int = 2) -> Form:
     """What is chosen for a radius of ``size`` times what the rule takes to be resolved, reached by one long step."""
-    radius = size * precision.RESOLVED * torch.finfo(dtype).eps ** 0.5 * PLACE.median
+    radius = size * precision.ROUNDINGS[dtype] * torch.finfo(dtype).eps * PLACE.median
     _, model, criterion = set_up(data, "--smart-epsilon", str(radius), "--smart-step-size", "100", *flags)
     return choose_form(criterion.cfg, encoder_of(model), PLACE, num_classes, dtype)
 
@@ -84,7 +84,7 @@ def test_no_form_is_right(class_data: Path, caplog: pytest.LogCaptureFixture) ->
     assert form_at(0.5, class_data, "--smart-dropout", "independent", *NO_DROPOUT).term is FIRST_ORDER
     caplog.clear()
     assert form_at(0.9, class_data, dtype=torch.bfloat16).term is FIRST_ORDER
-    share = 0.9 * precision.RESOLVED * torch.finfo(torch.bfloat16).eps ** 0.5 / PLACE.root_mean_square
+    share = 0.9 * precision.ROUNDINGS[torch.bfloat16] * torch.finfo(torch.bfloat16).eps / PLACE.root_mean_square
     assert ("may be off by more than 5 %" in caplog.text) == (share > precision.LINEAR_SHARE)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import smart_fairseq
 
-from ..data.preprocess import training_flags
+from ..commands.preprocess import training_flags
 from ..data.tasks import Task
 
 __all__ = ["BATCH", "METHODS", "SMART", "flags"]
@@ -32,7 +32,7 @@ def flags(task: Task, data: Path, imported: Path, method: str, seed: int, update
     """Every flag; the methods differ in criterion and optimizer alone.
 
     Args:
-        data: the folder that `data.preprocess` wrote.
+        data: the folder that `commands.preprocess` wrote.
         imported: the encoder, as `import_hf` wrote it.
     """
     facts: dict[str, Any] = json.loads((imported / "import.json").read_text(encoding="utf-8"))

@@ -23,9 +23,10 @@ __all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs"
 
 logger = logging.getLogger(__name__)
 
-# relative to what is perturbed, two forwards are off by the precision's epsilon over the perturbation, and the first
-# order by the perturbation: they are equally good at this many times the root of epsilon, in every precision
-RESOLVED = 0.2
+# two forwards are off by epsilon over the perturbation, the first order by the perturbation, both relative to what
+# is perturbed. From this many roundings on two forwards are the better of the two in half precision, and within 1 %
+# in float32, where the first order, which costs more, would be better still
+ROUNDINGS = {torch.bfloat16: 2.25, torch.float16: 6.5, torch.float32: 200.0, torch.float64: 200.0}
 # the first order is, and its direction at cosine 0.99, up to this share of what is perturbed
 LINEAR_SHARE = 0.009
 # changes are carried along at this share of what is perturbed: in float16 those of a trained encoder overflow at size 1
@@ -138,7 +139,7 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
     channels = encoder.table.shape[1]
     spread = (channels if flags.smart_norm_scope == "token" else place.entries) if flags.smart_norm == "l2" else 1.0
     an_entry = size / spread**0.5
-    resolved = RESOLVED * torch.finfo(dtype).eps ** 0.5 * place.median
+    resolved = ROUNDINGS[dtype] * torch.finfo(dtype).eps * place.median
     if an_entry >= resolved:
         return two_forwards
     why = f"{limit} {size:g} is below what {name} resolves here ({resolved * spread**0.5:.0e})"

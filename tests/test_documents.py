@@ -1,4 +1,4 @@
-"""The README against the code: flag tables, flags, paths and commands that it names."""
+"""README and docs against the code: flag tables, and the flags, paths, tests, links and commands that they name."""
 
 import re
 import shlex
@@ -14,8 +14,12 @@ from toolkit import ROOT, parse
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.optim.mbpp import MBPPConfig
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md"))]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *DOCS, *sorted((ROOT / "examples").rglob("*.md"))]
+FLAGS = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+# named to say that they went
+REMOVED = {"--smart-reuse", "--smart-bregman-every", "--smart-search-layers"}
 
 
 def own_fields(config: Any, base: Any) -> dict[str, Any]:
@@ -25,8 +29,8 @@ def own_fields(config: Any, base: Any) -> dict[str, Any]:
 
 
 def table(prefix: str) -> list[list[str]]:
-    """Rows of the README's table whose first cell is a flag with this prefix."""
-    rows = [line for line in README.splitlines() if line.startswith(f"| `--{prefix}")]
+    """Rows of the table of flags whose first cell is a flag with this prefix."""
+    rows = [line for line in FLAGS.splitlines() if line.startswith(f"| `--{prefix}")]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
@@ -62,38 +66,70 @@ def test_plugin_flags_named_anywhere_exist() -> None:
              (field.name for field in fields(c))} | {"--smart-layer-norm-eps"}  # fmt: skip
     for document in DOCUMENTS:
         named = set(re.findall(r"--(?:smart|mbpp)-[a-z0-9-]*[a-z0-9]", document.read_text(encoding="utf-8")))
-        assert named <= known, document
+        assert named - REMOVED <= known, document
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The command lines of a document's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text("utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line]
 
 
 def test_training_commands_parse(class_data: Path) -> None:
-    """Each `fairseq-train` line of the README, with tiny data in the place of the user's."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    commands = [
-        line
-        for block in blocks
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("fairseq-train ")
-    ]
-    assert commands
-    for line in commands:
-        arguments = shlex.split(line, comments=True)[1:]
-        arguments[0] = str(class_data)
-        cfg = parse(arguments)
+    """Each `fairseq-train` line, with tiny data in the place of the user's."""
+    lines = [line for document in (README, *DOCS) for line in commands(document) if line[0] == "fairseq-train"]
+    assert len(lines) >= 2
+    for line in lines:
+        cfg = parse([str(class_data), *line[2:]])
         assert cfg.criterion._name and cfg.optimizer._name
+
+
+def test_commands_named_exist() -> None:
+    from smart_fairseq.commands.__main__ import COMMANDS
+
+    text = "\n".join(document.read_text("utf-8") for document in DOCUMENTS)
+    assert set(re.findall(r"smart_fairseq\.commands ([a-z-]+)", text)) <= set(COMMANDS)
+    listed = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "training.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    """Files, and headings where a link names one."""
+    text = document.read_text("utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = (document.parent / target) if target else document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_tests_named_exist() -> None:
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("*.py"))
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(?:tests/)?(test_\w+)(\.py)?`", document.read_text("utf-8")):
+            there = (ROOT / "tests" / f"{name[0]}.py").is_file() if name[1] else f"def {name[0]}(" in sources
+            assert there, f"{document.name}: {name[0]}"
 
 
 def test_paths_named_exist() -> None:
     """Files and folders of the project that a document names in code style."""
     for document in DOCUMENTS:
         for name in re.findall(
-            r"`((?:smart_fairseq|examples|tests|benchmarks)/[\w./*-]*)`", document.read_text("utf-8")
+            r"`((?:smart_fairseq|examples|tests|benchmarks|docs)/[\w./*-]*)`", document.read_text("utf-8")
         ):
             assert list(ROOT.glob(name.rstrip("/"))), f"{document.name}: {name}"
 
 
 def test_make_targets_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for document in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run"]:
+    for document in [*DOCUMENTS, ROOT / ".ci" / "run"]:
         text = document.read_text(encoding="utf-8")
         named = re.findall(r"(?:`|^|\s{4})make ([a-z-]+)", text, re.MULTILINE)
         assert set(named) <= targets, document
