@@ -130,7 +130,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("place", ["token", "input"])
 def test_one_gradient_of_the_table_for_both_passes(place: str, class_data: Path) -> None:
     """As large as the table, it takes a zero-filled tensor of that size each time; positions have a table too."""
-    task, model, criterion = set_up(class_data, *LIKE_ROBERTA, "--smart-embedding", place)
+    task, model, criterion = set_up(class_data, *LIKE_ROBERTA, *BOLD, "--smart-embedding", place)
     with Calls() as calls:
         criterion(model, batch(task, 4))[0].backward()
     positions = 2

@@ -125,13 +125,6 @@ class RegularizedCriterion(SentencePredictionCriterion):
             place_predictions(result[2], sample["id"], self.task)
             return result
 
-        return self.training_pass(model, sample)
-
-    def training_pass(self, model: Any, sample: dict[str, Any], perturbation: Tensor | None = None) -> Result:
-        """The task loss with the terms of this update; with a ``perturbation`` [B, T, C], at the perturbed embeddings.
-
-        The perturbation enters the clean pass alone, not those that a term takes of its own.
-        """
         encoder = self.encoder_for(model)
         forward = Forward(encoder, model, sample["net_input"], self.classification_head_name, self.place)
         weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
@@ -142,9 +135,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
                 for name in sorted(weights, key=lambda name: name != "bregman")
             }
             output = around.enter_context(_output_of(model))
-            if perturbation is not None:
-                around.enter_context(encoder.perturbed(perturbation, self.place))
-            loss, sample_size, log = super().forward(model, sample)
+            loss, sample_size, log = super().forward(model, sample, reduce)
         log["task_loss"] = log["loss"]
         found = {name: values[name](output[0]) for name in weights}
         if found:
