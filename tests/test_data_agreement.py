@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +90,19 @@ def test_picture(tmp_path):
     flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(picture)]
     assert agreement.main(flags) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_picture_on_a_full_disk(tmp_path, capsys, monkeypatch):
+    def full(_, path, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
+    picture = write(tmp_path / "figures" / "agreement.png", "old")
+    assert "No space left" in refused(capsys, data, "--predictions", str(file), "--picture", str(picture))
+    assert picture.read_text() == "old\n" and list(picture.parent.iterdir()) == [picture]
 
 
 def test_picture_without_matplotlib(tmp_path, capsys, monkeypatch):

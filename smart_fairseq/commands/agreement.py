@@ -19,6 +19,7 @@ import numpy as np
 from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
+from ..files import whole_file
 from .evaluate import in_order
 from .predict import replace_file
 from .run import run
@@ -182,7 +183,8 @@ def draw(
     axes[1].legend(fontsize="small", loc="upper left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as partial:  # whose own name does not end in the format
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
     pyplot.close(figure)
 
 
