@@ -13,7 +13,7 @@ import pytest
 import torch
 from fairseq import optim
 from fairseq.models import BaseFairseqModel
-from toolkit import capture_log, command, parse, set_up, train, write_labels
+from toolkit import build, capture_log, command, parse, set_up, train, write_labels
 
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
@@ -282,3 +282,10 @@ def test_an_error_from_a_worker_process_is_one_line_too() -> None:
 
 def test_the_same_command_without_a_mistake_trains(class_data: Path) -> None:
     assert train(command(class_data, max_update=1))["train_inner"][0]["loss"] > 0
+
+
+def test_steps_do_not_matter_where_the_term_is_off(class_data: Path) -> None:
+    """--smart-steps 0 is refused with the term on, and was never with it off."""
+    build(command(class_data, "--smart-weight", "0", "--smart-steps", "0"))
+    with pytest.raises(UsageError, match="--smart-steps is 0; it must be 1 or more"):
+        build(command(class_data, "--smart-steps", "0"))

@@ -48,7 +48,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         weight = check_weight("--smart-weight", cfg.smart_weight)
         every = check_every("--smart-every", cfg.smart_every)
         super().__init__(cfg, task, weights={"smart": weight}, every={"smart": every})
-        check_adversary(cfg, cfg.regression_target)
+        check_adversary(cfg, weight, cfg.regression_target)
         self.place = str(cfg.smart_embedding)
         if not cfg.regression_target:
             self.divergence = DIVERGENCES[divergence_name(cfg, regression=False)]

@@ -128,8 +128,10 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
     name, mode = str(dtype).split(".")[1], str(flags.smart_mode)
     scale = 2.0 ** math.floor(math.log2(CARRIED_SHARE * place.root_mean_square))
     first_order = Form(FormOfTerm.FIRST_ORDER, Search.OWN_PASS, scale)
-    two_forwards = Form(FormOfTerm.TWO_FORWARDS, _search(flags, encoder, num_classes), scale)
-    unknown = next(unknown_to_first_order(flags, encoder), None)
+    # where nothing is dropped, independent masks are the clean pass's
+    fresh_masks = flags.smart_dropout == "independent" and encoder.has_dropout
+    two_forwards = Form(FormOfTerm.TWO_FORWARDS, _search(flags, fresh_masks, num_classes), scale)
+    unknown = next(_unknown_to_first_order(flags, fresh_masks), None)
     if mode == "tangent":
         if unknown:
             raise UsageError(f"--smart-mode is tangent, which {unknown}, or use --smart-mode auto")
@@ -160,10 +162,10 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
     return first_order
 
 
-def _search(flags: AdversaryFlags, encoder: Encoder, num_classes: int) -> Search:
+def _search(flags: AdversaryFlags, fresh_masks: bool, num_classes: int) -> Search:
     if flags.smart_linear_search:
         return Search.EVERY_STEP
-    if flags.smart_dropout == "independent" and encoder.has_dropout:
+    if fresh_masks:
         return Search.FORWARD
     # recomputing keeps nothing of the clean pass
     return Search.CLEAN_PASS if few_outputs(num_classes) and not flags.smart_recompute else Search.OWN_PASS
@@ -190,10 +192,9 @@ def _largest_size(flags: AdversaryFlags) -> tuple[float, str]:
     return flags.smart_epsilon, "--smart-epsilon"
 
 
-def unknown_to_first_order(flags: AdversaryFlags, encoder: Encoder | None = None) -> Iterator[str]:
+def _unknown_to_first_order(flags: AdversaryFlags, fresh_masks: bool) -> Iterator[str]:
     """Which flags the first-order form does not know, and what to do about each."""
-    same_masks = flags.smart_dropout == "independent" and encoder is not None and not encoder.has_dropout
-    if flags.smart_dropout != "shared" and not same_masks:
+    if fresh_masks or flags.smart_dropout == "off":
         yield f"does not know --smart-dropout {flags.smart_dropout}; use shared"
     for flag, value in (
         ("--smart-recompute", flags.smart_recompute),

@@ -169,7 +169,7 @@ def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bo
         require(num_classes >= 2, "--num-classes", num_classes, "2 or more without --regression-target")
 
 
-def check_adversary(flags: AdversaryFlags, regression: bool) -> None:
+def check_adversary(flags: AdversaryFlags, weight: float, regression: bool) -> None:
     """Raise `UsageError` for values of the ball and the ascent that are none, or that exclude each other."""
     for flag, value in (
         ("--smart-epsilon", flags.smart_epsilon),
@@ -177,7 +177,13 @@ def check_adversary(flags: AdversaryFlags, regression: bool) -> None:
         ("--smart-step-size", flags.smart_step_size),
     ):
         require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
-    require(flags.smart_steps >= 1, "--smart-steps", flags.smart_steps, "1 or more")
+    lowest = 1 if weight else 0
+    require(
+        flags.smart_steps >= lowest,
+        "--smart-steps",
+        flags.smart_steps,
+        f"{lowest} or more (--smart-weight 0 switches the term off)",
+    )
     if flags.smart_linear_search and (flags.smart_recompute or flags.smart_dropout == "independent"):
         flag = "--smart-recompute" if flags.smart_recompute else "--smart-dropout independent"
         raise UsageError(
