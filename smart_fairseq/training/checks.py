@@ -177,6 +177,9 @@ def check_adversary(flags: AdversaryFlags, weight: float, regression: bool) -> N
         ("--smart-step-size", flags.smart_step_size),
     ):
         require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+    if flags.smart_epsilon_unit == "relative":
+        allowed = "at most 1, the size of the embeddings themselves; or with --smart-epsilon-unit absolute"
+        require(flags.smart_epsilon <= 1, "--smart-epsilon", flags.smart_epsilon, allowed)
     lowest = 1 if weight else 0
     require(
         flags.smart_steps >= lowest,
