@@ -258,7 +258,8 @@ def read_task(
     if not found:
         if not data_dir.is_dir():
             raise located(data_dir, 0, "--data-dir: no such folder")
-        names = sorted({name for sources in task.splits.values() for source in sources for name in source.files})
+        forms = [source for sources in task.splits.values() for source in sources]
+        names = sorted({name for source in forms for name in (*source.files, source.ratings) if name})
         raise located(
             data_dir / task.folders[0],
             0,
