@@ -3,13 +3,14 @@
 import hashlib
 import io
 import os
+import re
 import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import make_bert_bpe, prepare, write
+from data_samples import ROOT, make_bert_bpe, prepare, write
 
 from smart_fairseq.commands import download, ratings
 from smart_fairseq.commands.preprocess import glue_main
@@ -318,7 +319,9 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_an_archive_that_is_another(offer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     offer(packed(outer_files(packed(inner_files()))), pinned=False)
-    assert "is not the file whose SHA-256 stands in smart_fairseq; nothing was kept" in refused(tmp_path, capsys)
+    assert "is not the file whose SHA-256 stands in smart_fairseq/commands/ratings.py; nothing was kept" in refused(
+        tmp_path, capsys
+    )
 
 
 def test_an_index_without_it(offer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,11 +386,14 @@ COUNTS = {"movie": 10605, "product": 3708, "news": 5190, "tweet": 4200}
 
 @pytest.mark.skipif(not REAL_ARCHIVE, reason="SMART_VADER_ARCHIVE names no vaderSentiment-2.5.tar.gz")
 def test_the_real_archive(tmp_path: Path) -> None:
+    readme = (ROOT / "examples" / "glue" / "README.md").read_text(encoding="utf-8")
     ratings.unpack(Path(REAL_ARCHIVE), tmp_path / "vader_sentiment")
     for name, count in COUNTS.items():
         assert sum(TASKS[name].rows.values()) == count
+        line = re.search(rf"^\| {name} \|.*$", readme, re.MULTILINE)[0]  # type: ignore[index]
         for task in (TASKS[name], TASKS[f"{name}-score"]):
             rows, reports = read_task(task, tmp_path)
+            assert f"| {', '.join(f'{len(found):,}' for found in rows.values())} |" in line
             for split, found in rows.items():
                 assert len(found) + sum(reports[split].left_out.values()) == task.rows[split]
             keys = [[" ".join(row.texts[0].casefold().split()) for row in found] for found in rows.values()]

