@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UsageError
-from .readers import located, read_bytes, shown
+from .lines import located, read_bytes, shown
 
 KINDS = ("gpt2", "sentencepiece", "bert")
 UNKNOWN, END = 3, 2  # fairseq's Dictionary: <s> 0, <pad> 1, </s> 2, <unk> 3

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .bpe import END, UNKNOWN, BpeFiles, Encoder, Vocabulary, load_vocabulary, make_encoder
-from .readers import Row
+from .lines import Row
 
 CHUNK = 512  # rows per unit of work
 

@@ -5,103 +5,30 @@ return inside it), a carriage return before it belongs to the line end, a byte-o
 ordinary characters. Every row that is left out is counted with its reason in `Report`.
 """
 
-import gzip
 import json
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from ..errors import UsageError
+from .lines import Report, Row, Skip, located, read_bytes, read_lines, shown, source_path
+from .sentiment import rated_rows
 from .tasks import Column, Source, Task
 
-UTF8_MARK = b"\xef\xbb\xbf"
-
-
-class Row(NamedTuple):
-    """One example."""
-
-    id: str
-    texts: tuple[str, ...]
-    label: str | None  # the task's word, or a number as it stands in the file; None where it is not published
-    votes: tuple[str, ...] = ()
-    file: str = ""
-    line: int = 0
-
-
-@dataclass
-class Report:
-    """What became of the lines of one split."""
-
-    files: list[str] = field(default_factory=list)
-    rows: int = 0
-    left_out: "Counter[str]" = field(default_factory=Counter)  # reason to count
-
-
-def located(path: Path, line: int, message: str) -> UsageError:
-    """An error at a place: ``FILE:LINE: message``; line 0 stands for the file as a whole."""
-    return UsageError(f"{path}:{line}: {message}" if line else f"{path}: {message}")
-
-
-def shown(value: str, limit: int = 60) -> str:
-    """The value in quotes, on one line, shortened."""
-    return repr(value if len(value) <= limit else value[: limit - 3] + "...")
-
-
-def source_path(folder: Path, name: str) -> Path | None:
-    """The file, plain or compressed with gzip, or None."""
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def read_bytes(path: Path) -> bytes:
-    """The whole file, decompressed; refuses what is not text, naming what it is instead."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise located(path, 0, f"not a complete gzip file ({error}); download it again") from None
-    except IsADirectoryError:
-        raise located(path, 0, "is a folder, and a file is needed") from None
-    except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror})") from None
-    if not data.strip():
-        raise located(path, 0, "is empty; download it again")
-    start = data[:512].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise located(path, 0, "is a web page, not data: the download went wrong; download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise located(path, 0, "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise located(path, 0, "is UTF-16 text, and UTF-8 is needed; convert it with `iconv -f UTF-16 -t UTF-8`")
-    if data[:2] == b"PK" or data[:2] == b"\x1f\x8b":
-        raise located(path, 0, "is an archive; unpack it first")
-    if b"\0" in data:
-        line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise located(path, line, "holds a zero byte: this is a binary file, and text is needed")
-    return data
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of each line."""
-    data = read_bytes(path)
-    if data.startswith(UTF8_MARK):
-        data = data[len(UTF8_MARK) :]
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if line.endswith(b"\r"):
-            line = line[:-1]
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            message = f"byte 0x{byte:02x} at position {error.start + 1} is not UTF-8; convert the file to UTF-8"
-            raise located(path, number, message) from None
+__all__ = [
+    "Report",
+    "Row",
+    "available",
+    "find_sources",
+    "located",
+    "read_bytes",
+    "read_dev_ids",
+    "read_lines",
+    "read_source",
+    "read_task",
+    "shown",
+    "source_path",
+]
 
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
@@ -136,10 +63,6 @@ def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str 
     return word
 
 
-class _Skip(Exception):
-    """This row is left out, for this reason."""
-
-
 def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     lines = read_lines(path)
     columns: list[Column] = [*source.texts, *([] if source.label is None else [source.label])]
@@ -162,11 +85,11 @@ def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
         cells = line.split("\t")
         if len(cells) not in width:
             if not line.strip():
-                yield _Skip("blank line")
+                yield Skip("blank line")
                 continue
             expected = " or ".join(map(str, width))
             if source.loose:
-                yield _Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
+                yield Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
                 continue
             message = f"{len(cells)} tab-separated columns, and {expected} are needed"
             yield located(path, number, message)
@@ -182,7 +105,7 @@ def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     keys = [key for key in (*source.texts, source.label) if key is not None]
     for number, line in read_lines(path):
         if not line.strip():
-            yield _Skip("blank line")
+            yield Skip("blank line")
             continue
         try:
             entry = json.loads(line)
@@ -259,7 +182,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         if path is None:
             raise located(folder / name, 0, "is missing; download the data again")
         report.files.append(str(path))
-        read = _object_rows if source.form == "jsonl" else _table_rows
+        read = {"jsonl": _object_rows, "rated": rated_rows}.get(source.form, _table_rows)
         in_dev = _dev_part(path) if source.dev_ids else None
         for item in read(task, source, path):
             if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
@@ -268,7 +191,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
                 item = _finished(task, source, path, item, len(rows))
             if isinstance(item, Row):
                 rows.append(item)
-            elif isinstance(item, _Skip):
+            elif isinstance(item, Skip):
                 report.left_out[str(item)] += 1
             elif skip_bad_rows:
                 report.left_out["not in order (--skip-bad-rows)"] += 1
@@ -287,9 +210,9 @@ def _refuse(error: object) -> NoReturn:
 def _finished(task: Task, source: Source, path: Path, row: Row, position: int) -> object:
     """The row with its id and its label in the task's words, or why it is no row of the data set."""
     if row.label is not None and row.label in source.no_labels:
-        return _Skip(f"gold label {row.label!r}: the annotators did not agree")
+        return Skip(f"gold label {row.label!r}: the annotators did not agree")
     if not all(text.strip() for text in row.texts) and source.loose:
-        return _Skip("an empty text")
+        return Skip("an empty text")
     try:
         label = None if row.label is None else _label(task, source, path, row.line, row.label)
     except UsageError as error:
@@ -301,7 +224,7 @@ def available(source: Source, folder: Path) -> bool:
     """Are all files of this form there (and for MRPC's development part, the list of its ids)?"""
     if source.dev_ids == "dev" and not (source_path(folder, "dev_ids.tsv") or source_path(folder, "mrpc_dev_ids.tsv")):
         return False
-    return all(source_path(folder, name) for name in source.files)
+    return all(source_path(folder, name) for name in (*source.files, source.ratings) if name)
 
 
 def find_sources(task: Task, data_dir: Path) -> dict[str, tuple[Source, Path]]:
@@ -335,7 +258,8 @@ def read_task(
     if not found:
         if not data_dir.is_dir():
             raise located(data_dir, 0, "--data-dir: no such folder")
-        names = sorted({name for sources in task.splits.values() for source in sources for name in source.files})
+        forms = [source for sources in task.splits.values() for source in sources]
+        names = sorted({name for source in forms for name in (*source.files, source.ratings) if name})
         raise located(
             data_dir / task.folders[0],
             0,
