@@ -262,7 +262,19 @@ def test_metrics_are_computed_anew_from_the_logits(tmp_path: Path, monkeypatch: 
     assert read_lines(path) == before
 
 
-# Bad plans
+# Plans
+
+
+def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
+    """Two learning rates, two radii for smart: 2 + 4 runs for each of 3 seeds; the first seed's come first."""
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    (tmp_path / "movie.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    plan = read_plan(tmp_path / "movie.yaml", files=False)
+    runs = plan.runs()
+    assert [asked.seed for asked in runs] == [1] * 6 + [2] * 6 + [3] * 6
+    assert runs[2].name == "movie-smart-lr=5e-05-smart-epsilon=0.01-seed1"
+    assert runs[0].updates == 4 * 63  # 1000 rows in batches of 16
+    assert plan.work == Path(".cache/study/movie")
 
 
 @pytest.mark.parametrize(
