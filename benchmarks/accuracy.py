@@ -8,22 +8,18 @@ On a CPU bfloat16 is as fast as the processor has instructions for it, and float
 
 import argparse
 import json
-import logging
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from facts import ROOT, facts
-from fairseq import distributed_utils, options
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq_cli import train
 
 from smart_fairseq.data.tasks import TASKS
-from smart_fairseq.study import recipe, report
+from smart_fairseq.study import recipe, report, worker
 from smart_fairseq.study.runs import Result, Run, run_all
 
-# flags, and settings of fairseq's configuration, because on the command line it takes --bf16 for --tpu
+# flags, and settings of fairseq's configuration
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "float32": ([], {}),
     "bfloat16": ([], {"bf16": True}),
@@ -32,16 +28,6 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "linear-search": (["--smart-linear-search"], {}),
 }
 TERMS = ("task_loss", "smart_loss", "bregman_loss")
-
-
-def train_one(variant: str, arguments: list[str]) -> None:
-    """fairseq-train in this process, with its format of log lines."""
-    form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-    logging.basicConfig(format=form, level=logging.INFO, stream=sys.stdout, force=True)
-    parser = options.get_training_parser()
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=arguments))
-    cfg.common.update(VARIANTS[variant][1])
-    distributed_utils.call_main(cfg, train.main)
 
 
 def planned(args: argparse.Namespace) -> list[Run]:
@@ -108,6 +94,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        train_one(sys.argv[2], sys.argv[3:])
+        worker.train(sys.argv[3:], VARIANTS[sys.argv[2]][1])
     else:
         main()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ..commands.options import whole_number
 from ..commands.run import run
-from .plan import read_plan
-from .studying import Study, check_flags
+from .document import put_into, write_report
+from .plan import Plan, read_plan
+from .runs import TrainingFailed
+from .studying import Study, check_flags, lines_of
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -21,12 +23,23 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--jobs", default=str(min(2, os.cpu_count() or 1)), help="runs side by side (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check the plan, list its runs, and end")
     parser.add_argument("--rescore", action="store_true", help="compute the metrics anew from the stored logits")
+    parser.add_argument("--report", action="store_true", help="write the report of the runs so far, and end")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE.md", help="put the tables between this file's marks, and end"
+    )
     options = parser.parse_args(argv)
     jobs = whole_number("--jobs", options.jobs, 1)
-    plan = read_plan(options.plan)
+    looking = options.report or options.into
+    plan = read_plan(options.plan, files=not looking)
+    if looking:
+        _report(plan)
+        if options.into:
+            print(f"{options.into}: {', '.join(put_into(plan, options.into))}")
+        return
     study = Study(plan)
     if options.rescore:
         print(f"study: {study.rescore()} runs scored anew")
+        _report(plan)
         return
     check_flags(plan)
     if options.dry_run:
@@ -35,14 +48,23 @@ def _main(argv: Sequence[str] | None) -> None:
             print(f"{asked.name}: {asked.updates} updates{'' if asked.name in left else ', done'}")
         return
     failed = study.go(jobs)
+    if lines_of(plan):
+        _report(plan)
     if failed:
-        print(f"study: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+        raise TrainingFailed(f"{len(failed)} of the runs failed: {', '.join(failed)}", [])
+
+
+def _report(plan: Plan) -> None:
+    print("report: " + " ".join(map(str, write_report(plan))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    return run("study", _main, argv)
+    try:
+        return run("study", _main, argv)
+    except TrainingFailed as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -164,21 +164,24 @@ class Plan:
         ]
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a plan. Raises `UsageError` with the key, its value and what is allowed."""
+def read_plan(path: Path, files: bool = True) -> Plan:
+    """Read a plan. Raises `UsageError` with the key, its value and what is allowed.
+
+    files: look at data and encoder too; a report needs neither.
+    """
     given = _mapping(path, "the plan", _load(path), KEYS)
     for key in ("out", "tasks", "methods", "seeds"):
         _require(path, given.get(key), key, given.get(key), "given")
     out = Path(str(given["out"]))
     work = Path(str(given.get("work") or Path(".cache") / "study" / path.stem))
     methods = {name: _flags(path, f"methods.{name}", value) for name, value in _named(path, given, "methods").items()}
-    tasks = [_task(path, name, value) for name, value in _named(path, given, "tasks").items()]
+    tasks = [_task(path, name, value, files) for name, value in _named(path, given, "tasks").items()]
     seeds = given["seeds"]
     right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
     _require(
         path, right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each"
     )
-    checkpoint, encoder_flags, bpe = _encoder(path, given.get("encoder"))
+    checkpoint, encoder_flags, bpe = _encoder(path, given.get("encoder")) if files else (None, [], "")
     plan = Plan(
         path=path,
         out=out,
@@ -260,25 +263,28 @@ def _flags(path: Path, where: str, value: Any) -> dict[str, Flag]:
     return found
 
 
-def _task(path: Path, name: str, value: Any) -> Task:
+def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     where = f"tasks.{name}"
     given = _mapping(path, where, value, TASK_KEYS)
     _require(path, given.get("data"), f"{where}: data", given.get("data"), "a folder that preprocess wrote")
     source = Source(Path(str(given["data"])))
     flip = _number(path, f"{where}: flip", given.get("flip", 0), 0)
     _require(path, flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
-    _require(path, not (flip and source.regression), f"{where}: flip", flip, "0 for a regression task")
     draw = Draw(
         rows=_whole(path, f"{where}: rows", given.get("rows")),
         stratified=_bool(path, f"{where}: stratified", given.get("stratified", False)),
         flip=flip,
         evaluate=_whole(path, f"{where}: evaluate", given.get("evaluate")),
     )
+    flags = _flags(path, f"{where}.train", given.get("train") or {})
+    if not files:
+        return Task(name, source, draw, (), flags)
+    source.check()
     most = source.train_rows
     _require(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
-    _require(path, not (draw.stratified and source.regression), f"{where}: stratified", True, "false for regression")
-    return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source),
-                _flags(path, f"{where}.train", given.get("train") or {}))  # fmt: skip
+    for key in ("flip", "stratified") if source.regression else ():
+        _require(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
+    return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags)
 
 
 def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:

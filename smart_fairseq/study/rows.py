@@ -33,11 +33,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared data folder. Raises `UsageError` where it is none, or its training part has no labels."""
+    """A prepared data folder."""
 
     folder: Path
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `UsageError` where it is none, or its training part has no labels."""
         if not (self.folder / "input0" / "dict.txt").is_file():
             raise located(self.folder, 0, "holds no input0/dict.txt; name a folder that preprocess wrote")
         if "train" not in self.splits:

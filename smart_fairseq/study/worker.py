@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,11 @@ class Stopwatch(logging.Handler):
         return (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
 
 
-def train(arguments: list[str]) -> Stopwatch:
-    """fairseq-train in this process."""
+def train(arguments: list[str], common: Mapping[str, Any] | None = None) -> Stopwatch:
+    """fairseq-train in this process, with its format of log lines.
+
+    common: settings of fairseq's configuration, because on the command line it takes --bf16 for --tpu.
+    """
     from fairseq import distributed_utils, options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq_cli import train as fairseq_train
@@ -64,7 +68,9 @@ def train(arguments: list[str]) -> Stopwatch:
     watch = Stopwatch()
     logging.getLogger().addHandler(watch)
     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
-    distributed_utils.call_main(convert_namespace_to_omegaconf(parsed), fairseq_train.main)
+    cfg = convert_namespace_to_omegaconf(parsed)
+    cfg.common.update(common or {})
+    distributed_utils.call_main(cfg, fairseq_train.main)
     return watch
 
 
@@ -98,7 +104,6 @@ def main(out: Path, keep: bool, arguments: list[str]) -> None:
     allow_fairseq_checkpoints()
     watch = train(arguments)
     save_dir = Path(arguments[arguments.index("--save-dir") + 1])
-    began = time.monotonic()
     logits, labels = predict(save_dir / "checkpoint_last.pt", arguments[0])
     if not np.isfinite(logits).all():
         sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
@@ -106,7 +111,7 @@ def main(out: Path, keep: bool, arguments: list[str]) -> None:
         np.savez_compressed(file, logits=logits, labels=labels)
     if not keep:
         shutil.rmtree(save_dir)
-    facts = {"cpu_seconds_per_update": watch.per_update(), "rows": len(labels), "seconds": time.monotonic() - began}
+    facts = {"rows": len(labels), "cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
     logger.info(json.dumps(facts))
 
 

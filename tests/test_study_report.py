@@ -1,0 +1,208 @@
+"""Numbers of a study, against values worked out by hand: scores of logits, differences with intervals, tables."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smart_fairseq.errors import UsageError
+from smart_fairseq.study import document, report, scores
+from smart_fairseq.study.document import arms_of, difference
+from smart_fairseq.study.lines import write_lines
+from smart_fairseq.study.plan import read_plan
+
+PLAN = """
+out: {folder}/out
+train: {{epochs: 1}}
+tasks:
+  movie: {{data: /nowhere}}
+methods:
+  plain: {{criterion: sentence_prediction, optimizer: adam}}
+  smooth: {{criterion: smart_sentence_prediction, optimizer: adam}}
+seeds: [1, 2, 3]
+grid:
+  - lr: [1, 2]
+  - {{methods: [smooth], smart-epsilon: [0.1, 0.2]}}
+"""
+# by (method, lr, epsilon): accuracies of seeds 1, 2, 3
+ACCURACIES = {
+    ("plain", 1, None): (70, 72, 77),
+    ("plain", 2, None): (60, 60, 60),
+    ("smooth", 1, 0.1): (71, 74, 80),
+    ("smooth", 2, 0.1): (60, 61, 62),
+}
+
+
+def logits_of(*probabilities: float) -> np.ndarray:
+    """Of two classes, from the probability of class 1."""
+    p = np.array(probabilities)
+    return np.log(np.stack([1 - p, p], axis=1))
+
+
+# Scores
+
+
+def test_cross_entropy_and_brier() -> None:
+    """Probabilities of the true class 0.8 and 0.4: -(ln 0.8 + ln 0.4) / 2; (2 * 0.2^2 + 2 * 0.6^2) / 2 = 0.4."""
+    logits, labels = logits_of(0.8, 0.6), np.array([1, 0])
+    assert scores.cross_entropy(logits, labels) == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
+    assert scores.brier(logits, labels) == pytest.approx(0.4)
+
+
+def test_calibration_error() -> None:
+    """Confidences 0.95, 0.95, 0.95 (two right) and 0.62, 0.58 (one right, one not).
+
+    Bins of 1/15: 0.95 is in the 15th, 0.62 in the 10th (0.6 to 0.667), 0.58 in the 9th. Gaps times rows:
+    3 * |0.95 - 2/3|, |0.62 - 1|, |0.58 - 0|; over 5 rows.
+    """
+    logits, labels = logits_of(0.95, 0.95, 0.05, 0.62, 0.42), np.array([1, 1, 1, 1, 1])
+    expected = (3 * abs(0.95 - 2 / 3) + 0.38 + 0.58) / 5
+    assert scores.calibration_error(logits, labels) == pytest.approx(expected)
+
+
+def test_temperature_undoes_a_scale() -> None:
+    """Of 1000 rows with logits (0, 4), 750 are right: the best logit is ln 3, so the temperature 4 / ln 3."""
+    logits, labels = np.tile([0.0, 4.0], (1000, 1)), np.arange(1000) % 4 > 0
+    assert scores.temperature(logits, labels.astype(int)) == pytest.approx(4 / math.log(3), rel=1e-3)
+
+
+def test_scaled_numbers_are_of_the_half_that_was_not_fitted_on() -> None:
+    draw = np.random.default_rng(1)
+    labels = draw.integers(0, 3, 400)
+    logits = 3 * (draw.normal(size=(400, 3)) + np.eye(3)[labels])
+    found = scores.all_scores(logits, labels, ["accuracy"], ["a", "b", "c"], seed=5)
+    order = np.random.default_rng(5).permutation(400)
+    half = order[200:]
+    assert found["cross_entropy_half"] == pytest.approx(scores.cross_entropy(logits[half], labels[half]))
+    scaled = logits[half] / found["temperature"]
+    assert found["calibration_error_scaled"] == pytest.approx(scores.calibration_error(scaled, labels[half]))
+    assert found["cross_entropy_scaled"] < found["cross_entropy_half"]
+    assert found["accuracy"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+
+
+def test_f1_is_of_the_label_with_the_name_1_and_regression_has_its_own() -> None:
+    """Predicted 1 1 0, gold 1 0 1 in names, where class 0 is called "1": F1 = 2 / (2 + 2)."""
+    logits = np.array([[1.0, 0], [1, 0], [0, 1]])
+    found = scores.all_scores(np.repeat(logits, 4, 0), np.repeat([0, 1, 0], 4), ["f1"], ["1", "0"], seed=1)
+    assert found["f1"] == pytest.approx(50)
+    found = scores.all_scores(np.array([[1.0], [2], [4]]), np.array([1.0, 2, 3]), ["pearson"], [], seed=1)
+    assert found["squared_error"] == pytest.approx(1 / 3) and found["pearson"] == pytest.approx(98.198, abs=1e-3)
+
+
+# Differences
+
+
+def test_paired_difference_and_its_interval() -> None:
+    """Gains 1, 2, 3: mean 2, deviation 1; t with 2 degrees is 4.3027, over sqrt(3): 2.4841. Seed 4 has no pair."""
+    found = difference({1: 11.0, 2: 22.0, 3: 33.0, 4: 0.0}, {1: 10.0, 2: 20.0, 3: 30.0})
+    assert found is not None and (found.mean, found.pairs) == (2.0, 3)
+    assert found.half == pytest.approx(2.4841, abs=1e-4)
+    one = difference({1: 11.0}, {1: 10.0})
+    assert one is not None and one.mean == 1 and math.isnan(one.half)
+    assert difference({1: 1.0}, {2: 1.0}) is None
+    assert report.half_width([1.0, 2.0]) == pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
+
+
+# The report
+
+
+def made_line(asked: Any, accuracy: float) -> dict[str, Any]:
+    smooth = asked.method == "smooth"
+    return {
+        "key": asked.name,
+        **asked.settings(),
+        "metrics": {"accuracy": float(accuracy), "cross_entropy": 1 - accuracy / 100},
+        "terms": {"task_loss": 0.5, **({"smart_loss": 0.1 * asked.seed} if smooth else {})},
+        "rows": {"train": 9, "valid": 20},
+        "updates": 3,
+        "seconds_per_update": 3.0,
+        "cpu_seconds_per_update": 2.0 if smooth else 1.0,
+        **{"commit": "abc", "torch": "2", "date": "2026-01-01"},
+    }
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Any:
+    """A plan of 18 runs, 12 of which have lines; another plan's line is among them."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN.format(folder=tmp_path))
+    plan = read_plan(path, files=False)
+    lines = []
+    for asked in plan.runs():
+        arm = (asked.method, asked.variant["lr"], asked.variant.get("smart-epsilon"))
+        if arm in ACCURACIES:
+            lines.append(made_line(asked, ACCURACIES[arm][asked.seed - 1]))
+    other = {**lines[0], "key": "other", "flags": {}, "metrics": {"accuracy": 0.0}}
+    write_lines(plan.out / "runs.jsonl", [*lines, other])
+    return plan
+
+
+def test_each_arm_is_compared_with_the_first_method_at_its_own_grid_values(plan: Any) -> None:
+    """Gains at lr 1: 1, 2, 3; at lr 2: 0, 1, 2."""
+    assert len(plan.runs()) == 18
+    arms = {arm.name: arm for arm in arms_of(plan)["movie"]}
+    assert list(arms) == ["plain lr=1", "plain lr=2", "smooth lr=1 smart-epsilon=0.1", "smooth lr=2 smart-epsilon=0.1"]
+    for name, gain in (("smooth lr=1 smart-epsilon=0.1", 2.0), ("smooth lr=2 smart-epsilon=0.1", 1.0)):
+        assert arms[name].difference("accuracy").mean == gain
+        assert arms[name].cost() == 2.0
+    shares = arms["smooth lr=1 smart-epsilon=0.1"].values("smart_loss/task_loss")
+    assert shares == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
+    assert arms["plain lr=1"].values("smart_loss/task_loss") == {}
+    assert arms["plain lr=1"].difference("accuracy") is None
+
+
+def test_tables(plan: Any) -> None:
+    """plain at lr 1: mean 73, deviation sqrt(13) = 3.61; smooth 75, sqrt(21) = 4.58; interval 2 ± 2.4841."""
+    document.write_report(plan)
+    text = (plan.out / "report.md").read_text()
+    assert "12 of 18 runs" in text and "commit abc, torch 2, 2026-01-01" in text
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if "±" in line}
+    assert rows["| plain lr=1"][:3] == ["3", "73.00 ± 3.61", ""]
+    smooth = rows["| smooth lr=1 smart-epsilon=0.1"]
+    assert smooth[1:3] == ["75.00 ± 4.58", "+2.00 [-0.48, +4.48]"]
+    assert smooth[4] == "-0.0200 [-0.0448, +0.0048]" and smooth[-2:] == ["0.4", "2.00 |"]
+    table = [line.split(",") for line in (plan.out / "report.csv").read_text().splitlines()]
+    assert all(len(row) == 12 for row in table)
+    (row,) = (row for row in table if row[1:3] == ["smooth lr=1 smart-epsilon=0.1", "accuracy"])
+    assert row[3:6] == ["3", "74.0", "75.0"] and row[7:10] == ["plain lr=1", "3", "2.0"]
+    assert [float(value) for value in row[10:]] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)
+
+
+def test_the_same_lines_give_the_same_report(plan: Any) -> None:
+    first = {path: path.read_bytes() for path in document.write_report(plan)}
+    assert (plan.out / "movie.svg") in first
+    assert {path: path.read_bytes() for path in document.write_report(plan)} == first
+
+
+def test_a_table_goes_between_its_marks(plan: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- study:movie begin -->\nold\n<!-- study:movie end -->\nafter\n")
+    for _ in range(2):
+        assert document.put_into(plan, page) == ["movie"]
+        lines = page.read_text().splitlines()
+        assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+        assert sum(line.startswith("| smooth") for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nothing", "has no marks"),
+        ("<!-- study:movie begin -->", "must be there once each"),
+        ("<!-- study:movie end -->\n<!-- study:movie begin -->", "in this order"),
+    ],
+)
+def test_marks_that_are_not_right(text: str, expected: str, plan: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(UsageError, match=expected):
+        document.put_into(plan, page)
+    assert page.read_text() == text
+
+
+def test_no_report_of_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN.format(folder=tmp_path))
+    with pytest.raises(UsageError, match="holds no run of this plan"):
+        document.write_report(read_plan(tmp_path / "plan.yaml", files=False))
