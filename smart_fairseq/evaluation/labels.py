@@ -1,0 +1,74 @@
+"""What the rows of a data folder are compared with: gold labels, and the annotators' distribution."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.binarize import read_indexed
+from ..data.readers import Row, located, read_lines, shown
+from ..data.tasks import Task
+from ..inference import label_order
+
+
+def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
+    """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
+    path = folder / "label" / f"{split}.{'label' if task.regression else 'idx'}"
+    if not path.is_file():
+        raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
+    if task.regression:
+        return [str(float(line) * task.divisor) for _, line in read_lines(path)]
+    order = label_order(folder, task.num_classes)
+    return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
+
+
+def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
+    """The shares of annotators for each label, [N, K]; rows that none labelled are 0. Raises for other labels."""
+    shares = np.zeros((len(rows), len(labels)))
+    for place, row in enumerate(rows):
+        for vote in row.votes:
+            if vote not in labels:
+                raise located(
+                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
+                )
+            shares[place, labels.index(vote)] += 1 / len(row.votes)
+    return shares
+
+
+def _annotators(folder: Path, split: str) -> Path:
+    return folder / "annotators" / f"{split}.tsv"
+
+
+def write_shares(folder: Path, split: str, labels: Sequence[str], shares: np.ndarray) -> None:
+    """What `annotator_shares` reads."""
+    path = _annotators(folder, split)
+    path.parent.mkdir(exist_ok=True)
+    lines = ["\t".join(labels), *("\t".join(f"{share:.9g}" for share in row) for row in shares)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.ndarray | None:
+    """The shares of annotators for each of ``classes``, [N, K], from annotators/SPLIT.tsv; None without that file.
+
+    Its header names the classes in any order, and a line for each row of the split holds shares with the sum 1, or
+    with the sum 0 where nobody labelled the row. Raises `UsageError` with file and line for anything else.
+    """
+    path = _annotators(folder, split)
+    if not path.is_file():
+        return None
+    lines = list(read_lines(path))
+    header = lines[0][1].split("\t")
+    if sorted(header) != sorted(classes):
+        raise located(path, 1, f"the header is {shown(lines[0][1])}; it must name {', '.join(classes)}")
+    rows = []
+    for number, line in lines[1:]:
+        try:
+            row = [float(cell) for cell in line.split("\t")]
+        except ValueError:
+            row = []
+        total = sum(row)
+        if len(row) != len(classes) or not all(share >= 0 for share in row) or min(abs(total - 1), total) > 1e-3:
+            raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
+        rows.append(row)
+    shares = np.array(rows).reshape(-1, len(classes))
+    return shares[:, [header.index(name) for name in classes]]
