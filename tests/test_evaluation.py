@@ -1,15 +1,19 @@
 """Calibration, intervals, labels and typing errors against numbers derived by hand and other libraries."""
 
+import doctest
 import random
 
 import numpy as np
 import pytest
 from data_samples import make_bert_bpe, make_gpt2_bpe, make_sentencepiece, write
+from toolkit import write_data
 
 from smart_fairseq.data import metrics
-from smart_fairseq.data.bpe import find_bpe, make_encoder
+from smart_fairseq.data.bpe import UNKNOWN, find_bpe
+from smart_fairseq.data.pool import Pool
+from smart_fairseq.data.readers import Row
 from smart_fairseq.errors import UsageError
-from smart_fairseq.evaluation import intervals
+from smart_fairseq.evaluation import attack, calibration, intervals, report, typos
 from smart_fairseq.evaluation.calibration import (
     HIGHEST,
     LOWEST,
@@ -21,7 +25,14 @@ from smart_fairseq.evaluation.calibration import (
     reliability,
 )
 from smart_fairseq.evaluation.labels import annotator_shares, write_shares
+from smart_fairseq.evaluation.texts import decoder
 from smart_fairseq.evaluation.typos import NEIGHBOURS, misspelt, with_typos
+
+
+@pytest.mark.parametrize("module", [attack, calibration, intervals, report, typos], ids=lambda m: m.__name__)
+def test_examples_of_the_docstrings(module):
+    assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
+
 
 LABELS = ("negative", "positive")
 
@@ -165,7 +176,16 @@ def test_metrics_of_weighted_rows_are_those_of_rows_that_stand_there_as_often(cl
 # Annotators -------------------------------------------------------------------------------------------------------
 
 
-def test_shares_come_in_the_models_order(tmp_path):
+@pytest.fixture
+def two_rows(tmp_path):
+    """What of a data folder says how many rows a split has."""
+    write_data(tmp_path, valid=2)
+    write(tmp_path / "ids" / "valid.tsv", "id\tfile\tline", "0\tf\t1", "1\tf\t2")
+    return tmp_path
+
+
+def test_shares_come_in_the_models_order(two_rows):
+    tmp_path = two_rows
     assert annotator_shares(tmp_path, "valid", LABELS) is None
     write_shares(tmp_path, "valid", LABELS, np.array([[0.25, 0.75], [0.0, 0.0]]))
     found = annotator_shares(tmp_path, "valid", LABELS[::-1])
@@ -181,12 +201,13 @@ def test_shares_come_in_the_models_order(tmp_path):
         (["negative\tpositive", "0.5\t0.4"], "valid.tsv:2: 2 shares with the sum 1"),
         (["negative\tpositive", "-1\t2"], "valid.tsv:2: 2 shares with the sum 1"),
         (["negative\tpositive", "nan\t1"], "valid.tsv:2: 2 shares with the sum 1"),
+        (["negative\tpositive", "1\t0"], "valid.tsv: holds 1 rows, and valid has 2"),
     ],
 )
-def test_shares_that_are_not_in_order(tmp_path, lines, message):
-    write(tmp_path / "annotators" / "valid.tsv", *lines)
+def test_shares_that_are_not_in_order(two_rows, lines, message):
+    write(two_rows / "annotators" / "valid.tsv", *lines)
     with pytest.raises(UsageError, match=message):
-        annotator_shares(tmp_path, "valid", LABELS)
+        annotator_shares(two_rows, "valid", LABELS)
 
 
 # Typing errors ----------------------------------------------------------------------------------------------------
@@ -227,11 +248,19 @@ def test_neighbouring_keys_neighbour_each_other():
 def test_texts_from_symbols(tmp_path, kind, make):
     """GPT-2's byte for byte; the others give the same symbols again."""
     make(tmp_path)
-    encoder = make_encoder(find_bpe("sentencepiece" if kind == "sp" else None, tmp_path))
-    for text in ("the dogs like a river.", "café houses, don't see 42"):
-        symbols = encoder.encode(text)
-        assert encoder.encode(encoder.decode(symbols)) == symbols
-        if kind == "gpt2":
-            assert encoder.decode(symbols) == text
-    if kind == "bert":
-        assert encoder.decode(encoder.encode("The dogs, [UNK]!")) == "the dogs , [UNK] !"
+    bpe = find_bpe("sentencepiece" if kind == "sp" else None, tmp_path)
+    decode = decoder(bpe)
+    with Pool(bpe, 1, None, 1) as pool:
+        names = list(pool.vocabulary)
+
+        def encode(text: str) -> list[str]:
+            ((ids, *_), _) = next(pool.encode([Row("0", (text,), None)]))
+            return ["[UNK]" if number == UNKNOWN else names[number] for number in ids[0][:-1]]
+
+        for text in ("the dogs like a river.", "café houses, don't see 42"):
+            symbols = encode(text)
+            assert encode(decode(symbols)) == symbols
+            if kind == "gpt2":
+                assert decode(symbols) == text
+        if kind == "bert":
+            assert decode(encode("The dogs, [UNK]!")) == "the dogs , [UNK] !"

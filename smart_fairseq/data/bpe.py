@@ -6,7 +6,6 @@ and ``bert`` are what fairseq's encoders of these names do, the latter through t
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -134,10 +133,6 @@ class Encoder:
         """The symbols of a text."""
         raise NotImplementedError
 
-    def decode(self, symbols: Sequence[str]) -> str:
-        """A text with these symbols: the one that was encoded, but for what the encoder does not keep."""
-        raise NotImplementedError
-
 
 class Gpt2Encoder(Encoder):
     """fairseq's GPT-2 BPE with a memory of whole words; symbols are ids written as numbers."""
@@ -170,10 +165,6 @@ class Gpt2Encoder(Encoder):
                 pieces = known[word] = self._split(word)
             symbols += pieces
         return symbols
-
-    def decode(self, symbols: Sequence[str]) -> str:
-        """The text, byte for byte; what is no number of GPT-2's is left out."""
-        return str(self._bpe.decode([int(symbol) for symbol in symbols if symbol.isdigit()]))
 
     def _split(self, word: str) -> list[str]:
         try:
@@ -214,10 +205,6 @@ class SentencepieceEncoder(Encoder):
         # a symbol that holds white space would be cut in two by fairseq-preprocess
         return " ".join(self._processor.encode(text, out_type=str)).split()
 
-    def decode(self, symbols: Sequence[str]) -> str:
-        """The text as the model normalised it."""
-        return str(self._processor.decode_pieces(list(symbols)))
-
 
 class BertEncoder(Encoder):
     """WordPiece with BERT's cleaning, as the `tokenizers` library does it."""
@@ -237,10 +224,6 @@ class BertEncoder(Encoder):
     def encode(self, text: str) -> list[str]:
         """WordPiece's pieces."""
         return " ".join(self._tokenizer.encode(text, add_special_tokens=False).tokens).split()
-
-    def decode(self, symbols: Sequence[str]) -> str:
-        """Words and marks with spaces between them, in small letters where the encoder makes these."""
-        return " ".join(symbols).replace(" ##", "")
 
 
 def make_encoder(files: BpeFiles) -> Encoder:

@@ -46,8 +46,8 @@ class Attacked(NamedTuple):
 def scale_of(embeddings: Tensor, mask: Tensor) -> Tensor:
     """r, the root mean square of each example's embeddings over its real tokens: [B, T, C], [B, T, 1] -> [B, 1, 1].
 
-    >>> scale_of(torch.tensor([[[3.0, 4.0], [9.0, 9.0]]]), torch.tensor([[[1.0], [0.0]]])).item() ** 2
-    12.5
+    >>> scale_of(torch.tensor([[[1.0, 7.0], [9.0, 9.0]]]), torch.tensor([[[1.0], [0.0]]]))
+    tensor([[[5.]]])
     """
     squares = (embeddings.detach().float().square() * mask).sum(dim=(1, 2), keepdim=True)
     return (squares / (mask.sum(dim=(1, 2), keepdim=True) * embeddings.shape[2])).sqrt()

@@ -25,7 +25,7 @@ from .calibration import (
 )
 from .intervals import Statistic, mean_of
 from .labels import annotator_shares, gold_labels
-from .texts import write_with_typos
+from .texts import shared_vocabulary, write_with_typos
 
 
 class Metric(NamedTuple):
@@ -74,6 +74,9 @@ def evaluate_model(
         task, labels = model.task, gold_labels(folder, split, model.task)
         if len(labels) < 2:
             raise located(folder, 0, f"{split} has {len(labels)} rows, and 2 are needed")
+        shares = annotator_shares(folder, split, model.classes)
+        if typos is not None:
+            shared_vocabulary(folder, typos)  # before the work
         found = model.predict(split, max_tokens)
         gold = np.array(labels, dtype=float) / task.divisor if task.regression else _places(labels, model.classes)
         arrays = {"gold": gold, "logits": found.logits, "probabilities": found.scores}
@@ -83,9 +86,9 @@ def evaluate_model(
         if not task.regression:
             temperature = fit_temperature(found.logits[half], gold[half])
             metrics |= _of_classes(found.logits, gold, ~half, temperature)
-            shares = annotator_shares(folder, split, model.classes)
             if shares is not None:
-                metrics |= _annotators(shares, found.logits, folder)
+                apart = divergence_from(shares, found.logits)
+                metrics["divergence from annotators"] = Metric("nats", mean_of(apart, shares.sum(1) > 0))
             result |= {"temperature": temperature, "reliability": reliability(found.logits, gold)}
         if typos is not None:
             with tempfile.TemporaryDirectory() as scratch:
@@ -167,13 +170,6 @@ def _of_classes(logits: np.ndarray, gold: np.ndarray, rest: np.ndarray, temperat
         "calibration error, other half": Metric("%", calibration_error(logits, gold, rest)),
         "calibration error, other half, calibrated": Metric("%", calibration_error(logits / temperature, gold, rest)),
     }
-
-
-def _annotators(shares: np.ndarray, logits: np.ndarray, folder: Path) -> Metrics:
-    if len(shares) != len(logits):
-        raise located(folder / "annotators", 0, f"holds {len(shares)} rows of a split that has {len(logits)}")
-    values = divergence_from(shares, logits)
-    return {"divergence from annotators": Metric("nats", mean_of(values, shares.sum(1) > 0))}
 
 
 def _quality(task: Task, outputs: np.ndarray, gold: np.ndarray, name: str, among: np.ndarray | None = None) -> Metrics:

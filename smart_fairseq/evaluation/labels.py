@@ -8,7 +8,7 @@ import numpy as np
 from ..data.binarize import read_indexed
 from ..data.readers import Row, located, read_lines, shown
 from ..data.tasks import Task
-from ..inference import label_order
+from ..inference import label_order, read_ids
 
 
 def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
@@ -70,5 +70,8 @@ def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.nda
         if len(row) != len(classes) or not all(share >= 0 for share in row) or min(abs(total - 1), total) > 1e-3:
             raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
         rows.append(row)
+    ids = read_ids(folder, split)
+    if len(rows) != len(ids):
+        raise located(path, 0, f"holds {len(rows)} rows, and {split} has {len(ids)}")
     shares = np.array(rows).reshape(-1, len(classes))
     return shares[:, [header.index(name) for name in classes]]
