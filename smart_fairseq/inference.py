@@ -76,13 +76,13 @@ class Model:
             raise located(checkpoint, 0, "--checkpoint: no such file")
         self.folder, self.task = folder, task_of(read_manifest(folder), folder)
         self._torch, self._path = torch, checkpoint
-        self.model, self._config, self._fairseq_task = self._load(checkpoint)
+        self._model, self._config, self._fairseq_task = self._load(checkpoint)
         self.classes: tuple[str, ...] = ()
         self._check(checkpoint)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
-        self.model.to(self._device).eval()
+        self._model.to(self._device).eval()
         if fp16:
-            self.model.half()
+            self._model.half()
 
     def _load(self, path: Path) -> tuple[Any, Any, Any]:
         from fairseq import checkpoint_utils
@@ -111,11 +111,11 @@ class Model:
         return models[0], config, task
 
     def _check(self, path: Path) -> None:
-        self.head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
-        heads = getattr(self.model, "classification_heads", {})
-        if self.head not in heads:
-            raise located(path, 0, f"has no classification head {self.head!r}: it is not fine-tuned; train it first")
-        outputs = heads[self.head].out_proj.out_features
+        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        heads = getattr(self._model, "classification_heads", {})
+        if self._head not in heads:
+            raise located(path, 0, f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
+        outputs = heads[self._head].out_proj.out_features
         if outputs != self.task.num_classes:
             raise located(
                 path, 0, f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's"
@@ -142,7 +142,7 @@ class Model:
         progress = Progress(len(ids), f"{self.task.name} {split}")
         with self._torch.no_grad():
             for batch, sample in self.samples(split, max_tokens):
-                found = self.model(**sample["net_input"], features_only=True, classification_head_name=self.head)[0]
+                found = self._model(**sample["net_input"], features_only=True, classification_head_name=self._head)[0]
                 logits[batch] = found.float().cpu().numpy()
                 progress.advance(len(batch))
         progress.close(" predicted")
@@ -172,9 +172,19 @@ class Model:
             yield batch, {**sample, "net_input": inputs}
 
     @property
+    def model(self) -> Any:
+        """fairseq's model, in evaluation mode."""
+        return self._model
+
+    @property
+    def head(self) -> str:
+        """The name of its classification head."""
+        return str(self._head)
+
+    @property
     def max_positions(self) -> int:
         """The longest row that it takes, in tokens."""
-        return int(self.model.max_positions())
+        return int(self._model.max_positions())
 
     def on(self, folder: Path) -> "Model":
         """The same model for the rows of another folder, whose dictionaries and classes are those of this one."""

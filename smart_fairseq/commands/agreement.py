@@ -7,6 +7,7 @@ second number KL; a divergence is the cross entropy less the annotators' own ent
 
 import argparse
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +19,7 @@ import numpy as np
 from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from ..evaluation.labels import vote_shares
-from ..evaluation.report import pyplot, save
+from ..files import whole_file
 from .evaluate import in_order
 from .predict import replace_file
 from .run import run
@@ -61,7 +61,14 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
 
     ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
     """
-    annotators = vote_shares(rows, labels)
+    annotators = np.zeros_like(probabilities)
+    for place, row in enumerate(rows):
+        for vote in row.votes:
+            if vote not in labels:
+                raise located(
+                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
+                )
+            annotators[place, labels.index(vote)] += 1 / len(row.votes)
     logs = np.log(np.maximum(probabilities, 1e-12))
     cross = -(annotators * logs).sum(1)
     own = -(annotators * np.log(np.where(annotators > 0, annotators, 1))).sum(1)
@@ -145,6 +152,14 @@ def draw(
     models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]], path: Path
 ) -> None:
     """The figure: accuracy and divergence by group, a bar for each model and for the paper's."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("--picture needs matplotlib; install it with pip install matplotlib") from None
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     names = (ALL, *GROUPS)
     bars: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         name: (
@@ -154,7 +169,7 @@ def draw(
         for name, groups in models.items()
     }
     bars.update(paper)
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
     width = 0.8 / len(bars)
     for number, (name, pair) in enumerate(bars.items()):
         for axis, values in zip(axes, pair):
@@ -167,7 +182,10 @@ def draw(
         axis.set_title(title)
     axes[1].legend(fontsize="small", loc="upper left")
     figure.tight_layout()
-    save(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:  # whose own name does not end in the format
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
+    pyplot.close(figure)
 
 
 def _named(texts: Sequence[str]) -> dict[str, Path]:
