@@ -190,18 +190,24 @@ def test_shares_come_in_the_models_order(two_rows):
     write_shares(tmp_path, "valid", LABELS, np.array([[0.25, 0.75], [0.0, 0.0]]))
     found = annotator_shares(tmp_path, "valid", LABELS[::-1])
     np.testing.assert_array_equal(found, [[0.75, 0.25], [0.0, 0.0]])
+    write(tmp_path / "annotators" / "valid.tsv", "id\tnegative\tpositive\traters", "0\t1\t0\t20", "1\t0.4\t0.6\t19")
+    np.testing.assert_array_equal(annotator_shares(tmp_path, "valid", LABELS), [[1, 0], [0.4, 0.6]])
 
 
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (["negative\tneutral", "1\t0"], r"valid.tsv:1: the header is 'negative\\tneutral'; it must name negative, pos"),
+        (
+            ["negative\tneutral", "1\t0", "1\t0"],
+            r"valid.tsv:1: the header is 'negative\\tneutral'; it must name negative, pos",
+        ),
         (["negative\tpositive", "1\t0", "1"], "valid.tsv:3: 2 shares with the sum 1 are needed, not '1'"),
-        (["negative\tpositive", "half\t0"], "valid.tsv:2: 2 shares with the sum 1"),
-        (["negative\tpositive", "0.5\t0.4"], "valid.tsv:2: 2 shares with the sum 1"),
-        (["negative\tpositive", "-1\t2"], "valid.tsv:2: 2 shares with the sum 1"),
-        (["negative\tpositive", "nan\t1"], "valid.tsv:2: 2 shares with the sum 1"),
+        (["negative\tpositive", "half\t0", "1\t0"], "valid.tsv:2: 2 shares with the sum 1"),
+        (["negative\tpositive", "0.5\t0.4", "1\t0"], "valid.tsv:2: 2 shares with the sum 1"),
+        (["negative\tpositive", "-1\t2", "1\t0"], "valid.tsv:2: 2 shares with the sum 1"),
+        (["negative\tpositive", "nan\t1", "1\t0"], "valid.tsv:2: 2 shares with the sum 1"),
         (["negative\tpositive", "1\t0"], "valid.tsv: holds 1 rows, and valid has 2"),
+        (["id\tnegative\tpositive", "0\t1\t0", "2\t1\t0"], "valid.tsv:3: is about the row '2', and valid has '1' here"),
     ],
 )
 def test_shares_that_are_not_in_order(two_rows, lines, message):

@@ -74,7 +74,7 @@ def evaluate_model(
         task, labels = model.task, gold_labels(folder, split, model.task)
         if len(labels) < 2:
             raise located(folder, 0, f"{split} has {len(labels)} rows, and 2 are needed")
-        shares = annotator_shares(folder, split, model.classes)
+        shares = None if task.regression else annotator_shares(folder, split, model.classes)
         if typos is not None:
             shared_vocabulary(folder, typos)  # before the work
         found = model.predict(split, max_tokens)

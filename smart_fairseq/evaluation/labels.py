@@ -50,28 +50,30 @@ def write_shares(folder: Path, split: str, labels: Sequence[str], shares: np.nda
 def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.ndarray | None:
     """The shares of annotators for each of ``classes``, [N, K], from annotators/SPLIT.tsv; None without that file.
 
-    Its header names the classes in any order, and a line for each row of the split holds shares with the sum 1, or
-    with the sum 0 where nobody labelled the row. Raises `UsageError` with file and line for anything else.
+    Its header names the classes in any order, beside other columns, which are left alone but for ``id``; a line for
+    each row of the split holds shares with the sum 1, or with the sum 0 where nobody labelled the row. Raises
+    `UsageError` with file and line for anything else.
     """
     path = _annotators(folder, split)
     if not path.is_file():
         return None
-    lines = list(read_lines(path))
-    header = lines[0][1].split("\t")
-    if sorted(header) != sorted(classes):
-        raise located(path, 1, f"the header is {shown(lines[0][1])}; it must name {', '.join(classes)}")
-    rows = []
-    for number, line in lines[1:]:
+    (_, first), *lines = read_lines(path)
+    header, ids = first.split("\t"), read_ids(folder, split)
+    if not set(classes) <= set(header):
+        raise located(path, 1, f"the header is {shown(first)}; it must name {', '.join(classes)}")
+    if len(lines) != len(ids):
+        raise located(path, 0, f"holds {len(lines)} rows, and {split} has {len(ids)}")
+    shares = np.zeros((len(ids), len(classes)))
+    for row, identity, (number, line) in zip(shares, ids, lines):
+        cells = dict(zip(header, line.split("\t")))
+        if cells.get("id", identity) != identity:
+            raise located(
+                path, number, f"is about the row {shown(cells['id'])}, and {split} has {shown(identity)} here"
+            )
         try:
-            row = [float(cell) for cell in line.split("\t")]
-        except ValueError:
-            row = []
-        total = sum(row)
-        if len(row) != len(classes) or not all(share >= 0 for share in row) or min(abs(total - 1), total) > 1e-3:
+            row[:] = [float(cells[name]) for name in classes]
+        except (KeyError, ValueError):
+            row[:] = np.nan
+        if not (row >= 0).all() or min(abs(row.sum() - 1), row.sum()) > 1e-3:
             raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
-        rows.append(row)
-    ids = read_ids(folder, split)
-    if len(rows) != len(ids):
-        raise located(path, 0, f"holds {len(rows)} rows, and {split} has {len(ids)}")
-    shares = np.array(rows).reshape(-1, len(classes))
-    return shares[:, [header.index(name) for name in classes]]
+    return shares
