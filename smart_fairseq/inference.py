@@ -1,7 +1,8 @@
 """What a fine-tuned checkpoint predicts for the splits of a data folder."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ class Predictions:
     """What a checkpoint says about one split: ids and labels in the order of the file.
 
     ``scores``: B x K probabilities of ``classes``, or B x 1 targets as the model gives them (0..1 for STS-B).
+    ``logits``: B x K, what the probabilities are the softmax of; for regression ``scores``.
     """
 
     task: Task
@@ -27,6 +29,7 @@ class Predictions:
     labels: list[str]
     scores: np.ndarray
     classes: tuple[str, ...] = ()
+    logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 def task_of(manifest: dict[str, Any], folder: Path) -> Task:
@@ -34,6 +37,10 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     name = manifest["task"]
     if name == "ANLI":
         return ANLI_JOINED
+    if name not in TASKS and {"labels", "divisor"} <= manifest.keys():  # a task of one's own
+        labels = tuple(manifest["labels"])
+        metrics = ("accuracy",) if labels else TASKS["STS-B"].metrics
+        return Task(str(name), (), {}, labels=labels, divisor=manifest["divisor"], metrics=metrics)
     if name not in TASKS:
         raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
     return TASKS[name]
@@ -131,37 +138,62 @@ class Model:
     def predict(self, split: str, max_tokens: int) -> Predictions:
         """Predictions for a split, in batches of rows of like length, at most ``max_tokens`` with the padding."""
         ids = read_ids(self.folder, split)
-        dataset = self._fairseq_task.load_dataset(split)
-        sizes = np.asarray(dataset.sizes[0])
-        most = self._model.max_positions()
-        over = int((sizes > most).sum())
-        if over:
-            raise located(
-                self.folder,
-                0,
-                f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}",
-            )
-        scores = np.zeros((len(ids), self.task.num_classes))
+        logits = np.zeros((len(ids), self.task.num_classes))
         progress = Progress(len(ids), f"{self.task.name} {split}")
         with self._torch.no_grad():
-            for batch in batches(sizes, max_tokens):
-                scores[batch] = self._scores(dataset, batch)
+            for batch, sample in self.samples(split, max_tokens):
+                found = self._model(**sample["net_input"], features_only=True, classification_head_name=self._head)[0]
+                logits[batch] = found.float().cpu().numpy()
                 progress.advance(len(batch))
         progress.close(" predicted")
+        scores = logits if self.task.regression else self._torch.from_numpy(logits).softmax(-1).numpy()
         wrong = int((~np.isfinite(scores)).any(1).sum())
         if wrong:
             raise located(
                 self._path, 0, f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged"
             )
-        return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes)
+        return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes, logits)
 
-    def _scores(self, dataset: Any, batch: Sequence[int]) -> np.ndarray:
-        sample = dataset.collater([dataset[place] for place in batch])
-        inputs = {name: value.to(self._device) for name, value in sample["net_input"].items()}
-        logits, _ = self._model(**inputs, features_only=True, classification_head_name=self._head)
-        logits = logits.float()
-        found = logits if self.task.regression else self._torch.softmax(logits, dim=-1)
-        return np.asarray(found.cpu().numpy())
+    def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`."""
+        dataset = self._fairseq_task.load_dataset(split)
+        sizes = np.asarray(dataset.sizes[0])
+        over = int((sizes > self.max_positions).sum())
+        if over:
+            raise located(
+                self.folder,
+                0,
+                f"{split} has {over} rows above the model's {self.max_positions} tokens; "
+                f"preprocess --max-tokens {self.max_positions}",
+            )
+        for batch in batches(sizes, max_tokens):
+            sample = dataset.collater([dataset[place] for place in batch])
+            inputs = {name: value.to(self._device) for name, value in sample["net_input"].items()}
+            yield batch, {**sample, "net_input": inputs}
+
+    @property
+    def model(self) -> Any:
+        """fairseq's model, in evaluation mode."""
+        return self._model
+
+    @property
+    def head(self) -> str:
+        """The name of its classification head."""
+        return str(self._head)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest row that it takes, in tokens."""
+        return int(self._model.max_positions())
+
+    def on(self, folder: Path) -> "Model":
+        """The same model for the rows of another folder, whose dictionaries and classes are those of this one."""
+        other = copy.copy(self)
+        other.folder, other._fairseq_task = folder, copy.copy(self._fairseq_task)
+        other._fairseq_task.datasets = {}
+        other._fairseq_task.cfg = copy.deepcopy(self._fairseq_task.cfg)
+        other._fairseq_task.cfg.data = str(folder)
+        return other
 
     def _labels(self, scores: np.ndarray) -> list[str]:
         if self.task.regression:

@@ -1,4 +1,5 @@
-"""The command evaluate: official metrics of checkpoints or prediction files on a labelled split."""
+"""The command evaluate: official metrics of checkpoints or prediction files on a labelled split, or all of
+`smart_fairseq.evaluation` for checkpoints."""
 
 import argparse
 import json
@@ -9,29 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..data.binarize import read_indexed, read_manifest
+from ..data.binarize import read_manifest
+from ..data.bpe import BpeFiles, find_bpe
 from ..data.metrics import score
-from ..data.readers import located, read_lines, shown
+from ..data.readers import find_sources, located, read_lines, read_source, shown
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from ..inference import Model, label_order, read_ids, task_of
+from ..evaluation.full import evaluate_model
+from ..evaluation.labels import gold_labels, vote_shares, write_shares
+from ..evaluation.report import draw, for_json, notes, pyplot, write_arrays
+from ..evaluation.report import table as comparison
+from ..inference import Model, read_ids, task_of
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .predict import LETTERS, replace_file
 from .run import run
 
 Scores = dict[str, float]
 Found = TypeVar("Found")
-
-
-def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
-    """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
-    path = folder / "label" / f"{split}.{'label' if task.regression else 'idx'}"
-    if not path.is_file():
-        raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
-    if task.regression:
-        return [str(float(line) * task.divisor) for _, line in read_lines(path)]
-    order = label_order(folder, task.num_classes)
-    return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
 
 
 def read_predictions(path: Path, task: Task) -> dict[str, str]:
@@ -154,11 +149,16 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
     return official_folder(TASKS[options.task], "valid", scratch / "data", options)
 
 
-def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    task = task_of(read_manifest(folder), folder)
+def _labelled_splits(folder: Path, options: argparse.Namespace) -> list[str]:
     splits = chosen_splits(folder, options.split, "valid")
     if not splits:
         raise located(folder, 0, "has no valid split; name another with --split")
+    return splits
+
+
+def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    task = task_of(read_manifest(folder), folder)
+    splits = _labelled_splits(folder, options)
     gold = {split: gold_labels(folder, split, task) for split in splits}
     runs: dict[str, dict[str, Scores]] = {split: {} for split in splits}
     if options.predictions:
@@ -182,6 +182,75 @@ def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All that `evaluate_model` finds: {split: {checkpoint: ...}}."""
+    if options.predictions or not options.checkpoint:
+        raise UsageError("--full needs --checkpoint and goes without --predictions: it runs the models")
+    if len(set(options.checkpoint)) < len(options.checkpoint):
+        raise UsageError("--checkpoint names one twice; --full compares different ones")
+    seed = whole_number("--seed", options.seed, 0)
+    rows = None if options.attack_rows is None else whole_number("--attack-rows", options.attack_rows, 1)
+    if options.picture:
+        pyplot()  # so that what is missing is said now
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _data_folder(options, Path(scratch))
+        splits = _labelled_splits(folder, options)
+        bpe = _typo_files(folder, options) if options.typos else None
+        if Path(scratch) in folder.parents:
+            _write_annotators(folder, splits, options)
+        for checkpoint in options.checkpoint:
+            model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
+            for split in splits:
+                found.setdefault(split, {})[checkpoint] = evaluate_model(
+                    model,
+                    folder,
+                    split,
+                    attack=options.attack,
+                    attack_rows=rows,
+                    typos=bpe,
+                    max_tokens=options.max_tokens,
+                    seed=seed,
+                    threads=None,
+                )
+        if options.outputs:
+            write_arrays(Path(options.outputs), found, {split: read_ids(folder, split) for split in splits})
+    return found
+
+
+def _typo_files(folder: Path, options: argparse.Namespace) -> BpeFiles:
+    """The encoder of a data folder, which says its kind alone."""
+    if not options.bpe_dir:
+        raise UsageError("--typos needs --bpe-dir, the folder of the encoder's files that preprocess was given")
+    return find_bpe(options.bpe or read_manifest(folder).get("bpe"), Path(options.bpe_dir))
+
+
+def _write_annotators(folder: Path, splits: Sequence[str], options: argparse.Namespace) -> None:
+    """The annotators' shares of splits whose official files have their labels."""
+    task = TASKS[options.task]
+    for split, (source, place) in find_sources(task, Path(options.data_dir)).items():
+        if split in splits and source.votes:
+            write_shares(folder, split, task.labels, vote_shares(read_source(task, source, place)[0], task.labels))
+
+
+def _show_fully(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Tables on the terminal, and the files that were asked for."""
+    for split, results in found.items():
+        first = next(iter(results.values()))
+        print(
+            f"{first['task']} {split}, {first['rows']} rows; intervals: bootstrap, {first['resamples']} samples of rows"
+        )
+        for place, (name, result) in enumerate(results.items()):
+            print("; ".join([f"{chr(ord('A') + place)} is {name}" if len(results) > 1 else name, *notes(result)]))
+        print(comparison(list(results.values())))
+        if options.picture:
+            for path in draw(results, Path(f"{options.picture}-{split}")):
+                print(f"drew {path}")
+    if options.json:
+        numbers = {split: for_json(results) for split, results in found.items()}
+        replace_file(Path(options.json), json.dumps(_finite(numbers), indent=1) + "\n")
+
+
 def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
         prog=prog, description="A task's official metrics for one or several checkpoints or prediction files."
@@ -191,11 +260,23 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--predictions", nargs="+", action="extend", help="files of predict; ANLI's rounds with commas")
     parser.add_argument("--split", help="labelled splits (all whose name begins with valid)")
     parser.add_argument("--json", help="write the same there")
+    more = parser.add_argument_group("beyond the official metrics (docs/evaluation.md); each of these implies --full")
+    more.add_argument("--full", action="store_true", help="calibration, annotators, intervals, paired differences")
+    more.add_argument("--attack", action="store_true", help="attacks in embedding space: some 170 passes over each row")
+    more.add_argument("--attack-rows", metavar="N", help="attack so many rows, drawn at random (all)")
+    more.add_argument("--typos", action="store_true", help="accuracy under typing errors; needs --bpe-dir")
+    more.add_argument("--outputs", metavar="FILE", help="write each row's logits and probabilities there (.npz)")
+    more.add_argument("--picture", metavar="PREFIX", help="draw PREFIX-SPLIT-*.png; needs matplotlib")
+    more.add_argument("--seed", default="1", help="of what is drawn at random (%(default)s)")
     add_model_options(parser)
     options = parser.parse_args(argv)
+    options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
+    options.attack = options.attack or options.attack_rows is not None
+    if options.full or options.attack or options.typos or options.outputs or options.picture:
+        _show_fully(evaluate_fully(options), options)
+        return
     if not options.checkpoint and not options.predictions:
         raise UsageError("--checkpoint or --predictions must be given")
-    options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
     result = evaluate(options)
     for split, found in result["splits"].items():
         print(f"{result['task']} {split}, {found['rows']} rows")
@@ -209,6 +290,8 @@ def _finite(value: Any) -> Any:
     """JSON has no nan."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

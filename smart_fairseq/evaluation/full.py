@@ -1,0 +1,225 @@
+"""All that is measured of one model on one split, with intervals."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..data.binarize import read_manifest
+from ..data.bpe import BpeFiles
+from ..data.readers import located
+from ..data.tasks import Task
+from ..inference import Model
+from . import intervals
+from .calibration import (
+    brier,
+    calibration_error,
+    cross_entropy,
+    divergence_from,
+    fit_temperature,
+    log_softmax,
+    reliability,
+)
+from .intervals import Statistic, mean_of
+from .labels import annotator_shares, gold_labels
+from .texts import shared_vocabulary, write_with_typos
+
+
+class Metric(NamedTuple):
+    """What the table shows as ``name (unit)``."""
+
+    unit: str
+    statistic: Statistic
+
+
+Metrics = dict[str, Metric]
+
+
+def evaluate_model(
+    checkpoint: Path | Model,
+    folder: Path,
+    split: str = "valid",
+    *,
+    attack: bool = False,
+    attack_rows: int | None = None,
+    typos: BpeFiles | None = None,
+    max_tokens: int = 8192,
+    resamples: int = intervals.RESAMPLES,
+    seed: int = 1,
+    threads: int | None = 1,
+) -> dict[str, Any]:
+    """What a model does on a labelled split, beyond its accuracy; a path is loaded on the CPU.
+
+    Args:
+        folder: a data folder with labels; annotators/SPLIT.tsv in it is read, see `labels.annotator_shares`.
+        attack: in embedding space, which takes some 170 passes over each row.
+        attack_rows: how many rows, drawn by ``seed``; None: all.
+        typos: the encoder's files that the folder was made with, for typing errors.
+        seed: of the samples of rows, the half that fits the temperature, the attack's start and the typing errors.
+        threads: torch's, while this runs; None leaves them.
+    Returns:
+        Numbers for JSON (``metrics``: name -> value, interval, unit; ``temperature``, ``reliability``, ...), and two
+        that are arrays: ``resampled``, name -> the value and those of the samples [1 + R], from which paired
+        differences between models follow, and ``arrays``: gold, logits and probabilities [N, K], outputs under
+        attack [radii, N, K], with typing errors [N, K].
+    Raises:
+        UsageError: the checkpoint, the folder or the encoder do not belong together, or a file is not in order.
+    """
+    with _threads(threads):
+        model = checkpoint if isinstance(checkpoint, Model) else Model(checkpoint, folder, cpu=True)
+        model = model.on(folder)
+        task, labels = model.task, gold_labels(folder, split, model.task)
+        if len(labels) < 2:
+            raise located(folder, 0, f"{split} has {len(labels)} rows, and 2 are needed")
+        shares = None if task.regression else annotator_shares(folder, split, model.classes)
+        if typos is not None:
+            shared_vocabulary(folder, typos)  # before the work
+        found = model.predict(split, max_tokens)
+        gold = np.array(labels, dtype=float) / task.divisor if task.regression else _places(labels, model.classes)
+        arrays = {"gold": gold, "logits": found.logits, "probabilities": found.scores}
+        half, temperature = np.random.default_rng(seed).permutation(len(gold)) < len(gold) // 2, 1.0
+        metrics = _official(task, model.classes, found.logits, gold, read_manifest(folder).get("parts", {}).get(split))
+        result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(gold), "classes": list(model.classes)}
+        if not task.regression:
+            temperature = fit_temperature(found.logits[half], gold[half])
+            metrics |= _of_classes(found.logits, gold, ~half, temperature)
+            if shares is not None:
+                apart = divergence_from(shares, found.logits)
+                metrics["divergence from annotators"] = Metric("nats", mean_of(apart, shares.sum(1) > 0))
+            result |= {"temperature": temperature, "reliability": reliability(found.logits, gold)}
+        if typos is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                written = write_with_typos(folder, split, typos, Path(scratch), model.max_positions, seed)
+                arrays["typos"] = model.on(Path(scratch)).predict(split, max_tokens).logits
+            metrics |= _quality(task, arrays["typos"], gold, "typing errors")
+            if not task.regression:
+                lost = cross_entropy(arrays["typos"], gold)
+                metrics["cross entropy, typing errors"] = Metric("nats", mean_of(lost))
+            result["typos"] = written._asdict()
+        if attack:
+            more, facts, outputs = _attack(model, split, found.logits, gold, temperature, max_tokens, attack_rows, seed)
+            metrics |= more
+            result["attack"] = facts
+            arrays |= {f"attack_{name}": values for name, values in outputs.items()}
+        resampled = intervals.resampled({n: m.statistic for n, m in metrics.items()}, len(gold), resamples, seed)
+        result["metrics"] = {
+            name: {"value": float(values[0]), "interval": intervals.interval(values), "unit": metrics[name].unit}
+            for name, values in resampled.items()
+        }
+        return result | {"resamples": resamples, "seed": seed, "resampled": resampled, "arrays": arrays}
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _places(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    return np.array([classes.index(label) for label in labels])
+
+
+def _official(
+    task: Task, classes: Sequence[str], logits: np.ndarray, gold: np.ndarray, parts: Sequence[Any] | None
+) -> Metrics:
+    """The task's own metrics, and a regression's squared error; as `smart_fairseq.data.metrics` has them."""
+    found: Metrics = {}
+    if task.regression:
+        predicted, true = logits[:, 0] * task.divisor, gold * task.divisor
+        both = {"pearson": intervals.pearson(predicted, true), "spearman": intervals.spearman(predicted, true)}
+        both["pearson_and_spearman"] = _mean(both["pearson"], both["spearman"])
+        found = {name: Metric("%", both[name]) for name in task.metrics}
+        return found | {"mean squared error": Metric("", mean_of((predicted - true) ** 2))}
+    predicted = logits.argmax(1)
+    right = 100.0 * (predicted == gold)
+    start = 0
+    for name, rows in parts if parts and len(parts) > 1 else []:
+        place = np.arange(len(gold))
+        found[f"accuracy {name}"] = Metric("%", mean_of(right, (place >= start) & (place < start + rows)))
+        start += rows
+    known = {"accuracy": mean_of(right), "mcc": intervals.matthews(predicted, gold, len(classes))}
+    if "1" in classes:
+        known["f1"] = intervals.f1(predicted, gold, classes.index("1"))
+        known["acc_and_f1"] = _mean(known["accuracy"], known["f1"])
+    return found | {name: Metric("%", known[name]) for name in dict.fromkeys([*task.metrics, "accuracy"])}
+
+
+def _mean(first: Statistic, second: Statistic) -> Statistic:
+    return lambda weights: (first(weights) + second(weights)) / 2
+
+
+def _of_classes(logits: np.ndarray, gold: np.ndarray, rest: np.ndarray, temperature: float) -> Metrics:
+    """How good the probabilities are; with the temperature on the ``rest`` of the rows, which did not fit it."""
+    raw, scaled = cross_entropy(logits, gold), cross_entropy(logits / temperature, gold)
+    return {
+        "cross entropy": Metric("nats", mean_of(raw)),
+        "cross entropy, fairseq's unit": Metric("bits", mean_of(raw / np.log(2))),
+        "calibration error": Metric("%", calibration_error(logits, gold)),
+        "Brier score": Metric("", mean_of(brier(logits, gold))),
+        "cross entropy, other half": Metric("nats", mean_of(raw, rest)),
+        "cross entropy, other half, calibrated": Metric("nats", mean_of(scaled, rest)),
+        "calibration error, other half": Metric("%", calibration_error(logits, gold, rest)),
+        "calibration error, other half, calibrated": Metric("%", calibration_error(logits / temperature, gold, rest)),
+    }
+
+
+def _quality(task: Task, outputs: np.ndarray, gold: np.ndarray, name: str, among: np.ndarray | None = None) -> Metrics:
+    """Accuracy, or squared error, of outputs in some trouble."""
+    if task.regression:
+        errors = ((outputs[:, 0] - gold) * task.divisor) ** 2
+        return {f"mean squared error, {name}": Metric("", mean_of(errors, among))}
+    return {f"accuracy, {name}": Metric("%", mean_of(100.0 * (outputs.argmax(1) == gold), among))}
+
+
+def divergence(outputs: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Symmetric KL in nats, [N]; squared error of a single output."""
+    if outputs.shape[1] == 1:
+        return np.asarray((outputs[:, 0] - clean[:, 0]) ** 2)
+    one, other = log_softmax(outputs), log_softmax(clean)
+    return np.asarray(((np.exp(one) - np.exp(other)) * (one - other)).sum(1))
+
+
+def _attack(
+    model: Model,
+    split: str,
+    clean: np.ndarray,
+    gold: np.ndarray,
+    temperature: float,
+    max_tokens: int,
+    rows: int | None,
+    seed: int,
+) -> tuple[Metrics, dict[str, Any], dict[str, np.ndarray]]:
+    """Metrics by radius, facts about them, and the outputs themselves."""
+    from . import attack
+
+    chosen = np.random.default_rng(seed).permutation(len(gold)) < (len(gold) if rows is None else rows)
+    # a gradient keeps activations, which a prediction does not
+    outputs = attack.attack_rows(model, split, gold, chosen, temperature, max_tokens // 4, seed)
+    found: Metrics = {}
+    unit = "" if model.task.regression else "nats"
+    for place, radius in enumerate(attack.RADII):
+        at = f"{100 * radius:g} %"
+        loss, apart, random = (outputs[name][place] for name in ("loss", "divergence", "random"))
+        for name, values in (("attack", loss), ("random signs", random)):
+            found |= _quality(model.task, values, gold, f"{name} at {at}", chosen)
+        # either way can be the worse one
+        worst = np.fmax(divergence(loss, clean), divergence(apart, clean))
+        found[f"divergence, attack at {at}"] = Metric(unit, mean_of(worst, chosen))
+        found[f"divergence, random signs at {at}"] = Metric(unit, mean_of(divergence(random, clean), chosen))
+        if not place:
+            soft = np.fmax(*(divergence(o / temperature, clean / temperature) for o in (loss, apart)))
+            found["sensitivity"] = Metric("", mean_of(worst / radius**2, chosen))
+            found["sensitivity, random signs"] = Metric("", mean_of(divergence(random, clean) / radius**2, chosen))
+            if not model.task.regression:
+                found["sensitivity, calibrated"] = Metric("", mean_of(soft / radius**2, chosen))
+    facts = {"radii": attack.RADII, "steps": attack.STEPS, "rows": int(chosen.sum())}
+    return found, facts, outputs

@@ -1,0 +1,112 @@
+"""Bootstrap intervals over rows: percentiles of a metric over samples of the rows, drawn with replacement.
+
+Source: Efron and Tibshirani (1993), chapter 13. A sample is how often it holds each row, so a metric is a function
+from such weights to values, and all metrics of all models take the same samples: differences are paired.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+RESAMPLES, LEVEL = 2000, 95.0
+_BLOCK = 4_000_000  # weights at a time
+
+# how often each row counts [R, N] -> values [R]
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def samples(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each row was drawn, [R, N] float64, in blocks of samples."""
+    draw = np.random.default_rng(seed)
+    block = max(1, _BLOCK // rows)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        places = draw.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
+        yield np.bincount(places.ravel(), minlength=count * rows).reshape(count, rows).astype(float)
+
+
+def resampled(
+    statistics: Mapping[str, Statistic], rows: int, resamples: int = RESAMPLES, seed: int = 1
+) -> dict[str, np.ndarray]:
+    """Each metric of the rows as they are, then of the samples: [1 + R]; nan where it is not defined."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in statistics}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for weights in (np.ones((1, rows)), *samples(rows, resamples, seed)):
+            for name, statistic in statistics.items():
+                found[name].append(statistic(weights))
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the samples of `resampled`.
+
+    >>> interval(np.arange(-1.0, 101.0))  # the first is the value itself
+    (2.5, 97.5)
+    """
+    low, high = np.percentile(values[1:], [50 - LEVEL / 2, 50 + LEVEL / 2])
+    return float(low), float(high)
+
+
+# Metrics of weighted rows -----------------------------------------------------------------------------------------
+
+
+def mean_of(values: np.ndarray, among: np.ndarray | None = None) -> Statistic:
+    """The mean over the rows, or over those ``among`` which it is taken (bool [N])."""
+    used = np.ones(len(values)) if among is None else among.astype(float)
+    taken = np.where(used > 0, values, 0.0)
+    return lambda weights: np.asarray((weights @ taken) / (weights @ used))
+
+
+def f1(predicted: np.ndarray, gold: np.ndarray, positive: int) -> Statistic:
+    """Percent, of one class; as `smart_fairseq.data.metrics.f1`."""
+    both = ((predicted == positive) & (gold == positive)).astype(float)
+    either = (predicted == positive).astype(float) + (gold == positive)
+    return lambda weights: np.asarray(200.0 * (weights @ both) / np.maximum(weights @ either, 1.0))
+
+
+def matthews(predicted: np.ndarray, gold: np.ndarray, classes: int) -> Statistic:
+    """Percent; as `smart_fairseq.data.metrics.matthews`."""
+    pairs = np.eye(classes * classes)[predicted * classes + gold]
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        table = (weights @ pairs).reshape(-1, classes, classes)
+        count, hits = table.sum((1, 2)), np.trace(table, axis1=1, axis2=2)
+        said, true = table.sum(2), table.sum(1)
+        spread = (count**2 - (said**2).sum(1)) * (count**2 - (true**2).sum(1))
+        covariance = hits * count - (said * true).sum(1)
+        return np.where(spread > 0, 100.0 * covariance / np.sqrt(np.maximum(spread, 1.0)), 0.0)
+
+    return statistic
+
+
+def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Percent; values [N] or [R, N], weights [R, N]."""
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.asarray((weights * values).sum(1, keepdims=True) / weights.sum(1, keepdims=True))
+
+    first, second = first - mean(first), second - mean(second)
+    return np.asarray(100.0 * (mean(first * second) / np.sqrt(mean(first**2) * mean(second**2)))[:, 0])
+
+
+def pearson(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+    """Percent; as `smart_fairseq.data.metrics.pearson`."""
+    return lambda weights: _correlation(predicted, gold, weights)
+
+
+def spearman(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+    """Percent; as `smart_fairseq.data.metrics.spearman`, with the ranks that the rows have in each sample."""
+
+    def ranks_of(values: np.ndarray) -> Statistic:
+        order = np.argsort(values, kind="stable")
+        distinct, group = np.unique(values, return_inverse=True)
+        starts = np.searchsorted(values[order], distinct)
+
+        def ranks(weights: np.ndarray) -> np.ndarray:
+            drawn = np.add.reduceat(weights[:, order], starts, axis=1)
+            return np.asarray((np.cumsum(drawn, 1) - (drawn - 1) / 2)[:, group])
+
+        return ranks
+
+    first, second = ranks_of(predicted), ranks_of(gold)
+    return lambda weights: _correlation(first(weights), second(weights), weights)

@@ -1,0 +1,79 @@
+"""What the rows of a data folder are compared with: gold labels, and the annotators' distribution."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.binarize import read_indexed
+from ..data.readers import Row, located, read_lines, shown
+from ..data.tasks import Task
+from ..inference import label_order, read_ids
+
+
+def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
+    """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
+    path = folder / "label" / f"{split}.{'label' if task.regression else 'idx'}"
+    if not path.is_file():
+        raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
+    if task.regression:
+        return [str(float(line) * task.divisor) for _, line in read_lines(path)]
+    order = label_order(folder, task.num_classes)
+    return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
+
+
+def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
+    """The shares of annotators for each label, [N, K]; rows that none labelled are 0. Raises for other labels."""
+    shares = np.zeros((len(rows), len(labels)))
+    for place, row in enumerate(rows):
+        for vote in row.votes:
+            if vote not in labels:
+                raise located(
+                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
+                )
+            shares[place, labels.index(vote)] += 1 / len(row.votes)
+    return shares
+
+
+def _annotators(folder: Path, split: str) -> Path:
+    return folder / "annotators" / f"{split}.tsv"
+
+
+def write_shares(folder: Path, split: str, labels: Sequence[str], shares: np.ndarray) -> None:
+    """What `annotator_shares` reads."""
+    path = _annotators(folder, split)
+    path.parent.mkdir(exist_ok=True)
+    lines = ["\t".join(labels), *("\t".join(f"{share:.9g}" for share in row) for row in shares)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.ndarray | None:
+    """The shares of annotators for each of ``classes``, [N, K], from annotators/SPLIT.tsv; None without that file.
+
+    Its header names the classes in any order, beside other columns, which are left alone but for ``id``; a line for
+    each row of the split holds shares with the sum 1, or with the sum 0 where nobody labelled the row. Raises
+    `UsageError` with file and line for anything else.
+    """
+    path = _annotators(folder, split)
+    if not path.is_file():
+        return None
+    (_, first), *lines = read_lines(path)
+    header, ids = first.split("\t"), read_ids(folder, split)
+    if not set(classes) <= set(header):
+        raise located(path, 1, f"the header is {shown(first)}; it must name {', '.join(classes)}")
+    if len(lines) != len(ids):
+        raise located(path, 0, f"holds {len(lines)} rows, and {split} has {len(ids)}")
+    shares = np.zeros((len(ids), len(classes)))
+    for row, identity, (number, line) in zip(shares, ids, lines):
+        cells = dict(zip(header, line.split("\t")))
+        if cells.get("id", identity) != identity:
+            raise located(
+                path, number, f"is about the row {shown(cells['id'])}, and {split} has {shown(identity)} here"
+            )
+        try:
+            row[:] = [float(cells[name]) for name in classes]
+        except (KeyError, ValueError):
+            row[:] = np.nan
+        if not (row >= 0).all() or min(abs(row.sum() - 1), row.sum()) > 1e-3:
+            raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
+    return shares

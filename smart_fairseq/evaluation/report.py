@@ -1,0 +1,185 @@
+"""What `full.evaluate_model` found, for people and programs: a table, numbers for JSON, arrays, pictures."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from ..files import whole_file
+from .calibration import BINS
+from .intervals import interval
+
+Result = dict[str, Any]
+ARRAYS = ("resampled", "arrays")  # what is not for JSON
+
+
+def number(value: float) -> str:
+    """Four significant digits.
+
+    >>> number(66.425993), number(1.3e-6), number(409.0), number(float("nan"))
+    ('66.43', '1.3e-06', '409', '-')
+    """
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _with_interval(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return number(entry["value"]), "[{}, {}]".format(*map(number, entry["interval"]))
+
+
+def difference(first: Result, other: Result) -> dict[str, dict[str, Any]]:
+    """Metric to value and paired interval of ``other`` less ``first``; both of the same rows and samples."""
+    shared = {name: other["resampled"][name] - values for name, values in first["resampled"].items()}
+    return {name: {"value": float(values[0]), "interval": interval(values)} for name, values in shared.items()}
+
+
+def table(results: Sequence[Result]) -> str:
+    """Aligned columns: metric, then value and interval of each model, and of its difference to the first."""
+    names = [chr(ord("A") + place) for place in range(len(results))]
+    columns: list[tuple[str, Mapping[str, Any]]] = []
+    for name, result in zip(names, results):
+        columns.append((name if len(results) > 1 else "value", result["metrics"]))
+        if result is not results[0]:
+            columns.append((f"{name} - A", difference(results[0], result)))
+    cells = [["metric", *(text for name, _ in columns for text in (name, "95 % interval"))]]
+    for name, entry in results[0]["metrics"].items():
+        unit = f" ({entry['unit']})" if entry["unit"] else ""
+        cells.append([name + unit, *(text for _, found in columns for text in _with_interval(found[name]))])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    return "\n".join(lines)
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader of the table must know beside it."""
+    found = []
+    if "temperature" in result:
+        found.append(f"temperature {number(result['temperature'])}, fitted on one half of the rows")
+    if "attack" in result:
+        found.append(f"attack: {result['attack']['steps']} steps, {result['attack']['rows']} rows")
+    if "typos" in result:
+        typos = result["typos"]
+        lost = typos["rows"] - typos["exact"]
+        found.append(f"typing errors: in {typos['changed']} of {typos['rows']} rows")
+        if lost:
+            found.append(f"{lost} rows are not what they were once decoded and encoded, errors or not")
+    return found
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Paths without the folders and file names that they share; a single one by its last two.
+
+    >>> short(["runs/plain-1/best.pt", "runs/smart-1/best.pt"]), short(["runs/plain-1/best.pt"])
+    (['plain-1', 'smart-1'], ['plain-1/best.pt'])
+    """
+    parts = [Path(name).parts for name in names]
+    if len(parts) == 1:
+        return ["/".join(parts[0][-2:])]
+
+    def shared(lists: Sequence[Sequence[str]]) -> int:
+        return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*lists))))
+
+    start, end = shared(parts), shared([part[::-1] for part in parts])
+    return ["/".join(part[start : len(part) - end]) or part[-1] for part in parts]
+
+
+def for_json(results: Mapping[str, Result]) -> dict[str, Any]:
+    """Checkpoint to all numbers, with the difference to the first; nan as null."""
+    first = next(iter(results.values()))
+    found: dict[str, Any] = {}
+    for name, result in results.items():
+        found[name] = {key: value for key, value in result.items() if key not in ARRAYS}
+        if result is not first:
+            found[name]["difference to the first"] = difference(first, result)
+    return found
+
+
+def write_arrays(path: Path, results: Mapping[str, Mapping[str, Result]], ids: Mapping[str, Sequence[str]]) -> None:
+    """All arrays in one .npz: SPLIT.ids, and SPLIT.NUMBER.NAME with the checkpoint's number from 0."""
+    arrays = {f"{split}.ids": np.array(values) for split, values in ids.items()}
+    for split, models in results.items():
+        for place, result in enumerate(models.values()):
+            arrays |= {f"{split}.{place}.{name}": values for name, values in result["arrays"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pyplot() -> Any:
+    """matplotlib without a window. Raises `UsageError` where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("--picture needs matplotlib; install it with pip install matplotlib") from None
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """The whole picture or none, in the format of the name, else PNG; the figure is closed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:  # whose own name does not end in the format
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
+    pyplot().close(figure)
+
+
+def draw(results: Mapping[str, Result], prefix: Path) -> list[Path]:
+    """PREFIX-reliability.png, and PREFIX-attack.png where there was one; the paths."""
+    results, drawn = dict(zip(short(list(results)), results.values())), []
+    if all("reliability" in result for result in results.values()):
+        drawn.append(_reliability(results, prefix.with_name(f"{prefix.name}-reliability.png")))
+    if all("attack" in result for result in results.values()):
+        drawn.append(_radii(results, prefix.with_name(f"{prefix.name}-attack.png")))
+    return drawn
+
+
+def _reliability(results: Mapping[str, Result], path: Path) -> Path:
+    figure, (above, below) = pyplot().subplots(2, 1, figsize=(5, 6), sharex=True, height_ratios=(3, 1))
+    above.plot((0, 1), (0, 1), color="grey", linestyle=":", linewidth=1)
+    for place, (name, result) in enumerate(results.items()):
+        bins = result["reliability"]
+        points = [(c, a) for c, a in zip(bins["confidence"], bins["accuracy"]) if c is not None]
+        error = number(result["metrics"]["calibration error"]["value"])
+        above.plot(*zip(*points), marker="o", label=f"{name}, error {error} %")
+        shares = np.array(bins["rows"]) / sum(bins["rows"])
+        width = 1 / BINS / len(results)
+        below.bar((np.arange(BINS) / BINS) + (place + 0.5) * width, shares, width)
+    above.set_ylabel("accuracy")
+    above.legend(fontsize="small")
+    below.set_ylabel("share of rows")
+    below.set_xlabel("confidence")
+    figure.tight_layout()
+    save(figure, path)
+    return path
+
+
+def _radii(results: Mapping[str, Result], path: Path) -> Path:
+    figure, axis = pyplot().subplots(figsize=(5, 4))
+    for place, (name, result) in enumerate(results.items()):
+        metrics, radii = result["metrics"], [f"{100 * radius:g} %" for radius in result["attack"]["radii"]]
+        quality = "accuracy" if result["classes"] else "mean squared error"
+        for kind, style in (("attack", "-"), ("random signs", ":")):
+            entries = [metrics[quality], *(metrics[f"{quality}, {kind} at {radius}"] for radius in radii)]
+            values = np.array([entry["value"] for entry in entries])
+            low, high = np.array([entry["interval"] for entry in entries]).T
+            bars = np.maximum(0, [values - low, high - values])
+            axis.errorbar(
+                range(len(entries)), values, bars, label=f"{name}, {kind}", linestyle=style, color=f"C{place}"
+            )
+    axis.set_xticks(range(len(radii) + 1), ["0", *radii])
+    axis.set_xlabel("radius (share of the embeddings' rms)")
+    axis.set_ylabel(f"{quality} (%)" if quality == "accuracy" else quality)
+    axis.legend(fontsize="small")
+    figure.tight_layout()
+    save(figure, path)
+    return path

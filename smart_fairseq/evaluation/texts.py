@@ -1,0 +1,109 @@
+"""A data folder's rows as texts, and back with typing errors."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data.binarize import read_indexed, read_manifest
+from ..data.bpe import END, SPECIAL_SYMBOLS, UNKNOWN, BpeFiles, Vocabulary, load_vocabulary
+from ..data.pool import Pool
+from ..data.readers import Row, located
+from ..inference import read_ids
+from .typos import SHARE, with_typos
+
+
+class Rewritten(NamedTuple):
+    """How many rows a decoded text gives back as they were, and how many typing errors changed."""
+
+    rows: int
+    exact: int
+    changed: int
+
+
+def shared_vocabulary(folder: Path, bpe: BpeFiles) -> Vocabulary:
+    """That of a data folder. Raises `UsageError` if the encoder has another."""
+    vocabulary = load_vocabulary(folder / "input0" / "dict.txt")
+    if vocabulary != load_vocabulary(bpe.dictionary):
+        raise located(
+            bpe.dictionary, 0, f"differs from {folder / 'input0' / 'dict.txt'}; give the --bpe-dir of preprocess"
+        )
+    return vocabulary
+
+
+def decoder(bpe: BpeFiles) -> Callable[[Sequence[str]], str]:
+    """From symbols to a text that has these symbols: the one that was encoded, but for what the encoder does not keep.
+
+    That is nothing for GPT-2's; letters' size and spaces beside marks for BERT's.
+    """
+    folder = Path(bpe.folder)
+    if bpe.kind == "bert":
+        return lambda symbols: " ".join(symbols).replace(" ##", "")
+    if bpe.kind == "sentencepiece":
+        from sentencepiece import SentencePieceProcessor
+
+        (path,) = folder.glob("*.model")
+        pieces = SentencePieceProcessor(model_file=str(path))
+        return lambda symbols: str(pieces.decode_pieces(list(symbols)))
+    from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
+
+    gpt2 = get_encoder(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    return lambda symbols: str(gpt2.decode([int(symbol) for symbol in symbols if symbol.isdigit()]))
+
+
+def decoded(folder: Path, split: str, bpe: BpeFiles) -> list[Row]:
+    """The rows' texts."""
+    decode, names = decoder(bpe), dict(enumerate(shared_vocabulary(folder, bpe)))
+    names.update((place, "") for place in range(len(SPECIAL_SYMBOLS)))
+    names[UNKNOWN] = "[UNK]" if bpe.kind == "bert" else ""
+
+    def text(row: np.ndarray) -> str:
+        return decode([names[int(number)] for number in row if number != END and names[int(number)]])
+
+    inputs = [name for name in ("input0", "input1") if (folder / name).is_dir()]
+    columns = [map(text, read_indexed(folder / name / split)) for name in inputs]
+    return [Row(identity, texts, None) for identity, texts in zip(read_ids(folder, split), zip(*columns))]
+
+
+def write_with_typos(
+    folder: Path, split: str, bpe: BpeFiles, target: Path, longest: int, seed: int, share: float = SHARE
+) -> Rewritten:
+    """Write a split with typing errors into ``target``, as far as a model needs it that knows ``folder``.
+
+    ``longest``: tokens that the model takes; where ``folder`` has a lower limit, that counts.
+    """
+    import torch
+    from fairseq.data.indexed_dataset import make_builder
+
+    rows = decoded(folder, split, bpe)
+    wrong = [row._replace(texts=tuple(with_typos(row.texts, row.id, share, seed))) for row in rows]
+    limit = min(read_manifest(folder).get("max_tokens") or longest, longest)
+    with Pool(bpe, 1, limit, len(rows[0].texts)) as pool:
+        again, typed = _encoded(pool, rows), _encoded(pool, wrong)
+        size = pool.vocabulary.size
+    for place, column in enumerate(typed):
+        (target / f"input{place}").mkdir(parents=True)
+        builder = make_builder(str(target / f"input{place}" / f"{split}.bin"), impl="mmap", vocab_size=size)
+        for row in column:
+            builder.add_item(torch.from_numpy(row.astype(np.int64)))
+        builder.finalize(str(target / f"input{place}" / f"{split}.idx"))
+    (target / "ids").mkdir()
+    shutil.copy(folder / "ids" / f"{split}.tsv", target / "ids")
+    before = [read_indexed(folder / f"input{place}" / split) for place in range(len(typed))]
+    return Rewritten(len(rows), _equal(before, again), len(rows) - _equal(before, typed))
+
+
+def _encoded(pool: Pool, rows: Sequence[Row]) -> list[list[np.ndarray]]:
+    """Each input's rows of symbols."""
+    columns: list[list[np.ndarray]] = [[] for _ in rows[0].texts]
+    for (ids, sizes, _, _), _ in pool.encode(rows):
+        for column, part, part_sizes in zip(columns, ids, sizes):
+            column += np.split(np.array(part), np.cumsum(part_sizes)[:-1])
+    return columns
+
+
+def _equal(first: list[list[np.ndarray]], second: list[list[np.ndarray]]) -> int:
+    """How many rows are the same in all inputs."""
+    return sum(all(map(np.array_equal, one, other)) for one, other in zip(zip(*first), zip(*second)))
