@@ -12,10 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
-
-__all__ = ["UsageError", "excepthook", "explain", "require"]
-
+from typing import Any, NoReturn
 
 NOT_SHARDED = (
     "--ddp-backend is fully_sharded; this plugin needs whole weights on each worker: use legacy_ddp or pytorch_ddp"
@@ -30,6 +27,11 @@ def require(condition: bool, flag: str, value: Any, allowed: str) -> None:
     """Raise `UsageError` unless ``condition`` holds."""
     if not condition:
         raise UsageError(f"{flag} is {value}; it must be {allowed}")
+
+
+def refuse(where: Any, what: str, allowed: str) -> NoReturn:
+    """Raise the `UsageError` that names the file, what is wrong with it, and what would be right."""
+    raise UsageError(f"{where}: {what}; {allowed}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

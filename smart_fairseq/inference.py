@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import register
 from .data.binarize import MANIFEST, read_index, read_manifest
 from .data.readers import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
@@ -61,13 +62,13 @@ class Model:
     """A checkpoint that `sentence_prediction` wrote, with the data of one folder."""
 
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
-        import torch
-
-        import smart_fairseq  # noqa: F401 - registers what a checkpoint's configuration names
-
         if not checkpoint.is_file():
             raise located(checkpoint, 0, "--checkpoint: no such file")
         self.folder, self.task = folder, task_of(read_manifest(folder), folder)
+
+        import torch  # what takes seconds to load comes after what can be said without
+
+        register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
         self._model, self._config, self._fairseq_task = self._load(checkpoint)
         self.classes: tuple[str, ...] = ()

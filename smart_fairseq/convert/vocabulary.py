@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
-from smart_fairseq.convert.command import read_json, read_lines, refuse
-from smart_fairseq.convert.config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config
+from ..errors import refuse
+from .config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config, read_json, read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 FILLER = "madeupword"  # and four digits: fairseq's name for a row without a token
@@ -54,17 +54,15 @@ def arrange(
     Rows without a token, or with one that dict.txt cannot hold, become fillers.
 
     Args:
-        path: the vocabulary's file, for messages
-        tokens: token to row
-        special_tokens: the tokens for FAIRSEQ_SPECIALS
-        row_count: rows of the embedding table; at least as many as there are tokens
-        symbol_of: dictionary symbols of the tokens that are not called by their own name
-
+        path: the vocabulary's file, for messages.
+        tokens: token to row.
+        special_tokens: the tokens for FAIRSEQ_SPECIALS.
+        row_count: rows of the embedding table; at least as many as there are tokens.
+        symbol_of: dictionary symbols of the tokens that are not called by their own name.
     Returns:
-        rows and symbols as in `Vocabulary`
-
+        Rows and symbols as in `Vocabulary`.
     Raises:
-        UsageError: a special token is missing, or an id is impossible or comes twice
+        UsageError: a special token is missing, or an id is impossible or comes twice.
     """
     for token in special_tokens:
         if token not in tokens:
