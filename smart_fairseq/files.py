@@ -69,13 +69,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     with hidden_folder(target) as partial:
         yield partial
+        old = _beside(target, "old")
         if target.is_dir():
-            old = _beside(target, "old")
             target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -120,10 +118,8 @@ def _clear_up(target: Path) -> None:
 def _process_runs(number: int) -> bool:
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:  # one that is another user's runs as well
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
