@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -70,25 +70,29 @@ class Model:
 
         register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
-        self._model, self._config, self._fairseq_task = self._load(checkpoint)
-        self.classes: tuple[str, ...] = ()
-        self._check(checkpoint)
+        trained_on = self._load()
+        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        self.classes = self._checked_classes(trained_on)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
         self._model.to(self._device).eval()
         if fp16:
             self._model.half()
 
-    def _load(self, path: Path) -> tuple[Any, Any, Any]:
+    def _refuse(self, message: str) -> NoReturn:
+        raise located(self._path, 0, message)
+
+    def _load(self) -> Path:
+        """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
 
+        path = str(self._path)
         try:
-            overrides = {"data": str(self.folder), "no_shuffle": True}
-            state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-            self._trained_on = str(_setting(state, "data") or "")
+            state = checkpoint_utils.load_checkpoint_to_cpu(path)
+            trained_on = str(_setting(state, "data") or "")
             if _setting(state, "_name") not in (None, "sentence_prediction"):
-                raise located(path, 0, f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
-            state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
-            models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+                self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
+            overrides = {"data": str(self.folder), "no_shuffle": True}
+            models, self._config, self._fairseq_task = checkpoint_utils.load_model_ensemble_and_task([path], overrides)
         except UsageError:
             raise
         except Exception as error:
@@ -96,38 +100,30 @@ class Model:
             lines = (str(error).strip() or type(error).__name__).splitlines()
             # where sizes differ, torch says which from the second line on
             reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
-            raise located(
-                path,
-                0,
-                f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
-                f"{reason[:240]}); give the folder that it was trained on, and a whole file",
-            ) from None
-        return models[0], config, task
+            what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
+            self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
+        self._model = models[0]
+        return Path(trained_on)
 
-    def _check(self, path: Path) -> None:
-        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+    def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
+        """The labels in the order of the head's outputs; none for regression."""
         heads = getattr(self._model, "classification_heads", {})
         if self._head not in heads:
-            raise located(path, 0, f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
+            self._refuse(f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
         outputs = heads[self._head].out_proj.out_features
         if outputs != self.task.num_classes:
-            raise located(
-                path, 0, f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's"
-            )
-        if not self.task.regression:
-            self.classes = label_order(self.folder, outputs)
-            trained_on = Path(self._trained_on)
-            if (trained_on / "label" / "dict.txt").is_file():
-                # the head's own order, where it can be known, is right even if this folder has another
-                order = label_order(trained_on, outputs)
-                if set(order) != set(self.classes):
-                    raise located(
-                        path,
-                        0,
-                        f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
-                        f"{', '.join(self.classes)}: another task's",
-                    )
-                self.classes = order
+            self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
+        if self.task.regression:
+            return ()
+        classes = label_order(self.folder, outputs)
+        if not (trained_on / "label" / "dict.txt").is_file():
+            return classes
+        # the head's own order, where it can be known, is right even if this folder has another
+        order = label_order(trained_on, outputs)
+        if set(order) != set(classes):
+            what = f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
+            self._refuse(f"{what}{', '.join(classes)}: another task's")
+        return order
 
     def predict(self, split: str, max_tokens: int) -> Predictions:
         """Predictions for a split, in batches of rows of like length, at most ``max_tokens`` with the padding."""
@@ -137,11 +133,8 @@ class Model:
         most = self._model.max_positions()
         over = int((sizes > most).sum())
         if over:
-            raise located(
-                self.folder,
-                0,
-                f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}",
-            )
+            message = f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}"
+            raise located(self.folder, 0, message)
         scores = np.zeros((len(ids), self.task.num_classes))
         progress = Progress(len(ids), f"{self.task.name} {split}")
         with self._torch.no_grad():
@@ -151,9 +144,7 @@ class Model:
         progress.close(" predicted")
         wrong = int((~np.isfinite(scores)).any(1).sum())
         if wrong:
-            raise located(
-                self._path, 0, f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged"
-            )
+            self._refuse(f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged")
         return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes)
 
     def _scores(self, dataset: Any, batch: Sequence[int]) -> np.ndarray:
