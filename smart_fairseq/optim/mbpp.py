@@ -2,7 +2,7 @@
 
 Paper: Jiang et al. (2020), section 3.2 and Algorithm 1, lines 10 to 12. The optimizer owns the teacher
 and nothing else of the method: the Bregman term itself is part of the criterion's loss, which reads the
-teacher through `smart_fairseq.teacher_link`.
+teacher through `smart_fairseq.training.link`.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
-from fairseq.optim.adam import FairseqAdamConfig
-from omegaconf import II, OmegaConf
+from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+from omegaconf import II
 from torch import Tensor
 
 from ..errors import UsageError, require
@@ -22,56 +22,38 @@ from ..method.teacher import average_, momentum_at
 logger = logging.getLogger(__name__)
 
 
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class MBPPConfig(FairseqAdamConfig):
-    mbpp_base: str = field(
-        default="adam",
-        metadata={"help": "wrapped optimizer: adam, radam, or any registered one that needs no flags of its own"},
+    mbpp_base: str = _flag(
+        "adam", "wrapped optimizer: adam, radam, or any registered one that needs no flags of its own"
     )
-    mbpp_momentum: float = field(
-        default=0.999,
-        metadata={"help": "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"},
+    mbpp_momentum: float = _flag(
+        0.999, "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"
     )
-    mbpp_warmup_momentum: float = field(
-        default=0.99,
-        metadata={"help": "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"},
+    mbpp_warmup_momentum: float = _flag(
+        0.99, "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"
     )
-    mbpp_warmup_ratio: float = field(
-        default=0.1,
-        metadata={"help": "that first part, as a fraction of --max-update (or else of --total-num-update)"},
+    mbpp_warmup_ratio: float = _flag(
+        0.1, "that first part, as a fraction of --max-update (or else of --total-num-update)"
     )
-    mbpp_inner_steps: int = field(
-        default=1,
-        metadata={"help": "updates between two averages of the teacher"},
-    )
+    mbpp_inner_steps: int = _flag(1, "updates between two averages of the teacher")
     # for the length of training; bare interpolations, so that they do not become flags
     mbpp_max_update: int = II("optimization.max_update")
     mbpp_lr_scheduler: Any = II("lr_scheduler")
     mbpp_zero_sharding: str = II("distributed_training.zero_sharding")
 
 
-class _RAdam(FairseqOptimizer):
+class _RAdam(FairseqAdam):
     """torch's RAdam with the flags of fairseq's adam, weight decay decoupled as there."""
 
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
-        super().__init__(cfg)
-        betas = cfg.adam_betas
-        if isinstance(betas, str):
-            betas = OmegaConf.to_container(OmegaConf.create(betas.strip().replace("(", "[").replace(")", "]")))
-        self._optimizer = torch.optim.RAdam(
-            params,
-            lr=cfg.lr[0],
-            betas=tuple(betas),
-            eps=cfg.adam_eps,
-            weight_decay=cfg.weight_decay,
-            decoupled_weight_decay=True,
-        )
-
-    @property
-    def optimizer_config(self) -> Dict[str, Any]:
-        group = self._optimizer.param_groups[0]
-        return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        super().__init__(cfg, params)
+        self._optimizer = torch.optim.RAdam(params, **self.optimizer_config, decoupled_weight_decay=True)
 
     @property
     def supports_flat_params(self) -> bool:
@@ -117,19 +99,12 @@ class MBPP(FairseqOptimizer):
 
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
         super().__init__(cfg)
-        for flag, value in (
-            ("--mbpp-momentum", cfg.mbpp_momentum),
-            ("--mbpp-warmup-momentum", cfg.mbpp_warmup_momentum),
-            ("--mbpp-warmup-ratio", cfg.mbpp_warmup_ratio),
-        ):
-            require(0 <= value <= 1, flag, value, "a number from 0 to 1")
+        for name in ("momentum", "warmup-momentum", "warmup-ratio"):
+            value = getattr(cfg, f"mbpp_{name.replace('-', '_')}")
+            require(0 <= value <= 1, f"--mbpp-{name}", value, "a number from 0 to 1")
         require(cfg.mbpp_inner_steps >= 1, "--mbpp-inner-steps", cfg.mbpp_inner_steps, "a whole number from 1")
-        require(
-            cfg.mbpp_zero_sharding == "none",
-            "--zero-sharding",
-            cfg.mbpp_zero_sharding,
-            "none with --optimizer mbpp, whose teacher needs all weights on each worker",
-        )
+        needed = "none with --optimizer mbpp, whose teacher needs all weights on each worker"
+        require(cfg.mbpp_zero_sharding == "none", "--zero-sharding", cfg.mbpp_zero_sharding, needed)
         self.total_updates = _total_updates(cfg)
         if cfg.mbpp_momentum == 0 and cfg.mbpp_inner_steps == 1:
             logger.warning(
@@ -137,18 +112,11 @@ class MBPP(FairseqOptimizer):
                 "so the Bregman term only sees dropout; VBPP needs --mbpp-inner-steps above 1"
             )
         self.base = _build_base(cfg, params)
+        self._optimizer = self.base.optimizer
         self.teacher: Optional[List[Tensor]] = None
         self.teacher_version = 0
         self.teacher_is_read = False
         self.updates = 0
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.base.optimizer  # type: ignore[no-any-return]
-
-    @optimizer.setter
-    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self.base.optimizer = optimizer
 
     @property
     def optimizer_config(self) -> Dict[str, Any]:
