@@ -87,27 +87,25 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
 
 def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, ...]]:
     """Id to probabilities, and their labels, from a file that ``predict --probabilities`` wrote."""
-    labels: tuple[str, ...] = ()
-    places: list[int] = []
+    mark = "probability of "
+    lines = read_lines(path)
+    names = next(lines)[1].split("\t")
+    places = [place for place, name in enumerate(names) if name.startswith(mark)]
+    if not places or names[0] != "index":
+        raise located(path, 1, "holds no probabilities; write it with predict.py --split ... --probabilities")
     found: dict[str, list[float]] = {}
-    for number, line in read_lines(path):
+    for number, line in lines:
         cells = line.split("\t")
-        if number == 1:
-            places = [place for place, name in enumerate(cells) if name.startswith("probability of ")]
-            labels = tuple(cells[place][len("probability of ") :] for place in places)
-            if not labels or cells[0] != "index":
-                raise located(path, 1, "holds no probabilities; write it with predict.py --split ... --probabilities")
-            continue
         try:
             values = [float(cells[place]) for place in places]
         except (IndexError, ValueError):
             values = []
         if not values or not abs(sum(values) - 1) < 1e-3:
-            raise located(path, number, f"{len(labels)} probabilities with the sum 1 are needed")
+            raise located(path, number, f"{len(places)} probabilities with the sum 1 are needed")
         if cells[0] in found:
             raise located(path, number, f"id {shown(cells[0])} was there already")
         found[cells[0]] = values
-    return found, labels
+    return found, tuple(names[place].removeprefix(mark) for place in places)
 
 
 def annotated_rows(task: Task, data_dir: Path, split: str) -> list[Row]:

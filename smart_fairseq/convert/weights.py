@@ -73,7 +73,7 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
     """Open model.safetensors; `UsageError` if it is missing or cut short."""
     path = model_dir / "model.safetensors"
     if not path.is_file():
-        others = [path for path in (*model_dir.glob("*.safetensors.index.json"), *model_dir.glob("pytorch_model*.bin"))]
+        others = [*model_dir.glob("*.safetensors.index.json"), *model_dir.glob("pytorch_model*.bin")]
         found = f" (there is {others[0].name})" if others else ""
         refuse(path, f"no such file{found}", "the weights must be in one file of that name")
     try:

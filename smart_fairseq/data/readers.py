@@ -9,10 +9,10 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ..errors import UsageError
 from .tasks import Column, Source, Task
@@ -52,10 +52,7 @@ def shown(value: str, limit: int = 60) -> str:
 
 def source_path(folder: Path, name: str) -> Path | None:
     """The file, plain or compressed with gzip, or None."""
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -87,15 +84,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of each line."""
-    data = read_bytes(path)
-    if data.startswith(UTF8_MARK):
-        data = data[len(UTF8_MARK) :]
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    lines = read_bytes(path).removeprefix(UTF8_MARK).removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if line.endswith(b"\r"):
-            line = line[:-1]
+        line = line.removesuffix(b"\r")
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -106,7 +97,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-    wanted: dict[Column, int] = {}
     for column in columns:
         if str(column).lower() not in places:
             message = (
@@ -114,8 +104,7 @@ def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> 
                 "this is not the task's file, or not in a form in which it is distributed"
             )
             raise located(path, 1, message)
-        wanted[column] = places[str(column).lower()]
-    return wanted
+    return {column: places[str(column).lower()] for column in columns}
 
 
 def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str | None:
@@ -140,85 +129,88 @@ class _Skip(Exception):
     """This row is left out, for this reason."""
 
 
-def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
-    lines = read_lines(path)
+# from a line to id, texts, the file's word for the label, votes; raises `_Skip`, or `UsageError` with number and line
+Fields = tuple[str, list[str], str | None, list[str]]
+Parser = Callable[[int, str], Fields]
+
+
+def _table_parser(source: Source, path: Path, lines: Iterator[tuple[int, str]]) -> Parser:
+    """For lines of cells; takes the header from ``lines``, where the form has one."""
     columns: list[Column] = [*source.texts, *([] if source.label is None else [source.label])]
     extra: list[Column] = [*source.votes, *([] if source.id is None else [source.id])]
     width: tuple[int, ...] = source.columns
     if source.form == "plain":
         places = {column: int(column) for column in [*columns, *extra]}
     else:
-        _, first = next(lines)
-        header = first.split("\t")
+        header = next(lines)[1].split("\t")
         # annotators' labels and ids are read where they are
         extra = [column for column in extra if str(column).lower() in {name.strip().lower() for name in header}]
         places = _positions(path, header, [*columns, *extra])
         width = (len(header),)
-    texts = [places[column] for column in source.texts]
-    votes = [places[column] for column in source.votes if column in places]
-    label = None if source.label is None else places[source.label]
-    identity = None if source.id is None else places.get(source.id)
-    for number, line in lines:
+
+    def parse(number: int, line: str) -> Fields:
         cells = line.split("\t")
         if len(cells) not in width:
-            if not line.strip():
-                yield _Skip("blank line")
-                continue
             expected = " or ".join(map(str, width))
+            if not line.strip():
+                raise _Skip("blank line")
             if source.loose:
-                yield _Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
-                continue
-            message = f"{len(cells)} tab-separated columns, and {expected} are needed"
-            yield located(path, number, message)
-            continue
-        word = None if label is None else cells[label]
-        cast = tuple(cells[place].strip() for place in votes if cells[place].strip())
-        yield _raw_row(
-            "" if identity is None else cells[identity], [cells[place] for place in texts], word, cast, path, number
-        )
+                raise _Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
+            raise located(path, number, f"{len(cells)} tab-separated columns, and {expected} are needed")
+        identity = cells[places[source.id]] if source.id is not None and source.id in places else ""
+        word = None if source.label is None else cells[places[source.label]]
+        votes = [cells[places[column]].strip() for column in source.votes if column in places]
+        return identity, [cells[places[column]] for column in source.texts], word, [vote for vote in votes if vote]
+
+    return parse
 
 
-def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
+def _object_parser(source: Source, path: Path) -> Parser:
+    """For lines of JSON objects."""
     keys = [key for key in (*source.texts, source.label) if key is not None]
-    for number, line in read_lines(path):
+
+    def parse(number: int, line: str) -> Fields:
         if not line.strip():
-            yield _Skip("blank line")
-            continue
+            raise _Skip("blank line")
         try:
             entry = json.loads(line)
         except ValueError as error:
-            yield located(path, number, f"not JSON ({error}); each line must be one object")
-            continue
+            raise located(path, number, f"not JSON ({error}); each line must be one object") from None
         if not isinstance(entry, dict):
-            yield located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
-            continue
+            raise located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
         wrong = [key for key in keys if not isinstance(entry.get(key), str)]
         if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
             wrong.remove(source.label)
         if wrong:
             found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
-            yield located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
-            continue
-        word = None if source.label is None else entry.get(source.label) or ""
-        cast: Sequence[str] = ()
+            raise located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
+        votes: list[str] = []
         for key in source.votes:
             value = entry.get(key, [])
             if not isinstance(value, list):
-                yield located(path, number, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed")
-                break
-            cast = tuple(str(vote) for vote in value if vote)
-        else:
-            identity = "" if source.id is None else str(entry.get(source.id, ""))
-            yield _raw_row(identity, [entry[key] for key in source.texts], word, cast, path, number)
+                message = f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed"
+                raise located(path, number, message)
+            votes = [str(vote) for vote in value if vote]
+        identity = "" if source.id is None else str(entry.get(source.id, ""))
+        word = None if source.label is None else entry.get(source.label) or ""
+        return identity, [entry[key] for key in source.texts], word, votes
+
+    return parse
 
 
-def _raw_row(
-    identity: str, texts: Sequence[str], word: str | None, votes: Sequence[str], path: Path, number: int
-) -> Row:
+def _row(task: Task, source: Source, path: Path, number: int, fields: Fields) -> Row:
+    """The row with its label in the task's words. Raises as a `Parser` does."""
+    identity, texts, word, votes = fields
+    word = None if word is None else word.strip()
+    if word is not None and word in source.no_labels:
+        raise _Skip(f"gold label {word!r}: the annotators did not agree")
+    if source.loose and not all(text.strip() for text in texts):
+        raise _Skip("an empty text")
+    label = None if word is None else _label(task, source, path, number, word)
     # a carriage return inside a text is white space to every loader that keeps the row whole
     clean = tuple(text.replace("\r", " ") for text in texts)
-    identity = " ".join(identity.split())  # ids are written into tables
-    return Row(identity, clean, None if word is None else word.strip(), tuple(votes), str(path), number)
+    # ids are written into tables
+    return Row(" ".join(identity.split()), clean, label, tuple(votes), str(path), number)
 
 
 def read_dev_ids(path: Path) -> set[tuple[str, str]]:
@@ -259,42 +251,25 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         if path is None:
             raise located(folder / name, 0, "is missing; download the data again")
         report.files.append(str(path))
-        read = _object_rows if source.form == "jsonl" else _table_rows
+        lines = read_lines(path)
+        parse = _object_parser(source, path) if source.form == "jsonl" else _table_parser(source, path, lines)
         in_dev = _dev_part(path) if source.dev_ids else None
-        for item in read(task, source, path):
+        for number, line in lines:
             if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
                 continue
-            if isinstance(item, Row):
-                item = _finished(task, source, path, item, len(rows))
-            if isinstance(item, Row):
-                rows.append(item)
-            elif isinstance(item, _Skip):
-                report.left_out[str(item)] += 1
-            elif skip_bad_rows:
+            try:
+                row = _row(task, source, path, number, parse(number, line))
+                rows.append(row._replace(id=row.id or str(len(rows))))
+            except _Skip as skip:
+                report.left_out[str(skip)] += 1
+            except UsageError as error:
+                if not skip_bad_rows:
+                    raise UsageError(f"{error} (--skip-bad-rows leaves such rows out and counts them)") from None
                 report.left_out["not in order (--skip-bad-rows)"] += 1
-            else:
-                _refuse(item)
     if not rows:
         raise located(Path(report.files[0]), 0, "holds no rows; download it again")
     report.rows = len(rows)
     return rows, report
-
-
-def _refuse(error: object) -> NoReturn:
-    raise UsageError(f"{error} (--skip-bad-rows leaves such rows out and counts them)")
-
-
-def _finished(task: Task, source: Source, path: Path, row: Row, position: int) -> object:
-    """The row with its id and its label in the task's words, or why it is no row of the data set."""
-    if row.label is not None and row.label in source.no_labels:
-        return _Skip(f"gold label {row.label!r}: the annotators did not agree")
-    if not all(text.strip() for text in row.texts) and source.loose:
-        return _Skip("an empty text")
-    try:
-        label = None if row.label is None else _label(task, source, path, row.line, row.label)
-    except UsageError as error:
-        return error
-    return row._replace(id=row.id or str(position), label=label)
 
 
 def available(source: Source, folder: Path) -> bool:
@@ -316,14 +291,9 @@ def find_sources(task: Task, data_dir: Path) -> dict[str, tuple[Source, Path]]:
     if task.name == "AX":
         folders.append(data_dir)  # some collections keep AX.tsv beside the folders
     for folder in folders:
-        found = {}
-        for split, sources in task.splits.items():
-            for source in sources:
-                if available(source, folder):
-                    found[split] = (source, folder)
-                    break
-        if found:
-            return found
+        found = {split: [s for s in sources if available(s, folder)] for split, sources in task.splits.items()}
+        if any(found.values()):
+            return {split: (sources[0], folder) for split, sources in found.items() if sources}
     return {}
 
 
@@ -336,12 +306,9 @@ def read_task(
         if not data_dir.is_dir():
             raise located(data_dir, 0, "--data-dir: no such folder")
         names = sorted({name for sources in task.splits.values() for source in sources for name in source.files})
-        raise located(
-            data_dir / task.folders[0],
-            0,
-            f"--data-dir holds no files of {task.name}; expected {', '.join(names[:6])}"
-            f"{' ...' if names[6:] else ''} in {' or '.join(task.folders)}",
-        )
+        expected = ", ".join(names[:6]) + (" ..." if names[6:] else "")
+        message = f"--data-dir holds no files of {task.name}; expected {expected} in {' or '.join(task.folders)}"
+        raise located(data_dir / task.folders[0], 0, message)
     rows: dict[str, list[Row]] = {}
     reports: dict[str, Report] = {}
     for split, (source, folder) in found.items():
