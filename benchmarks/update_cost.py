@@ -43,7 +43,7 @@ MODELS = {
     "roberta_large": (["--arch", "roberta_large"], 50265),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PAPER = ["--criterion", "smart_sentence_prediction"]
+PAPER = ["--criterion", "smart_sentence_prediction", "--smart-recipe", "paper"]
 SMART = [*PAPER, "--smart-epsilon", "1e-2", "--smart-step-size", "1"]
 VARIANTS = [
     ("plain", ["--criterion", "sentence_prediction", "--optimizer", "adam"]),

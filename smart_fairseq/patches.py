@@ -81,6 +81,8 @@ def forget_removed_flags() -> None:
             with open_dict(criterion):
                 for name in REMOVED_FLAGS:
                     criterion.pop(name, None)
+                if "smart_epsilon" in criterion:  # from before there were others
+                    criterion.setdefault("smart_epsilon_unit", "absolute")
         return state
 
     checkpoint_utils.load_checkpoint_to_cpu = load_and_forget

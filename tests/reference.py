@@ -69,14 +69,23 @@ def perturb(
     projection: str,
     regression: bool,
     first_step: str = "literal",
+    relative: bool = False,
 ) -> Tensor:
     """Lines 3 to 8 for one example: x [T, C] with ``length`` real tokens -> x~ [T, C].
 
     ``first_step``: "literal", or "linearised" for the gradient of l_s(f(x) + J d, f(x)) at the noise d.
+    ``relative``: radius and step are shares of the embeddings' root mean square (norm "inf") or length ("l2"), the
+    noise's standard deviation one of their root mean square.
     """
     clean = f(x).detach()
+    lengths = [size(part, "l2") for part in pieces(x, length, scope)]
+    means = [part_length / math.sqrt(part.numel()) for part_length, part in zip(lengths, pieces(x, length, scope))]
+    if not relative:
+        lengths = means = [1.0] * len(means)
+    units = means if norm == "inf" else lengths
     x_tilde = x.clone()
-    x_tilde[:length] += noise[:length]
+    for part, n, mean in zip(pieces(x_tilde, length, scope), pieces(noise, length, scope), means):
+        part += n * mean
     if first_step == "linearised":
         jacobian = torch.autograd.functional.jacobian(f, x).flatten(1)  # [K, T C]
     for step in range(steps):
@@ -87,17 +96,18 @@ def perturb(
             output = f(x_tilde)
         gradient = torch.autograd.grad(divergence(output, clean, regression), x_tilde)[0]
         x_tilde = x_tilde.detach()
-        for part, g in zip(pieces(x_tilde, length, scope), pieces(gradient, length, scope)):
-            part += step_size * g / size(g, norm)
+        for part, g, unit in zip(pieces(x_tilde, length, scope), pieces(gradient, length, scope), units):
+            part += step_size * unit * g / size(g, norm)
         offset = x_tilde - x
-        for part in pieces(offset, length, scope):
+        for part, unit in zip(pieces(offset, length, scope), units):
+            limit = radius * unit
             if projection == "normalize":
-                part /= size(part, norm)
+                part *= unit / size(part, norm)
             elif norm == "inf":
-                entries = [max(-radius, min(radius, entry)) for entry in part.flatten().tolist()]
+                entries = [max(-limit, min(limit, entry)) for entry in part.flatten().tolist()]
                 part.copy_(torch.tensor(entries, dtype=part.dtype).view_as(part))
-            elif size(part, norm) > radius:
-                part *= radius / size(part, norm)
+            elif size(part, norm) > limit:
+                part *= limit / size(part, norm)
         x_tilde = x + offset
     return x_tilde
 

@@ -106,14 +106,40 @@ def test_more_classes_and_a_first_step_from_a_pass_of_its_own(
     check(class_data, "classes", 2, "inf", "example", "ball", place, *flags, num_classes=classes)
 
 
+@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize(("steps", "classes"), [(1, 2), (2, 3), (1, 5)])
+@pytest.mark.parametrize("scope", ["example", "token"])
+@pytest.mark.parametrize("norm", ["inf", "l2"])
+def test_sizes_relative_to_the_embeddings(
+    norm: str, scope: str, steps: int, classes: int, place: str, class_data: Path
+) -> None:
+    options: Any = dict(num_classes=classes, relative=True)
+    if classes == 5:  # whose first step is from the second order of the divergence: see below
+        options |= dict(noise_std=1e-5, tolerance={"rtol": 5e-3, "atol": 1e-4})
+    for projection in ("ball", "normalize") if classes == 2 else ("ball",):
+        flags = ("--smart-epsilon-unit", "relative")
+        check(class_data, "classes", steps, norm, scope, projection, place, *flags, **options)
+
+
 def check(
-    data: Path, kind: str, steps: int, norm: str, scope: str, projection: str, place: str, *flags: str, **options: Any
+    data: Path,
+    kind: str,
+    steps: int,
+    norm: str,
+    scope: str,
+    projection: str,
+    place: str,
+    *flags: str,
+    relative: bool = False,
+    noise_std: float = 1e-2,
+    tolerance: dict[str, float] | None = None,
+    **options: Any,
 ) -> None:
     criterion, model, teacher, sample = prepared(
         data,
         kind,
         *("--smart-weight", "3", "--smart-bregman-weight", "2", "--smart-embedding", place),
-        *("--smart-epsilon", "2e-2", "--smart-step-size", "3e-2", "--smart-noise-std", "1e-2"),
+        *("--smart-epsilon", "2e-2", "--smart-step-size", "3e-2", "--smart-noise-std", str(noise_std)),
         *("--smart-steps", str(steps), "--smart-norm", norm, "--smart-norm-scope", scope),
         *("--smart-projection", projection, *flags),
         **options,
@@ -132,17 +158,19 @@ def check(
             gradients[name] -= parameter.grad
     model.zero_grad()
     settings = dict(radius=2e-2, step_size=3e-2, steps=steps, norm=norm, scope=scope, projection=projection)
-    literal = Literal(model, teacher, sample, kind, place, noise_std=1e-2, first_step="linearised", **settings)
+    literal = Literal(
+        model, teacher, sample, kind, place, noise_std=noise_std, first_step="linearised", relative=relative, **settings
+    )
     (3 * literal.smooth + 2 * literal.bregman).backward()
 
     assert literal.smooth > 1e-4 and literal.bregman > 1e-8
-    assert_close(seen[0].perturbation, literal.perturbation)
+    assert_close(seen[0].perturbation, literal.perturbation, **(tolerance or {}))
     assert_close(log["task_loss"] / sample_size, literal.task_loss.detach().float())
-    assert_close(log["smart_loss"] / sample_size, literal.smooth.detach())
+    assert_close(log["smart_loss"] / sample_size, literal.smooth.detach(), **(tolerance or {}))
     assert_close(log["bregman_loss"] / sample_size, literal.bregman.detach())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            assert_close(gradients[name], parameter.grad)
+            assert_close(gradients[name], parameter.grad, **(tolerance or {}))
     assert len(gradients) > 30
 
 

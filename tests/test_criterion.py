@@ -340,7 +340,8 @@ def test_the_start_says_what_is_on(class_data: Path) -> None:
         in with_teacher
     )
     assert all(words in with_teacher for words in ("--smart-weight 1.0", "--smart-epsilon 1e-05", "--smart-norm inf"))
-    assert "--mbpp-base adam --mbpp-momentum 0.999" in with_teacher and "--mbpp-base" not in without
+    assert "--mbpp-base adam --mbpp-recipe paper" in with_teacher and "--mbpp-base" not in without
+    assert "momentum is 0.99 for the first 0.1 of training, then 0.999" in with_teacher
     assert "--smart-bregman-weight is not set and --optimizer is adam: no Bregman term" in without
     assert "Bregman weight 0" in without
 

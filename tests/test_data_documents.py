@@ -7,8 +7,8 @@ import pytest
 from data_samples import ROOT
 
 from smart_fairseq.commands import agreement, download, evaluate, predict, preprocess
-from smart_fairseq.commands.download import RESOURCES
-from smart_fairseq.data.tasks import TASKS
+from smart_fairseq.commands.download import NAMES
+from smart_fairseq.data.tasks import SENTIMENT, TASKS
 
 READMES = {name: (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8") for name in ("glue", "anli")}
 MAINS = {
@@ -70,6 +70,12 @@ def test_row_counts_in_the_text():
             assert found == expected, name
 
 
+def test_row_counts_of_rated_sentences():
+    for name in SENTIMENT:
+        expected = ", ".join(f"{count:,}" for count in TASKS[name].rows.values())
+        assert f"| {name} | {expected} | " in READMES["glue"]
+
+
 def test_downloads_in_the_text():
     listed = re.search(r"`--tasks`\s+names\s+some\s+of\s+(.*?);", READMES["glue"], re.DOTALL)[1]
-    assert set(re.split(r",\s+", listed)) == set(RESOURCES)
+    assert set(re.split(r",\s+", listed)) == set(NAMES)

@@ -16,6 +16,7 @@ from smart_fairseq.commands.preprocess import glue_main
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.data.tasks import ANLI, GLUE, TASKS
 from smart_fairseq.optim.mbpp import MBPPConfig
+from smart_fairseq.training.recipes import RECIPES as SMART_RECIPES
 
 RECIPES = sorted((ROOT / "examples").glob("*/config/*.yaml"))
 LABELLED_ROWS = {"SNLI": 549367, "anli": sum(TASKS[name].rows["train"] for name in ANLI)}
@@ -49,6 +50,8 @@ def test_recipe(path):
     assert recipe.optimization.max_epoch <= 6 and recipe.optimization.clip_norm == 1
     assert recipe.dataset.batch_size in (16, 32, 64) and recipe.optimization.lr[0] in (1e-5, 2e-5, 3e-5, 5e-5)
     assert recipe.criterion.smart_weight in (1, 3, 5)
+    smart = SMART_RECIPES["smart"]
+    assert {name: recipe.criterion[name] for name in ("smart_epsilon_unit", "smart_epsilon")}.items() <= smart.items()
     assert recipe.model.pooler_dropout == {"MNLI": 0.3, "CoLA": 0.05}.get(task.name, 0.1)
     rows = LABELLED_ROWS.get(task.name) or LABELLED_ROWS.get(path.stem) or task.rows["train"]
     updates = recipe.optimization.max_epoch * math.ceil(rows / recipe.dataset.batch_size)

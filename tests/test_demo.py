@@ -124,10 +124,13 @@ def made_run(method: str, seed: int, accuracies: list[float]) -> runs.Result:
 
 
 def test_time_left_counts_each_method_at_its_own_speed() -> None:
-    """plain: 20 of 20 updates at 1 s; smart has not begun: 20 updates at 3 s, one at a time."""
+    """plain took 30 s, 19 of them from its first update to its 20th; smart has not begun: 20 updates at 3 s.
+
+    To these come the 11 s that a run takes before its first update and after its last.
+    """
     plain, smart = made_run("plain", 1, [50]), made_run("smart", 1, [50])
-    smart.inner = []
-    assert runs.seconds_left([plain, smart], jobs=1) == pytest.approx(60)
+    smart.inner, smart.seconds = [], 0.0
+    assert runs.seconds_left([plain, smart], jobs=1) == pytest.approx(20 * 3 + 11)
     assert runs.seconds_left([smart], jobs=1) is None
 
 

@@ -13,6 +13,7 @@ from toolkit import ROOT, parse
 
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.optim.mbpp import MBPPConfig
+from smart_fairseq.training.recipes import RECIPES
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -30,7 +31,8 @@ def own_fields(config: Any, base: Any) -> dict[str, Any]:
 
 def table(prefix: str) -> list[list[str]]:
     """Rows of the table of flags whose first cell is a flag with this prefix."""
-    rows = [line for line in FLAGS.splitlines() if line.startswith(f"| `--{prefix}")]
+    tables = FLAGS.split("## Recipes")[0]
+    rows = [line for line in tables.splitlines() if line.startswith(f"| `--{prefix}")]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
@@ -48,6 +50,16 @@ def test_flag_tables(prefix: str, config: Any, base: Any) -> None:
         default = "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         assert row[1] == default, row[0]
         assert row[2] == field.metadata["help"].replace("|", "\\|"), row[0]
+
+
+def test_the_table_of_recipes() -> None:
+    header, *rows = [line.strip("| ").split(" | ") for line in FLAGS.splitlines() if line.count(" | ") == len(RECIPES)]
+    rows = rows[1:]
+    assert header == [f"`{name}`" for name in RECIPES]
+    assert [row[0] for row in rows] == [f"`--{name.replace('_', '-')}`" for name in RECIPES["smart"]]
+    for flag, row in zip(RECIPES["smart"], rows):
+        values = [recipe[flag] for recipe in RECIPES.values()]
+        assert row[1:] == [f"{value:g}" if isinstance(value, float) else value for value in values], flag
 
 
 @pytest.mark.parametrize("config", [SmartSentencePredictionConfig, MBPPConfig])

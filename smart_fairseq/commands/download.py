@@ -1,7 +1,8 @@
 """The command download: the official files, resumed where a transfer broke off and checked by SHA-256.
 
 Addresses: GLUE's download script and the data sets' own pages. Checksums: the lists of the public loaders
-(huggingface/datasets, tensorflow/datasets), which name the same files; there is none for the FEVER pairs.
+(huggingface/datasets, tensorflow/datasets), which name the same files; there is none for the FEVER pairs. The rated
+sentences of movie, product, news and tweet come from the Python package index, all at once (ratings.py).
 """
 
 import argparse
@@ -20,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.readers import find_sources, located, shown
-from ..data.tasks import TASKS
+from ..data.tasks import SENTIMENT, TASKS
 from ..errors import UsageError
 from ..files import hidden_folder, sha256
 from ..progress import Progress
+from . import ratings
 from .options import chosen
 from .run import run
 
@@ -117,6 +119,7 @@ RESOURCES: dict[str, tuple[Resource, ...]] = {
 }
 GLUE_DEFAULT = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI", "AX", "gpt2_bpe")
 ANLI_DEFAULT = ("ANLI", "gpt2_bpe")
+NAMES = (*RESOURCES, *SENTIMENT)
 
 
 def mirrored(url: str, mirror: str | None) -> str:
@@ -252,6 +255,10 @@ def download(name: str, folder: Path, mirror: str | None = None) -> None:
     if complete(name, folder):
         print(f"{name}: already there")
         return
+    if name in SENTIMENT:
+        print(f"{name}: fetching {ratings.WHAT} ...", flush=True)
+        print(f"{name}: unpacked {', '.join(SENTIMENT)} in {ratings.fetch(folder)}")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for resource in RESOURCES[name]:
         target = folder / resource.target if resource.target else None
@@ -279,16 +286,18 @@ def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example:
         description=f"Fetch the official files, for example --tasks {example}; without: {', '.join(default)}.",
     )
     parser.add_argument("folder", metavar="DIR", help="the data folder, made where it does not exist")
-    parser.add_argument("--tasks", default="all", help=f"a list of {', '.join(RESOURCES)} (%(default)s: see above)")
-    parser.add_argument("--mirror", help="address that stands for scheme and host of the official ones")
+    parser.add_argument("--tasks", default="all", help=f"a list of {', '.join(NAMES)} (%(default)s: see above)")
+    parser.add_argument(
+        "--mirror", help="address that stands for scheme and host of the official ones; pip has its own"
+    )
     options = parser.parse_args(argv)
     if options.mirror and not options.mirror.startswith(("http://", "https://")):
         raise UsageError(f"--mirror is {shown(options.mirror)}; it must begin with http:// or https://")
     folder = Path(options.folder)
     if folder.exists() and not folder.is_dir():
         raise located(folder, 0, "is a file, and a folder is needed")
-    must = f"a list of {', '.join(RESOURCES)}, or all"
-    names = default if options.tasks == "all" else chosen("--tasks", options.tasks, RESOURCES, must)
+    must = f"a list of {', '.join(NAMES)}, or all"
+    names = default if options.tasks == "all" else chosen("--tasks", options.tasks, NAMES, must)
     for name in names:
         download(name, folder, options.mirror)
 

@@ -21,7 +21,7 @@ from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, work
 from ..terms.smoothness import Settings, smoothness
 from ..training.checks import check_adversary, check_every, check_model, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import AdversaryFlags, RegularizedConfig
+from ..training.flags import AdversaryFlags, ByRecipe, RegularizedConfig, with_recipe
 
 # of the training set, at which the form of the term is chosen
 EXAMPLES = 32
@@ -30,8 +30,8 @@ EXAMPLES = 32
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class SmartSentencePredictionConfig(RegularizedConfig, AdversaryFlags):
-    smart_weight: float = field(
-        default=1.0,
+    smart_weight: ByRecipe = field(
+        default=None,
         metadata={"help": "weight of the smoothness term; 0 switches it off"},
     )
     smart_every: int = field(
@@ -45,6 +45,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
     """The criterion; its flags are `SmartSentencePredictionConfig`."""
 
     def __init__(self, cfg: SmartSentencePredictionConfig, task: Any) -> None:
+        cfg = with_recipe(cfg)
         weight = check_weight("--smart-weight", cfg.smart_weight)
         every = check_every("--smart-every", cfg.smart_every)
         super().__init__(cfg, task, weights={"smart": weight}, every={"smart": every})
@@ -64,6 +65,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
                 projection=str(cfg.smart_projection),
             ),
             noise_std=cfg.smart_noise_std,
+            relative=cfg.smart_epsilon_unit == "relative",
             dropout=str(cfg.smart_dropout),
             recompute=cfg.smart_recompute,
             num_classes=task.cfg.num_classes,

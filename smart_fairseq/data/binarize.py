@@ -20,8 +20,9 @@ import numpy as np
 
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
+from .lines import Row, located
 from .pool import Pool, integer_typecode
-from .readers import Row, located
+from .sentiment import annotators_table
 from .tasks import Task
 
 MANIFEST = "preprocess.json"
@@ -165,13 +166,20 @@ class Folder:
             add(array("H", [number for label in labels for number in (place[label], END)]), [2] * len(labels))
 
     def write_ids(self, split: str, rows: Sequence[Row]) -> None:
-        """Which row of which file each example is: ids/SPLIT.tsv with the columns id, file, line."""
+        """Which row of which file each example is: ids/SPLIT.tsv with the columns id, file, line.
+
+        Of rated rows also what the raters said: annotators/SPLIT.tsv, in the same order.
+        """
         (self.path / "ids").mkdir(exist_ok=True)
         with open(self.path / "ids" / f"{split}.tsv", "w", encoding="utf-8", newline="\n") as table:
             table.write("id\tfile\tline\n")
             for row in rows:
                 # without the path before the task's folder, which differs from one machine to the next
                 table.write(f"{row.id}\t{'/'.join(Path(row.file).parts[-2:])}\t{row.line}\n")
+        if self.task.rated:
+            (self.path / "annotators").mkdir(exist_ok=True)
+            text = annotators_table(rows)
+            (self.path / "annotators" / f"{split}.tsv").write_text(text, encoding="utf-8")
 
     def finish(self, **facts: Any) -> None:
         """Write preprocess.json, what later commands need to know about the folder."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .readers import located, read_bytes, shown
+from .lines import located, read_bytes, shown
 
 NEEDED = {  # the files of each kind; sentencepiece's model has a name of its own
     "gpt2": ("encoder.json", "vocab.bpe", "dict.txt"),

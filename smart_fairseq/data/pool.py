@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 from ..errors import UsageError
 from .bpe import END, UNKNOWN, BpeFiles, Encoder, Vocabulary, load_vocabulary, make_encoder
-from .readers import Row
+from .lines import Row
 
 CHUNK = 512  # rows per unit of work
 

@@ -5,94 +5,29 @@ return inside it), a carriage return before it belongs to the line end, a byte-o
 ordinary characters. Every row that is left out is counted with its reason in `Report`.
 """
 
-import gzip
 import json
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import UsageError
+from .lines import Report, Row, Skip, located, read_bytes, read_lines, shown, source_path
+from .sentiment import rated_rows
 from .tasks import Column, Source, Task
 
-UTF8_MARK = b"\xef\xbb\xbf"
-
-
-class Row(NamedTuple):
-    """One example."""
-
-    id: str
-    texts: tuple[str, ...]
-    label: str | None  # the task's word, or a number as it stands in the file; None where it is not published
-    votes: tuple[str, ...] = ()
-    file: str = ""
-    line: int = 0
-
-
-@dataclass
-class Report:
-    """What became of the lines of one split."""
-
-    files: list[str] = field(default_factory=list)
-    rows: int = 0
-    left_out: "Counter[str]" = field(default_factory=Counter)  # reason to count
-
-
-def located(path: Path, line: int, message: str) -> UsageError:
-    """An error at a place: ``FILE:LINE: message``; line 0 stands for the file as a whole."""
-    return UsageError(f"{path}:{line}: {message}" if line else f"{path}: {message}")
-
-
-def shown(value: str, limit: int = 60) -> str:
-    """The value in quotes, on one line, shortened."""
-    return repr(value if len(value) <= limit else value[: limit - 3] + "...")
-
-
-def source_path(folder: Path, name: str) -> Path | None:
-    """The file, plain or compressed with gzip, or None."""
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def read_bytes(path: Path) -> bytes:
-    """The whole file, decompressed; refuses what is not text, naming what it is instead."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise located(path, 0, f"not a complete gzip file ({error}); download it again") from None
-    except IsADirectoryError:
-        raise located(path, 0, "is a folder, and a file is needed") from None
-    except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror})") from None
-    if not data.strip():
-        raise located(path, 0, "is empty; download it again")
-    start = data[:512].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise located(path, 0, "is a web page, not data: the download went wrong; download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise located(path, 0, "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise located(path, 0, "is UTF-16 text, and UTF-8 is needed; convert it with `iconv -f UTF-16 -t UTF-8`")
-    if data[:2] == b"PK" or data[:2] == b"\x1f\x8b":
-        raise located(path, 0, "is an archive; unpack it first")
-    if b"\0" in data:
-        line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise located(path, line, "holds a zero byte: this is a binary file, and text is needed")
-    return data
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of each line."""
-    lines = read_bytes(path).removeprefix(UTF8_MARK).removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        line = line.removesuffix(b"\r")
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            message = f"byte 0x{byte:02x} at position {error.start + 1} is not UTF-8; convert the file to UTF-8"
-            raise located(path, number, message) from None
+__all__ = [
+    "Report",
+    "Row",
+    "available",
+    "find_sources",
+    "located",
+    "read_bytes",
+    "read_dev_ids",
+    "read_lines",
+    "read_source",
+    "read_task",
+    "shown",
+    "source_path",
+]
 
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
@@ -125,92 +60,83 @@ def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str 
     return word
 
 
-class _Skip(Exception):
-    """This row is left out, for this reason."""
-
-
-# from a line to id, texts, the file's word for the label, votes; raises `_Skip`, or `UsageError` with number and line
-Fields = tuple[str, list[str], str | None, list[str]]
-Parser = Callable[[int, str], Fields]
-
-
-def _table_parser(source: Source, path: Path, lines: Iterator[tuple[int, str]]) -> Parser:
-    """For lines of cells; takes the header from ``lines``, where the form has one."""
+def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
+    lines = read_lines(path)
     columns: list[Column] = [*source.texts, *([] if source.label is None else [source.label])]
     extra: list[Column] = [*source.votes, *([] if source.id is None else [source.id])]
     width: tuple[int, ...] = source.columns
     if source.form == "plain":
         places = {column: int(column) for column in [*columns, *extra]}
     else:
-        header = next(lines)[1].split("\t")
+        _, first = next(lines)
+        header = first.split("\t")
         # annotators' labels and ids are read where they are
         extra = [column for column in extra if str(column).lower() in {name.strip().lower() for name in header}]
         places = _positions(path, header, [*columns, *extra])
         width = (len(header),)
-
-    def parse(number: int, line: str) -> Fields:
+    texts = [places[column] for column in source.texts]
+    votes = [places[column] for column in source.votes if column in places]
+    label = None if source.label is None else places[source.label]
+    identity = None if source.id is None else places.get(source.id)
+    for number, line in lines:
         cells = line.split("\t")
         if len(cells) not in width:
-            expected = " or ".join(map(str, width))
             if not line.strip():
-                raise _Skip("blank line")
+                yield Skip("blank line")
+                continue
+            expected = " or ".join(map(str, width))
             if source.loose:
-                raise _Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
-            raise located(path, number, f"{len(cells)} tab-separated columns, and {expected} are needed")
-        identity = cells[places[source.id]] if source.id is not None and source.id in places else ""
-        word = None if source.label is None else cells[places[source.label]]
-        votes = [cells[places[column]].strip() for column in source.votes if column in places]
-        return identity, [cells[places[column]] for column in source.texts], word, [vote for vote in votes if vote]
+                yield Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
+            else:
+                yield located(path, number, f"{len(cells)} tab-separated columns, and {expected} are needed")
+            continue
+        name = "" if identity is None else cells[identity]
+        word = None if label is None else cells[label]
+        cast = [cells[place].strip() for place in votes if cells[place].strip()]
+        yield _raw_row(name, [cells[place] for place in texts], word, cast, path, number)
 
-    return parse
 
-
-def _object_parser(source: Source, path: Path) -> Parser:
-    """For lines of JSON objects."""
+def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     keys = [key for key in (*source.texts, source.label) if key is not None]
-
-    def parse(number: int, line: str) -> Fields:
+    for number, line in read_lines(path):
         if not line.strip():
-            raise _Skip("blank line")
+            yield Skip("blank line")
+            continue
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise located(path, number, f"not JSON ({error}); each line must be one object") from None
+            yield located(path, number, f"not JSON ({error}); each line must be one object")
+            continue
         if not isinstance(entry, dict):
-            raise located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
+            yield located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
+            continue
         wrong = [key for key in keys if not isinstance(entry.get(key), str)]
         if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
             wrong.remove(source.label)
         if wrong:
             found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
-            raise located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
-        votes: list[str] = []
+            yield located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
+            continue
+        word = None if source.label is None else entry.get(source.label) or ""
+        cast: Sequence[str] = ()
         for key in source.votes:
             value = entry.get(key, [])
             if not isinstance(value, list):
-                message = f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed"
-                raise located(path, number, message)
-            votes = [str(vote) for vote in value if vote]
-        identity = "" if source.id is None else str(entry.get(source.id, ""))
-        word = None if source.label is None else entry.get(source.label) or ""
-        return identity, [entry[key] for key in source.texts], word, votes
-
-    return parse
+                yield located(path, number, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed")
+                break
+            cast = tuple(str(vote) for vote in value if vote)
+        else:
+            identity = "" if source.id is None else str(entry.get(source.id, ""))
+            yield _raw_row(identity, [entry[key] for key in source.texts], word, cast, path, number)
 
 
-def _row(task: Task, source: Source, path: Path, number: int, fields: Fields) -> Row:
-    """The row with its label in the task's words. Raises as a `Parser` does."""
-    identity, texts, word, votes = fields
-    word = None if word is None else word.strip()
-    if word is not None and word in source.no_labels:
-        raise _Skip(f"gold label {word!r}: the annotators did not agree")
-    if source.loose and not all(text.strip() for text in texts):
-        raise _Skip("an empty text")
-    label = None if word is None else _label(task, source, path, number, word)
+def _raw_row(
+    identity: str, texts: Sequence[str], word: str | None, votes: Sequence[str], path: Path, number: int
+) -> Row:
     # a carriage return inside a text is white space to every loader that keeps the row whole
     clean = tuple(text.replace("\r", " ") for text in texts)
-    # ids are written into tables
-    return Row(" ".join(identity.split()), clean, label, tuple(votes), str(path), number)
+    identity = " ".join(identity.split())  # ids are written into tables
+    return Row(identity, clean, None if word is None else word.strip(), tuple(votes), str(path), number)
 
 
 def read_dev_ids(path: Path) -> set[tuple[str, str]]:
@@ -251,32 +177,45 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         if path is None:
             raise located(folder / name, 0, "is missing; download the data again")
         report.files.append(str(path))
-        lines = read_lines(path)
-        parse = _object_parser(source, path) if source.form == "jsonl" else _table_parser(source, path, lines)
+        read = {"jsonl": _object_rows, "rated": rated_rows}.get(source.form, _table_rows)
         in_dev = _dev_part(path) if source.dev_ids else None
-        for number, line in lines:
+        for item in read(task, source, path):
             if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
                 continue
-            try:
-                row = _row(task, source, path, number, parse(number, line))
-                rows.append(row._replace(id=row.id or str(len(rows))))
-            except _Skip as skip:
-                report.left_out[str(skip)] += 1
-            except UsageError as error:
-                if not skip_bad_rows:
-                    raise UsageError(f"{error} (--skip-bad-rows leaves such rows out and counts them)") from None
+            if isinstance(item, Row):
+                item = _finished(task, source, path, item, len(rows))
+            if isinstance(item, Row):
+                rows.append(item)
+            elif isinstance(item, Skip):
+                report.left_out[str(item)] += 1
+            elif skip_bad_rows:
                 report.left_out["not in order (--skip-bad-rows)"] += 1
+            else:
+                raise UsageError(f"{item} (--skip-bad-rows leaves such rows out and counts them)")
     if not rows:
         raise located(Path(report.files[0]), 0, "holds no rows; download it again")
     report.rows = len(rows)
     return rows, report
 
 
+def _finished(task: Task, source: Source, path: Path, row: Row, position: int) -> object:
+    """The row with its id and its label in the task's words, or why it is no row of the data set."""
+    if row.label is not None and row.label in source.no_labels:
+        return Skip(f"gold label {row.label!r}: the annotators did not agree")
+    if not all(text.strip() for text in row.texts) and source.loose:
+        return Skip("an empty text")
+    try:
+        label = None if row.label is None else _label(task, source, path, row.line, row.label)
+    except UsageError as error:
+        return error
+    return row._replace(id=row.id or str(position), label=label)
+
+
 def available(source: Source, folder: Path) -> bool:
     """Are all files of this form there (and for MRPC's development part, the list of its ids)?"""
     if source.dev_ids == "dev" and not (source_path(folder, "dev_ids.tsv") or source_path(folder, "mrpc_dev_ids.tsv")):
         return False
-    return all(source_path(folder, name) for name in source.files)
+    return all(source_path(folder, name) for name in (*source.files, source.ratings) if name)
 
 
 def find_sources(task: Task, data_dir: Path) -> dict[str, tuple[Source, Path]]:
@@ -305,7 +244,8 @@ def read_task(
     if not found:
         if not data_dir.is_dir():
             raise located(data_dir, 0, "--data-dir: no such folder")
-        names = sorted({name for sources in task.splits.values() for source in sources for name in source.files})
+        forms = [source for sources in task.splits.values() for source in sources]
+        names = sorted({name for source in forms for name in (*source.files, source.ratings) if name})
         expected = ", ".join(names[:6]) + (" ..." if names[6:] else "")
         message = f"--data-dir holds no files of {task.name}; expected {expected} in {' or '.join(task.folders)}"
         raise located(data_dir / task.folders[0], 0, message)

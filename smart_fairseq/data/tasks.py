@@ -2,11 +2,13 @@
 
 Sources: the GLUE benchmark (Wang et al., 2019) and its download script, ANLI's `build_data.py`, the read-me files of
 SNLI 1.0, MultiNLI 1.0, SciTail 1.1, the STS benchmark, CoLA 1.1 and the Microsoft paraphrase corpus. Row counts are the
-official ones, before rows without a label are left out.
+official ones, before rows without a label are left out; sentiment.py says how its tasks are split.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+SENTIMENT = ("movie", "product", "news", "tweet")  # each also as NAME-score
 
 Column = str | int  # a name in the header, or a position from 0 in a file without one
 
@@ -23,7 +25,7 @@ class Source:
     texts: tuple[Column, ...]
     label: Column | None = None
     id: Column | None = None  # without one, a row's id is its position from 0
-    form: str = "tsv"  # tsv (with a header), plain (tab-separated, no header), jsonl
+    form: str = "tsv"  # tsv (with a header), plain (tab-separated, no header), jsonl, rated (see sentiment.py)
     votes: tuple[Column, ...] = ()  # the annotators' labels; in jsonl one key that holds a list
     label_words: Mapping[str, str] = field(default_factory=dict)  # from the file's words to the task's
     hidden_labels: tuple[str, ...] = ()  # the row stays, without a label
@@ -31,6 +33,8 @@ class Source:
     loose: bool = False  # rows of other lengths are left out instead of refused (QQP)
     columns: tuple[int, ...] = ()  # numbers of columns that a plain file may have
     dev_ids: str = ""  # part: rows of the file whose pair of ids is listed in files/dev_ids.tsv (MRPC)
+    ratings: str = ""  # the file of the single ratings (rated)
+    part: str = ""  # the split of the file, which goes by a hash (rated)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Task:
     def regression(self) -> bool:
         """Are the labels numbers?"""
         return not self.labels
+
+    @property
+    def rated(self) -> bool:
+        """Are the votes of its rows ratings?"""
+        return any(source.ratings for sources in self.splits.values() for source in sources)
 
     @property
     def num_classes(self) -> int:
@@ -194,6 +203,29 @@ def _stsb(split: str) -> tuple[Source, ...]:
     # the STS benchmark's own files: some rows carry two more columns, the sentences' sources; GLUE has no test scores
     score = None if split == "test" else 4
     return (glue, Source((f"sts-{split}.csv",), (5, 6), score, None, "plain", columns=(7, 8, 9)))
+
+
+def _rated(domain: str) -> dict[str, tuple[Source, ...]]:
+    texts, ratings = f"{domain}_GroundTruth.txt", f"{domain}_anonDataRatings.txt"
+    return {
+        split: (Source((texts,), (2,), 1, 0, "rated", ratings=ratings, part=split),)
+        for split in ("train", "valid", "test")
+    }
+
+
+def _sentiment(name: str, domain: str, *rows: int) -> tuple[Task, Task]:
+    """The sign of the mean rating, and the mean itself, from 0 (-4, extremely negative) to 8 (4)."""
+    sign = Task(
+        name,
+        ("vader_sentiment", "hutto_ICWSM_2014"),
+        _rated(domain),
+        texts=1,
+        labels=("negative", "positive"),
+        fairseq_recipe=False,
+        rows=dict(zip(("train", "valid", "test"), rows)),
+    )
+    metrics = ("pearson_and_spearman", "pearson", "spearman")
+    return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=metrics)
 
 
 _QQP_TEXTS = ("question1", "question2")
@@ -341,6 +373,10 @@ _ROWS: tuple[Task, ...] = (
         fairseq_recipe=False,
         rows={"train": 208346, "valid": 19998, "test": 19998},
     ),
+    *_sentiment("movie", "movieReviewSnippets", 8506, 1030, 1069),
+    *_sentiment("product", "amazonReviewSnippets", 2979, 459, 270),
+    *_sentiment("news", "nytEditorialSnippets", 4234, 442, 514),
+    *_sentiment("tweet", "tweets", 3347, 426, 427),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}

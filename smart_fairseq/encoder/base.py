@@ -18,6 +18,7 @@ from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..method.dropout import without_dropout
 from . import forward_mode, memory
 from .rounding import rounded
 
@@ -36,6 +37,10 @@ class Insides(NamedTuple):
     places: dict[str, nn.Module]
     layers: list[nn.Module]
     padding_idx: int
+
+
+class _Seen(Exception):
+    """Ends a forward once what it was for is there."""
 
 
 class Encoder:
@@ -122,6 +127,24 @@ class Encoder:
             yield found
         finally:
             handle.remove()
+
+    def embeddings(self, place: str, net_input: dict[str, Any]) -> Tensor:
+        """What is perturbed, [B, T, C], without dropout and gradients; the forward ends there."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, output: Tensor) -> None:
+            found.append(output)
+            raise _Seen
+
+        handle = self.insides.places[place].register_forward_hook(stop)
+        try:
+            with torch.no_grad(), without_dropout(self.model):
+                self.model(**net_input, features_only=True)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
 
     @contextmanager
     def perturbed(self, perturbation: Tensor, place: str, lookup: Tensor | None = None) -> Iterator[None]:

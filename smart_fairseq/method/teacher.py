@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["average_", "momentum_at"]
+__all__ = ["average_", "momentum_at", "momentum_for"]
 
 
 def momentum_at(
@@ -35,6 +35,15 @@ def momentum_at(
     if momentum in (0.0, 1.0):
         return momentum
     return warmup_momentum if update <= warmup_ratio * total_updates else momentum
+
+
+def momentum_for(memory: float) -> float:
+    """The momentum at which the teacher remembers about the last ``memory`` updates, 1 / (1 - beta).
+
+    >>> momentum_for(100)
+    0.99
+    """
+    return max(0.0, 1.0 - 1.0 / memory)
 
 
 @torch.no_grad()

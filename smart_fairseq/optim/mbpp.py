@@ -8,40 +8,52 @@ teacher through `smart_fairseq.training.link`.
 import argparse
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from fairseq.dataclass import ChoiceEnum
 from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
 from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from omegaconf import II
 from torch import Tensor
 
 from ..errors import UsageError, require
-from ..method.teacher import average_, momentum_at
+from ..method.teacher import average_, momentum_at, momentum_for
+from ..training.recipes import LEAST_MEMORY, MEMORY, MOMENTUM
 
 logger = logging.getLogger(__name__)
-
-
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class MBPPConfig(FairseqAdamConfig):
-    mbpp_base: str = _flag(
-        "adam", "wrapped optimizer: adam, radam, or any registered one that needs no flags of its own"
+    mbpp_base: str = field(
+        default="adam",
+        metadata={"help": "wrapped optimizer: adam, radam, or any registered one that needs no flags of its own"},
     )
-    mbpp_momentum: float = _flag(
-        0.999, "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"
+    mbpp_recipe: ChoiceEnum(list(MOMENTUM)) = field(  # type: ignore[valid-type]
+        default="smart",
+        metadata={
+            "help": "momentum where it is not given: smart, of a teacher that remembers a share of the run; paper, "
+            "0.99 and then 0.999"
+        },
     )
-    mbpp_warmup_momentum: float = _flag(
-        0.99, "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"
+    mbpp_momentum: Optional[float] = field(
+        default=None,
+        metadata={"help": "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"},
     )
-    mbpp_warmup_ratio: float = _flag(
-        0.1, "that first part, as a fraction of --max-update (or else of --total-num-update)"
+    mbpp_warmup_momentum: Optional[float] = field(
+        default=None,
+        metadata={"help": "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"},
     )
-    mbpp_inner_steps: int = _flag(1, "updates between two averages of the teacher")
+    mbpp_warmup_ratio: float = field(
+        default=0.1,
+        metadata={"help": "that first part, as a fraction of --max-update (or else of --total-num-update)"},
+    )
+    mbpp_inner_steps: int = field(
+        default=1,
+        metadata={"help": "updates between two averages of the teacher"},
+    )
     # for the length of training; bare interpolations, so that they do not become flags
     mbpp_max_update: int = II("optimization.max_update")
     mbpp_lr_scheduler: Any = II("lr_scheduler")
@@ -101,12 +113,17 @@ class MBPP(FairseqOptimizer):
         super().__init__(cfg)
         for name in ("momentum", "warmup-momentum", "warmup-ratio"):
             value = getattr(cfg, f"mbpp_{name.replace('-', '_')}")
-            require(0 <= value <= 1, f"--mbpp-{name}", value, "a number from 0 to 1")
+            require(value is None or 0 <= value <= 1, f"--mbpp-{name}", value, "a number from 0 to 1")
         require(cfg.mbpp_inner_steps >= 1, "--mbpp-inner-steps", cfg.mbpp_inner_steps, "a whole number from 1")
         needed = "none with --optimizer mbpp, whose teacher needs all weights on each worker"
         require(cfg.mbpp_zero_sharding == "none", "--zero-sharding", cfg.mbpp_zero_sharding, needed)
         self.total_updates = _total_updates(cfg)
-        if cfg.mbpp_momentum == 0 and cfg.mbpp_inner_steps == 1:
+        self.warmup_momentum, self.momentum = _momentum(cfg, self.total_updates)
+        logger.info(
+            f"--optimizer mbpp: the teacher's momentum is {self.warmup_momentum:.6g} for the first "
+            f"{cfg.mbpp_warmup_ratio:g} of training, then {self.momentum:.6g}"
+        )
+        if self.momentum == 0 and cfg.mbpp_inner_steps == 1:
             logger.warning(
                 "--mbpp-momentum 0 with --mbpp-inner-steps 1: the teacher equals the weights at each update, "
                 "so the Bregman term only sees dropout; VBPP needs --mbpp-inner-steps above 1"
@@ -146,8 +163,8 @@ class MBPP(FairseqOptimizer):
             momentum = momentum_at(
                 self.updates,
                 total_updates=self.total_updates,
-                momentum=self.cfg.mbpp_momentum,
-                warmup_momentum=self.cfg.mbpp_warmup_momentum,
+                momentum=self.momentum,
+                warmup_momentum=self.warmup_momentum,
                 warmup_ratio=self.cfg.mbpp_warmup_ratio,
             )
             average_(self.teacher, weights, momentum)
@@ -177,12 +194,29 @@ class MBPP(FairseqOptimizer):
 
 
 def _total_updates(cfg: MBPPConfig) -> int:
-    """The length of training that the momentum's schedule refers to."""
+    """The length of training that the momentum refers to."""
     scheduler = cfg.mbpp_lr_scheduler
-    total = cfg.mbpp_max_update or getattr(scheduler, "total_num_update", 0) or 0
-    if not total and cfg.mbpp_warmup_ratio > 0 and cfg.mbpp_momentum not in (0, 1):
+    total = int(cfg.mbpp_max_update or getattr(scheduler, "total_num_update", 0) or 0)
+    if total:
+        return total
+    advice = "but their number is not known: give --max-update (or --total-num-update), or "
+    if cfg.mbpp_momentum is None and MOMENTUM[str(cfg.mbpp_recipe)] is None:
         raise UsageError(
-            f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, but their number is not "
-            "known: give --max-update (or --total-num-update), or --mbpp-warmup-ratio 0"
+            f"--mbpp-recipe is {cfg.mbpp_recipe}, whose teacher remembers a share of all updates, "
+            f"{advice}--mbpp-momentum"
         )
-    return int(total)
+    if cfg.mbpp_warmup_ratio > 0 and cfg.mbpp_momentum not in (0, 1):
+        raise UsageError(
+            f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, {advice}--mbpp-warmup-ratio 0"
+        )
+    return 0
+
+
+def _momentum(cfg: MBPPConfig, total_updates: int) -> Tuple[float, float]:
+    """The momentum of the first part of training and of the rest: as given, or else the recipe's."""
+    first, rest = cfg.mbpp_warmup_momentum, cfg.mbpp_momentum
+    recipe = MOMENTUM[str(cfg.mbpp_recipe)]
+    if recipe is None:  # one average throughout
+        memory = max(LEAST_MEMORY, MEMORY * total_updates)
+        recipe = (momentum_for(memory), momentum_for(memory)) if rest is None else (rest, rest)
+    return recipe[0] if first is None else first, recipe[1] if rest is None else rest

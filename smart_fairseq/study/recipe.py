@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,29 @@ import smart_fairseq
 from ..commands.preprocess import training_flags
 from ..data.tasks import Task
 
-__all__ = ["BATCH", "METHODS", "SMART", "flags"]
+__all__ = ["BATCH", "COMMON", "METHODS", "SMART", "Flag", "as_flags", "encoder_flags", "flags"]
+
+Flag = str | int | float | bool | None
 
 BATCH = 16
+# what all methods share; a value of None or False leaves a flag out, True stands for a flag without a value
+COMMON: dict[str, Flag] = {
+    "batch-size": BATCH,
+    "required-batch-size-multiple": 1,
+    "lr": 1e-4,
+    "lr-scheduler": "polynomial_decay",
+    "adam-betas": "(0.9, 0.98)",
+    "adam-eps": 1e-6,
+    "weight-decay": 0.1,
+    "clip-norm": 1,
+    "dropout": 0.1,
+    "attention-dropout": 0.1,
+    "pooler-dropout": 0.1,
+    "num-workers": 0,
+    "cpu": True,
+}
+WARMUP = 0.1  # share of the updates
+LOG = ("--log-format", "json", "--log-interval", "1")
 
 # The paper's radius, 1e-5, moves nothing that could be seen on this encoder: smart_loss stays near 1e-6. At 3e-3 it
 # went from 0.0003 to 0.02 beside a task loss of 0.3, at 1e-2 to 0.08. The paper's teacher
@@ -28,6 +49,43 @@ METHODS = {
 }
 
 
+def as_flags(settings: Mapping[str, Flag]) -> list[str]:
+    """The command line of some settings, as fairseq-train names them without the dashes."""
+    line: list[str] = []
+    for name, value in settings.items():
+        if value is not None and value is not False:
+            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def length_flags(updates: int, warmup: float = WARMUP, scheduler: Flag = COMMON["lr-scheduler"]) -> list[str]:
+    """Updates, and the learning rate's schedule over them."""
+    flags = ["--max-update", str(updates), "--warmup-updates", str(int(warmup * updates))]
+    return [*flags, "--total-num-update", str(updates)] if scheduler == "polynomial_decay" else flags
+
+
+def encoder_flags(checkpoint: Path) -> list[str]:
+    """Begin with these weights, and nothing else of the checkpoint."""
+    start = ["--restore-file", os.path.relpath(checkpoint)]
+    return [*start, "--reset-optimizer", "--reset-dataloader", "--reset-meters"]
+
+
+def imported_flags(imported: Path) -> list[str]:
+    """The architecture of an encoder that `import_hf` wrote. Raises OSError or ValueError for another folder."""
+    found: list[str] = json.loads((imported / "import.json").read_text(encoding="utf-8"))["flags"]
+    return found
+
+
+def plugin_flags() -> list[str]:
+    return ["--user-dir", os.path.relpath(Path(smart_fairseq.__file__).parent)]
+
+
+def bpe_of(folder: Path) -> str:
+    """The kind of byte pair encoding of an imported encoder's folder."""
+    found: dict[str, Any] = json.loads((folder / "bpe.json").read_text(encoding="utf-8"))
+    return str(found["bpe"])
+
+
 def flags(task: Task, data: Path, imported: Path, method: str, seed: int, updates: int) -> list[str]:
     """Every flag; the methods differ in criterion and optimizer alone.
 
@@ -35,19 +93,11 @@ def flags(task: Task, data: Path, imported: Path, method: str, seed: int, update
         data: the folder that `commands.preprocess` wrote.
         imported: the encoder, as `import_hf` wrote it.
     """
-    facts: dict[str, Any] = json.loads((imported / "import.json").read_text(encoding="utf-8"))
-    bpe = json.loads((imported / "bpe.json").read_text(encoding="utf-8"))["bpe"]
     # from `fairseq-train DATA --task ...`, what follows from the data
-    task_flags = shlex.split(training_flags(task, bpe, {}, data))[2:]
+    task_flags = shlex.split(training_flags(task, bpe_of(imported), {}, data))[2:]
     return [
-        *(os.path.relpath(data), "--user-dir", os.path.relpath(Path(smart_fairseq.__file__).parent), *task_flags),
-        *("--restore-file", os.path.relpath(imported / "model.pt")),
-        *("--reset-optimizer", "--reset-dataloader", "--reset-meters", *facts["flags"], *METHODS[method]),
-        *("--lr", "1e-4", "--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-6", "--weight-decay", "0.1"),
-        *("--lr-scheduler", "polynomial_decay", "--warmup-updates", str(updates // 10)),
-        *("--total-num-update", str(updates), "--max-update", str(updates), "--clip-norm", "1"),
-        *("--dropout", "0.1", "--attention-dropout", "0.1", "--pooler-dropout", "0.1"),
-        *("--batch-size", str(BATCH), "--seed", str(seed), "--num-workers", "0"),
-        *("--no-epoch-checkpoints", "--no-last-checkpoints", "--no-save-optimizer-state"),
-        *("--log-format", "json", "--log-interval", "1", "--cpu"),
+        *(os.path.relpath(data), *plugin_flags(), *task_flags),
+        *(*encoder_flags(imported / "model.pt"), *imported_flags(imported), *METHODS[method]),
+        *(*as_flags(COMMON), *length_flags(updates), "--seed", str(seed)),
+        *("--no-epoch-checkpoints", "--no-last-checkpoints", "--no-save-optimizer-state", *LOG),
     ]

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from scipy.special import stdtrit
+
 from .runs import Numbers, Result
 
-__all__ = ["Scores", "in_words", "laid_out", "rows", "scores", "term", "with_spread"]
+__all__ = ["Scores", "half_width", "in_words", "laid_out", "last_tenth", "rows", "scores", "term", "with_spread"]
 
 TERMS = ("task_loss", "smart_loss", "smart_delta", "bregman_loss")
-# Student's t, two-sided 5 %, by the number of seeds; beyond these 2.3 is close enough
-CRITICAL_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
 class Scores(NamedTuple):
@@ -34,11 +34,18 @@ def scores(result: Result, metrics: Sequence[str]) -> Scores:
 
 def term(result: Result, name: str) -> tuple[float, float] | None:
     """A term at the first update, and its mean over the last tenth of them; None if the run does not have it."""
-    values = [_term_of(line, name) for line in result.inner]
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return known[0], mean(known[-max(1, len(known) // 10) :])
+    values = _values(result, name)
+    return (values[0], mean(values[-max(1, len(values) // 10) :])) if values else None
+
+
+def last_tenth(result: Result, name: str) -> float | None:
+    """The mean of what was logged under a name over the last tenth of the updates that logged it."""
+    found = term(result, name)
+    return None if found is None else found[1]
+
+
+def _values(result: Result, name: str) -> list[float]:
+    return [value for value in (_term_of(line, name) for line in result.inner) if value is not None]
 
 
 def _term_of(line: Numbers, name: str) -> float | None:
@@ -90,6 +97,13 @@ def laid_out(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of a mean, by Student's t: 0.975 quantile with n - 1 degrees * deviation / sqrt(n)."""
+    if len(values) < 2:
+        return math.nan
+    return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+
+
 def in_words(results: Sequence[Result], metric: str, methods: Mapping[str, str]) -> str:
     """One line on what the second of two methods changes, and no more than the seeds show (a paired t-test)."""
     last: dict[str, dict[int, float]] = {method: {} for method in methods}
@@ -103,7 +117,7 @@ def in_words(results: Sequence[Result], metric: str, methods: Mapping[str, str])
     start = f"{title} changes the last epoch's {metric} by {mean(gains):+.{digits}f}"
     if len(gains) == 1:
         return f"{start}; one seed does not show which of the two is better."
-    if abs(mean(gains)) > CRITICAL_T.get(len(gains), 2.3) * stdev(gains) / math.sqrt(len(gains)):
+    if abs(mean(gains)) > half_width(gains):
         return f"{start} on average over {len(gains)} seeds, more than seeds differ by chance (paired t-test, 5 %)."
     return (
         f"{start} on average, by {min(gains):+.{digits}f} to {max(gains):+.{digits}f} seed by seed: "

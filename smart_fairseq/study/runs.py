@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 __all__ = ["Numbers", "Result", "Run", "TrainingFailed", "minutes", "parse_line", "run_all"]
 
-LOG_LINE = re.compile(r"\| (train_inner|valid) \| (\{.*\})\s*$")
+LOG_LINE = re.compile(r"\| (train_inner|valid|scored) \| (\{.*\})\s*$")
 FAIRSEQ_TRAIN = (str(Path(sys.executable).parent / "fairseq-train"),)
-SECONDS_BETWEEN_LINES = 10.0
+# of plain progress: at first, and after so many lines
+SECONDS_BETWEEN_LINES, PATIENT_SECONDS, IMPATIENT_LINES = 10.0, 60.0, 30
 LAST_LINES = 15
 
 Numbers = dict[str, float]
@@ -75,14 +76,24 @@ class Result:
     run: Run
     inner: list[Numbers] = field(default_factory=list)  # one per update
     valid: list[Numbers] = field(default_factory=list)  # one per epoch
+    scored: Numbers = field(default_factory=dict)  # what a program that scores at its end says
     started: float = 0.0
     first_update: float = 0.0
     last_update: float = 0.0
-    seconds: float = 0.0  # of the whole process
+    seconds: float = 0.0  # of the whole process, once it has ended
 
     @property
     def done(self) -> int:
         return len(self.inner)
+
+    @property
+    def updates_left(self) -> int:
+        return 0 if self.seconds else self.run.updates - self.done
+
+    @property
+    def seconds_beside(self) -> float:
+        """What start and end take, beside the updates."""
+        return self.seconds - (self.last_update - self.first_update)
 
     def seconds_per_update(self) -> float | None:
         return (self.last_update - self.first_update) / (self.done - 1) if self.done > 4 else None
@@ -92,6 +103,8 @@ class Result:
         kind, numbers = parse_line(line) or ("", {})
         if kind == "valid":
             self.valid.append(numbers)
+        if kind == "scored":
+            self.scored = numbers
         if kind != "train_inner":
             return False
         self.inner.append(numbers)
@@ -105,7 +118,7 @@ _Events = queue.Queue[tuple[Result, str, int | None]]
 
 
 def parse_line(line: str) -> tuple[str, Numbers] | None:
-    """(train_inner or valid; the numbers) of one of fairseq's JSON log lines, None for any other line."""
+    """(train_inner, valid or scored; the numbers) of one of fairseq's JSON log lines, None for any other line."""
     found = LOG_LINE.search(line)
     if found is None:
         return None
@@ -121,7 +134,10 @@ def parse_line(line: str) -> tuple[str, Numbers] | None:
 
 
 def seconds_left(results: Sequence[Result], jobs: int) -> float | None:
-    """From the updates so far; an update of a method that has not begun counts by its cost."""
+    """From the updates so far; an update of a method that has not begun counts by its cost.
+
+    To a run that has not ended belongs what those that have took beside their updates.
+    """
     rates: dict[str, list[float]] = {}
     for result in results:
         rate = result.seconds_per_update()
@@ -131,13 +147,16 @@ def seconds_left(results: Sequence[Result], jobs: int) -> float | None:
         return None
     usual = mean(mean(found) for found in rates.values())
     rate_of = {run.method: run.cost * mean(rates.get(run.method, [usual])) for run in (r.run for r in results)}
-    left = [(result.run.updates - result.done) * rate_of[result.run.method] for result in results]
+    beside = [result.seconds_beside for result in results if result.seconds]
+    each = mean(beside) if beside else 0.0
+    left = [r.updates_left * rate_of[r.run.method] + (0.0 if r.seconds else each) for r in results]
     return max(sum(left) / jobs, max(left))
 
 
 def minutes(seconds: float) -> str:
-    """65.2 as 1:05."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    """65.2 as 1:05, 3665 as 1:01:05."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 class _Progress:
@@ -147,6 +166,7 @@ class _Progress:
         self.results, self.jobs = results, jobs
         self.total = sum(result.run.updates for result in results)
         self.shown_at = self.started = time.monotonic()
+        self.lines = 0
         self.bar: Any = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}% |{bar}| {n}/{total} updates {elapsed}{postfix}"
@@ -158,8 +178,11 @@ class _Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(1)
-        elif time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self.shown_at >= (
+            SECONDS_BETWEEN_LINES if self.lines < IMPATIENT_LINES else PATIENT_SECONDS
+        ):
             self.shown_at = time.monotonic()
+            self.lines += 1
             done = sum(result.done for result in self.results)
             running = [result for result in self.results if 0 < result.done < result.run.updates]
             parts = [f"{result.run.name} {result.done}/{result.run.updates}" for result in running]
@@ -195,7 +218,7 @@ def _start(result: Result, threads: int, events: _Events) -> subprocess.Popen[st
     result.started = time.monotonic()
     process = subprocess.Popen(
         [*run.program, *run.arguments],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # by whose end a program can know that this process is gone
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -206,13 +229,27 @@ def _start(result: Result, threads: int, events: _Events) -> subprocess.Popen[st
     return process
 
 
-def run_all(runs: Sequence[Run], jobs: int, threads: int) -> list[Result]:
-    """Train them all, ``jobs`` at a time. Raises `TrainingFailed` at the first that fails and stops the others."""
+def run_all(
+    runs: Sequence[Run],
+    jobs: int,
+    threads: int,
+    finished: Callable[[Result], str] | None = None,
+    failed: Callable[[str], None] | None = None,
+) -> list[Result]:
+    """Train them all, ``jobs`` at a time; the results of those that ended well, in the order of ``runs``.
+
+    Args:
+        finished: told of each run that ended well; what it returns ends the line that is printed.
+        failed: told the name of each that did not, and the others go on.
+    Raises:
+        TrainingFailed: the first failure, without ``failed``; the others are stopped.
+    """
     events: _Events = queue.Queue()
     results = [Result(run) for run in runs]
     waiting = deque(results)
     processes: dict[str, subprocess.Popen[str]] = {}
     progress = _Progress(results, jobs)
+    good = set()
     try:
         while waiting or processes:
             while waiting and len(processes) < jobs:
@@ -224,22 +261,31 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int) -> list[Result]:
                     progress.advance()
                 continue
             del processes[result.run.name]
-            _finish(result, status, progress)
+            result.seconds = time.monotonic() - result.started
+            try:
+                _check(result, status)
+            except TrainingFailed as error:
+                if failed is None:
+                    raise
+                progress.say("; ".join([str(error), *error.tail[-1:]]))
+                failed(result.run.name)
+                continue
+            good.add(result.run.name)
+            log = os.path.relpath(result.run.log)
+            note = finished(result) if finished else f"log {log}"
+            progress.say(f"{result.run.name}: {result.done} updates, {result.seconds:.0f} s in all, {note}")
     finally:
         progress.close()
         for process in processes.values():
             process.terminate()
         for process in processes.values():
             process.wait()
-    return results
+    return [result for result in results if result.run.name in good]
 
 
-def _finish(result: Result, status: int, progress: _Progress) -> None:
+def _check(result: Result, status: int) -> None:
     run = result.run
-    result.seconds = time.monotonic() - result.started
-    log = os.path.relpath(run.log)
-    if status or not (result.inner and result.valid):
+    if status or not result.inner:
         tail = run.log.read_text(encoding="utf-8").splitlines()[-LAST_LINES:]
-        what = f"fairseq-train ended with status {status}" if status else "no update or no validation in its log"
-        raise TrainingFailed(f"{run.name}: {what}; the whole log is {log}", tail)
-    progress.say(f"{run.name}: {result.done} updates, {result.seconds:.0f} s in all, log {log}")
+        what = f"fairseq-train ended with status {status}" if status else "no update in its log"
+        raise TrainingFailed(f"{run.name}: {what}; the whole log is {os.path.relpath(run.log)}", tail)

@@ -16,7 +16,6 @@ from fairseq.utils import apply_to_sample
 
 from ..encoder import Encoder
 from ..errors import UsageError
-from ..method.dropout import without_dropout
 from ..training.flags import AdversaryFlags
 
 __all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs", "measure_place", "working_precision"]
@@ -88,30 +87,11 @@ class Place(NamedTuple):
     entries: float
 
 
-class _Seen(Exception):
-    """Ends a forward once what it was for is there."""
-
-
 def measure_place(encoder: Encoder, place: str, net_input: dict[str, Any]) -> Place:
     """Run a batch as far as the perturbed place; without dropout and gradients."""
-    inner = encoder.insides.places[place]
-    found: list[torch.Tensor] = []
-
-    def stop(module: Any, args: Any, output: torch.Tensor) -> None:
-        found.append(output)
-        raise _Seen
-
     inputs = apply_to_sample(lambda tensor: tensor.to(encoder.table.device), net_input)
-    handle = inner.register_forward_hook(stop)
-    try:
-        with torch.no_grad(), without_dropout(encoder.model):
-            encoder.model(**inputs, features_only=True)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
     mask = encoder.mask(inputs["src_tokens"]).bool().squeeze(-1)
-    values = found[0][mask].float()
+    values = encoder.embeddings(place, inputs)[mask].float()
     return Place(
         float(values.abs().median()),
         float(values.square().mean().sqrt()),
@@ -140,11 +120,14 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
     # an l2 norm is spread over the entries that it is taken over
     channels = encoder.table.shape[1]
     spread = (channels if flags.smart_norm_scope == "token" else place.entries) if flags.smart_norm == "l2" else 1.0
-    an_entry = size / spread**0.5
+    unit = 1.0 / spread**0.5
+    if flags.smart_epsilon_unit == "relative":
+        unit = place.root_mean_square
+    an_entry = size * unit
     resolved = ROUNDINGS[dtype] * torch.finfo(dtype).eps * place.median
     if an_entry >= resolved:
         return two_forwards
-    why = f"{limit} {size:g} is below what {name} resolves here ({resolved * spread**0.5:.0e})"
+    why = f"{limit} {size:g} is below what {name} resolves here ({resolved / unit:.0e})"
     if mode == "finite":
         logger.warning(f"--smart-mode finite: {why}; the term will be partly rounding, and --smart-mode auto is right")
         return two_forwards

@@ -32,6 +32,7 @@ from ..method.adversary import (
 from ..method.divergence import Divergence
 from ..method.dropout import RandomState, without_dropout
 from ..method.noise import example_noise
+from ..method.relative import noise_in_units, unit_of
 from . import Term, TermValue
 from .precision import Form, FormOfTerm, Search, few_outputs
 
@@ -42,7 +43,8 @@ __all__ = ["Settings", "smoothness"]
 class Settings:
     """What is the same for every batch.
 
-    noise_std: sigma, in the units of the embeddings.
+    noise_std: sigma, in the units of the embeddings, or with ``relative`` in their root mean square.
+    relative: sizes are shares of the example's embeddings (`method.relative`).
     dropout: masks of the perturbed pass: "shared", "independent" or "off".
     recompute: keep no activations of the clean pass.
     num_classes: number of outputs K.
@@ -52,6 +54,7 @@ class Settings:
 
     adversary: Adversary
     noise_std: float
+    relative: bool
     dropout: str
     recompute: bool
     num_classes: int
@@ -71,6 +74,13 @@ class _Batch:
         noise = example_noise(sample["id"], tokens.shape[1], table.shape[1], seed=torch.initial_seed())
         # at least float32, whatever the model's precision
         self.noise = noise.to(torch.promote_types(table.dtype, torch.float32)) * settings.noise_std
+        # the ascent works in this unit, [B, 1, 1] or [B, T, 1]; times 1 changes no bit
+        self.unit = self.noise.new_ones(1, 1, 1)
+        if settings.relative:
+            embeddings = self.encoder.embeddings(forward.place, sample["net_input"])
+            self.unit = unit_of(embeddings, self.mask, settings.adversary).to(self.noise.dtype)
+            self.noise = noise_in_units(self.noise, self.mask, settings.adversary)
+        self.largest_unit = self.unit.amax(dim=1, keepdim=True).clamp_min(torch.finfo(self.unit.dtype).tiny)
 
     def dropout(self) -> AbstractContextManager[None]:
         """The dropout of a pass of this term, as ``--smart-dropout`` says."""
@@ -84,20 +94,29 @@ class _Batch:
 
         def products(direction: Tensor) -> Any:
             with self.dropout():
-                return forward.products(weights, self.form.scale * direction)
+                return forward.products(weights, self.carried(direction))
 
         # the forward of a pass of its own counts as one more
         if not few_outputs(settings.num_classes + 1):
             return gradient_to_first_order(products, settings.divergence_of_change)
         with self.dropout(), self.encoder.captured(forward.place, leaf=True) as entered:
             outputs = forward(weights)
-        return gradient_of(linearized(outputs, entered[0]), outputs.detach(), settings.divergence)
+        return gradient_of(self.in_units(linearized(outputs, entered[0])), outputs.detach(), settings.divergence)
+
+    def in_units(self, logits_fn: LogitsFn) -> LogitsFn:
+        """A function of the perturbation as one of the perturbation in the unit of the ascent."""
+        return lambda perturbation: logits_fn(perturbation * self.unit)
+
+    def carried(self, direction: Tensor) -> Tensor:
+        """A direction in the unit of the ascent, along which a change is carried: of the size of the form's scale."""
+        return self.form.scale * direction * (self.unit / self.largest_unit)
 
     def result(self, value: Tensor, perturbation: Tensor) -> TermValue:
+        """The value with the perturbation, whose size is logged in the unit of --smart-epsilon."""
         sizes = norm(perturbation, self.settings.adversary)
         if self.settings.adversary.scope == "token":  # of the mean token
             sizes = (sizes * self.mask).sum(dim=1) / self.mask.sum(dim=1)
-        return TermValue(value, sizes.sum(), perturbation)
+        return TermValue(value, sizes.sum(), perturbation * self.unit)
 
 
 def smoothness(settings: Settings, form: Form, forward: Forward, sample: Any) -> Term:
@@ -125,9 +144,9 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
             with batch.dropout():
                 return forward(weights, perturbation)
 
-        logits_fn: LogitsFn = at_the_point
+        logits_fn = batch.in_units(at_the_point)
         if entered:
-            near = linearized(clean, entered[0])
+            near = batch.in_units(linearized(clean, entered[0]))
             if form.search is Search.EVERY_STEP:
                 logits_fn = near
             else:
@@ -144,7 +163,7 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
         perturbation = find(clean, found)
         with batch.dropout(), encoder.without_gelu_outputs():
             # the clean pass's embeddings
-            adversarial = forward(perturbation=perturbation, lookup=looked_up[0])
+            adversarial = forward(perturbation=perturbation * batch.unit, lookup=looked_up[0])
         return batch.result(settings.divergence(adversarial, clean).sum(), perturbation)
 
     saving = encoder.recomputed() if settings.recompute else encoder.without_gelu_outputs()
@@ -159,8 +178,8 @@ def to_first_order(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
     perturbation = ascend(batch.first_order_gradient(), batch.noise, batch.mask, adversary)
 
     def value(clean: Tensor) -> TermValue:
-        change = adversary.size / scale * changes[0].to(perturbation.dtype)
+        change = adversary.size / scale * batch.largest_unit[:, 0] * changes[0].to(perturbation.dtype)
         return batch.result(settings.divergence_of_change(clean, change).sum(), perturbation)
 
-    with batch.encoder.changed(perturbation / adversary.size * scale, batch.forward.place) as changes:
+    with batch.encoder.changed(batch.carried(perturbation / adversary.size), batch.forward.place) as changes:
         yield value

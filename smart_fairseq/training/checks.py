@@ -153,6 +153,9 @@ def check_adversary(flags: AdversaryFlags, weight: float, regression: bool) -> N
     for name in ("epsilon", "noise_std", "step_size"):  # at the clean point itself the gradient is 0
         value = getattr(flags, f"smart_{name}")
         require(value > 0 and math.isfinite(value), f"--smart-{name.replace('_', '-')}", value, f"above 0 {or_off}")
+    if flags.smart_epsilon_unit == "relative":
+        allowed = "at most 1, the size of the embeddings themselves; or with --smart-epsilon-unit absolute"
+        require(flags.smart_epsilon <= 1, "--smart-epsilon", flags.smart_epsilon, allowed)
     lowest = 1 if weight else 0
     require(flags.smart_steps >= lowest, "--smart-steps", flags.smart_steps, f"{lowest} or more {or_off}")
     if flags.smart_linear_search and (flags.smart_recompute or flags.smart_dropout == "independent"):

@@ -37,6 +37,7 @@ from ..terms import Term, TermValue
 from ..terms.bregman import bregman
 from ..terms.precision import working_precision
 from . import checks
+from .acting import Acting
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_glue_metrics, log_terms, place_predictions
@@ -73,6 +74,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self._checked = self._warned = False
         self.teacher = TrainingLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
+        self.acting = Acting(after=int(getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0))
         cover_validation_sets(task, cfg.smart_train_subset)
 
     # --- what a criterion adds --------------------------------------------------------------------
@@ -113,7 +115,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
             f"--{f.name.replace('_', '-')} {getattr(values, f.name)}"
             for values, config in configs
             for f in fields(config)
-            if f.name not in inherited and "help" in f.metadata
+            if f.name not in inherited and "help" in f.metadata and getattr(values, f.name) is not None
         )
 
     # --- each batch -------------------------------------------------------------------------------
@@ -140,6 +142,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
         found = {name: values[name](output[0]) for name in weights}
         if found:
             loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))
+            shares = {name: weights[name] * log[f"{name}_loss"] for name in found}
+            self.acting.note(self.teacher.update_num, log["task_loss"].detach(), shares)
         log["loss"] = loss.detach()
         return loss, sample_size, log
 

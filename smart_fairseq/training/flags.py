@@ -3,30 +3,53 @@
 fairseq reads these annotations at run time: no postponed annotations in this file, and ``typing.Optional``.
 """
 
+import copy
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 from fairseq.dataclass import ChoiceEnum
 from omegaconf import II
 
-__all__ = ["AdversaryFlags", "RegularizedConfig"]
+from .recipes import RECIPES
+
+# None until `with_recipe` has filled it in, before anything reads it
+if TYPE_CHECKING:
+    ByRecipe = Any
+else:
+    ByRecipe = Optional[float]
+
+__all__ = ["AdversaryFlags", "ByRecipe", "RegularizedConfig", "with_recipe"]
 
 
 @dataclass
 class AdversaryFlags:
     """The ball, the ascent, and how the term at its end is computed."""
 
-    smart_epsilon: float = field(
-        default=1e-5,
+    smart_recipe: ChoiceEnum(list(RECIPES)) = field(  # type: ignore[valid-type]
+        default="smart",
+        metadata={
+            "help": "values of the flags that are not given: smart (acts; the default), paper (as printed), release "
+            "(the authors' code), sift (DeBERTa's)"
+        },
+    )
+    smart_epsilon_unit: Optional[ChoiceEnum(["relative", "absolute"])] = field(  # type: ignore[valid-type]
+        default=None,
+        metadata={
+            "help": "what radius, noise and step are measured in: relative, in the root mean square of the example's "
+            "embeddings where they are perturbed; absolute, in their own units"
+        },
+    )
+    smart_epsilon: ByRecipe = field(
+        default=None,
         metadata={"help": "radius of the ball around the embeddings (with --smart-projection ball)"},
     )
-    smart_noise_std: float = field(
-        default=1e-5,
+    smart_noise_std: ByRecipe = field(
+        default=None,
         metadata={"help": "standard deviation of the noise that the perturbation starts from"},
     )
-    smart_step_size: float = field(
-        default=1e-3,
+    smart_step_size: ByRecipe = field(
+        default=None,
         metadata={"help": "length of an ascent step along the normalised gradient"},
     )
     smart_steps: int = field(
@@ -37,22 +60,22 @@ class AdversaryFlags:
         default="inf",
         metadata={"help": "norm of the ball and of the gradient's normalisation"},
     )
-    smart_norm_scope: ChoiceEnum(["example", "token"]) = field(  # type: ignore[valid-type]
-        default="example",
+    smart_norm_scope: Optional[ChoiceEnum(["example", "token"])] = field(  # type: ignore[valid-type]
+        default=None,
         metadata={"help": "what a norm is taken over: the tokens of an example together, or each token"},
     )
-    smart_projection: ChoiceEnum(["ball", "normalize"]) = field(  # type: ignore[valid-type]
-        default="ball",
+    smart_projection: Optional[ChoiceEnum(["ball", "normalize"])] = field(  # type: ignore[valid-type]
+        default=None,
         metadata={
             "help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"
         },
     )
-    smart_embedding: ChoiceEnum(["token", "input"]) = field(  # type: ignore[valid-type]
-        default="token",
+    smart_embedding: Optional[ChoiceEnum(["token", "input"])] = field(  # type: ignore[valid-type]
+        default=None,
         metadata={"help": "what is perturbed: the embedding lookup, or what enters the first layer"},
     )
-    smart_dropout: ChoiceEnum(["shared", "independent", "off"]) = field(  # type: ignore[valid-type]
-        default="shared",
+    smart_dropout: Optional[ChoiceEnum(["shared", "independent", "off"])] = field(  # type: ignore[valid-type]
+        default=None,
         metadata={
             "help": "dropout masks of the perturbed pass: the clean pass's, fresh ones, or none in either pass "
             "of the smoothness term (one more forward)"
@@ -85,6 +108,18 @@ class AdversaryFlags:
     )
 
 
+Flags = TypeVar("Flags", bound=AdversaryFlags)
+
+
+def with_recipe(flags: Flags) -> Flags:
+    """A copy in which every flag of the recipe has a value: what was given, or else the recipe's."""
+    filled = copy.copy(flags)
+    for name, value in RECIPES[str(flags.smart_recipe)].items():
+        if getattr(filled, name) is None:
+            setattr(filled, name, value)
+    return filled
+
+
 @dataclass
 class RegularizedConfig(SentencePredictionConfig):
     """The teacher, what `sentence_prediction` has, and what the checks before training need to see."""
@@ -102,6 +137,7 @@ class RegularizedConfig(SentencePredictionConfig):
     )
     # bare interpolations, so that they do not become flags
     smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it
+    smart_lr_scheduler: Any = II("lr_scheduler")
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_train_subset: str = II("dataset.train_subset")

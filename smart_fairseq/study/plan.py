@@ -1,0 +1,339 @@
+"""The plan of a study: tasks x methods x seeds x grid, read from YAML and checked before any run starts."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ..data.metrics import METRICS
+from ..data.readers import located, shown
+from ..data.tasks import TASKS
+from ..errors import UsageError
+from . import recipe
+from .recipe import Flag
+from .rows import Draw, Source
+
+__all__ = ["Asked", "Plan", "Task", "read_plan"]
+
+KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep")
+TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "metrics", "train")
+# in a block of flags: what becomes the number of updates and their schedule
+LENGTH = ("epochs", "warmup")
+OURS = {  # flags that the study gives
+    **{name: "name the encoder with encoder:" for name in ("restore-file", "finetune-from-model")},
+    **{name: "say epochs: and warmup: (a share)" for name in ("max-update", "max-epoch", "total-num-update")},
+    "warmup-updates": "say warmup:, the share of the updates",
+    "seed": "list seeds:",
+    **{name: "it follows from the task" for name in ("task", "num-classes", "regression-target", "init-token")},
+    **{name: "the study gives it" for name in ("user-dir", "save-dir", "log-format", "log-interval", "valid-subset")},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data folder and the rows of it that are trained on."""
+
+    name: str
+    source: Source
+    draw: Draw
+    metrics: tuple[str, ...]
+    train: Mapping[str, Flag] = field(default_factory=dict)
+
+    @property
+    def train_rows(self) -> int:
+        return self.draw.rows or self.source.train_rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One run that the plan asks for.
+
+    variant: the grid's values; they are among the ``flags`` too.
+    """
+
+    task: Task
+    method: str
+    variant: Mapping[str, Flag]
+    seed: int
+    flags: Mapping[str, Flag]
+    epochs: float
+    warmup: float
+
+    @property
+    def arm(self) -> str:
+        """The method with the grid's values."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.variant.items())])
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.task.name, self.arm.replace(" ", "-").replace("/", "_"), f"seed{self.seed}"])
+
+    @property
+    def updates(self) -> int:
+        per_epoch = math.ceil(self.task.train_rows / float(self.flags["batch-size"] or 1))
+        return max(1, round(math.ceil(per_epoch / float(self.flags.get("update-freq") or 1)) * self.epochs))
+
+    def settings(self) -> dict[str, Any]:
+        """What the plan says about the run, for its line in runs.jsonl: no paths, no order of keys."""
+        return {
+            "task": self.task.name,
+            "method": self.method,
+            "variant": dict(self.variant),
+            "seed": self.seed,
+            "draw": asdict(self.task.draw),
+            "flags": {name: self.flags[name] for name in sorted(self.flags)},
+            "epochs": self.epochs,
+            "warmup": self.warmup,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole study.
+
+    checkpoint: that every run begins with; None for random weights.
+    encoder_flags: the architecture's.
+    bpe: of the encoder, where its folder says it.
+    axes: the grid: (tasks, methods, values by flag) for every block.
+    """
+
+    path: Path
+    out: Path
+    work: Path
+    checkpoint: Path | None
+    encoder_flags: Sequence[str]
+    bpe: str
+    train: Mapping[str, Flag]
+    tasks: Sequence[Task]
+    methods: Mapping[str, Mapping[str, Flag]]
+    seeds: Sequence[int]
+    axes: Sequence[tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]]
+    keep: bool
+
+    def runs(self) -> list[Asked]:
+        """Every run; all with the first seed come first."""
+        return [
+            self._asked(task, method, variant, seed)
+            for seed in self.seeds
+            for task in self.tasks
+            for method in self.methods
+            for variant in self._variants(task.name, method)
+        ]
+
+    def _variants(self, task: str, method: str) -> Iterator[dict[str, Flag]]:
+        axes: dict[str, Sequence[Flag]] = {}
+        for tasks, methods, values in self.axes:
+            if task in tasks and method in methods:
+                axes.update(values)
+        for values_chosen in itertools.product(*axes.values()):
+            yield dict(zip(axes, values_chosen))
+
+    def _asked(self, task: Task, method: str, variant: Mapping[str, Flag], seed: int) -> Asked:
+        flags = {**recipe.COMMON, "warmup": recipe.WARMUP, **self.train, **task.train, **self.methods[method]}
+        flags.update(variant)
+        epochs, warmup = (_number(self.path, name, flags.pop(name, None), 0) for name in ("epochs", "warmup"))
+        where = f"{task.name}, {method}: "
+        _require(self.path, epochs > 0, where + "epochs", epochs, "above 0, in train: or a method")
+        _require(self.path, warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
+        _number(self.path, where + "batch-size", flags["batch-size"], 1)
+        for name in ("criterion", "optimizer"):
+            _require(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
+        return Asked(task, method, variant, seed, flags, epochs, warmup)
+
+    def command(self, asked: Asked, data: Path) -> list[str]:
+        """fairseq-train's arguments for a run on ``data``, all but --save-dir."""
+        source = asked.task.source
+        task = ["--task", "sentence_prediction", "--init-token", "0", "--num-classes", str(len(source.classes) or 1)]
+        if source.regression:
+            task.append("--regression-target")
+        bpe = source.manifest.get("bpe", self.bpe)
+        if "input1" in source.inputs and bpe in ("gpt2", "sentencepiece"):
+            task += ["--separator-token", "2"]
+        return [
+            *(str(data), *recipe.plugin_flags(), *task),
+            *(recipe.encoder_flags(self.checkpoint) if self.checkpoint else ()),
+            *(*self.encoder_flags, *recipe.as_flags(asked.flags), "--seed", str(asked.seed)),
+            *recipe.length_flags(asked.updates, asked.warmup, asked.flags.get("lr-scheduler")),
+            # the weights once, at the end, where the worker scores them
+            *("--disable-validation", "--no-epoch-checkpoints", "--no-save-optimizer-state"),
+            *("--save-interval", "1000000", *recipe.LOG),
+        ]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan. Raises `UsageError` with the key, its value and what is allowed."""
+    given = _mapping(path, "the plan", _load(path), KEYS)
+    for key in ("out", "tasks", "methods", "seeds"):
+        _require(path, given.get(key), key, given.get(key), "given")
+    out = Path(str(given["out"]))
+    work = Path(str(given.get("work") or Path(".cache") / "study" / path.stem))
+    methods = {name: _flags(path, f"methods.{name}", value) for name, value in _named(path, given, "methods").items()}
+    tasks = [_task(path, name, value) for name, value in _named(path, given, "tasks").items()]
+    seeds = given["seeds"]
+    right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
+    _require(
+        path, right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each"
+    )
+    checkpoint, encoder_flags, bpe = _encoder(path, given.get("encoder"))
+    plan = Plan(
+        path=path,
+        out=out,
+        work=work,
+        checkpoint=checkpoint,
+        encoder_flags=encoder_flags,
+        bpe=bpe,
+        train=_flags(path, "train", given.get("train") or {}),
+        tasks=tasks,
+        methods=methods,
+        seeds=seeds,
+        axes=_axes(path, given.get("grid") or [], [task.name for task in tasks], list(methods)),
+        keep=_bool(path, "keep", given.get("keep", False)),
+    )
+    names = [asked.name for asked in plan.runs()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    _require(path, twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
+    return plan
+
+
+def _load(path: Path) -> Any:
+    try:
+        # this loader refuses a key that stands twice, and reads 1e-4 as a number
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as error:
+        raise located(path, 0, f"cannot be read ({error.strerror}); name a study's plan") from None
+    except Exception as error:  # the YAML loader's own, which say where, and omegaconf's
+        mark = getattr(error, "problem_mark", None)
+        said = str(getattr(error, "problem", None) or str(error).splitlines()[0])
+        raise located(path, mark.line + 1 if mark else 0, f"is not a plan in YAML: {said}") from None
+
+
+def _require(path: Path, condition: Any, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise located(path, 0, f"{key} is {shown(str(value))}; it must be {allowed}")
+
+
+def _mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) -> dict[str, Any]:
+    _require(path, isinstance(value, dict), where, value, "a mapping, key: value")
+    for key in value:
+        _require(path, isinstance(key, str), f"{where}: key", key, "a word")
+        if allowed and key not in allowed:
+            raise located(path, 0, f"{where}: unknown key {shown(key)}; known are {', '.join(allowed)}")
+    return dict(value)
+
+
+def _named(path: Path, given: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = _mapping(path, key, given[key])
+    for name in found:
+        right = name.replace("-", "").replace("_", "").isalnum()
+        _require(path, right, f"{key}: name", name, "of letters, digits, - and _")
+    return found
+
+
+def _number(path: Path, key: str, value: Any, least: float) -> float:
+    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    _require(path, right, key, value, f"a number from {least:g}")
+    return float(value)
+
+
+def _whole(path: Path, key: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    _require(path, type(value) is int and value >= 1, key, value, "a whole number from 1")
+    return int(value)
+
+
+def _bool(path: Path, key: str, value: Any) -> bool:
+    _require(path, isinstance(value, bool), key, value, "true or false")
+    return bool(value)
+
+
+def _flags(path: Path, where: str, value: Any) -> dict[str, Flag]:
+    found = _mapping(path, where, value)
+    for name, setting in found.items():
+        if name in OURS:
+            raise located(path, 0, f"{where}: {name} cannot be set; {OURS[name]}")
+        _require(path, not isinstance(setting, dict | list), f"{where}: {name}", setting, "one value (lists: grid)")
+    return found
+
+
+def _task(path: Path, name: str, value: Any) -> Task:
+    where = f"tasks.{name}"
+    given = _mapping(path, where, value, TASK_KEYS)
+    _require(path, given.get("data"), f"{where}: data", given.get("data"), "a folder that preprocess wrote")
+    source = Source(Path(str(given["data"])))
+    flip = _number(path, f"{where}: flip", given.get("flip", 0), 0)
+    _require(path, flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
+    _require(path, not (flip and source.regression), f"{where}: flip", flip, "0 for a regression task")
+    draw = Draw(
+        rows=_whole(path, f"{where}: rows", given.get("rows")),
+        stratified=_bool(path, f"{where}: stratified", given.get("stratified", False)),
+        flip=flip,
+        evaluate=_whole(path, f"{where}: evaluate", given.get("evaluate")),
+    )
+    most = source.train_rows
+    _require(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
+    _require(path, not (draw.stratified and source.regression), f"{where}: stratified", True, "false for regression")
+    return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source),
+                _flags(path, f"{where}.train", given.get("train") or {}))  # fmt: skip
+
+
+def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:
+    """Those that the plan names; else those of the task that the folder was made from."""
+    numbers = ("pearson", "spearman", "pearson_and_spearman")
+    allowed = [name for name in METRICS if (name in numbers) == source.regression]
+    if given is None:
+        known = TASKS.get(str(source.manifest.get("task")))
+        return known.metrics if known else (("pearson",) if source.regression else ("accuracy",))
+    right = isinstance(given, list) and given and set(given) <= set(allowed)
+    _require(path, right, f"{where}: metrics", given, f"a list of {', '.join(allowed)}")
+    return tuple(given)
+
+
+def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
+    """(checkpoint, the architecture's flags, kind of byte pair encoding)."""
+    if isinstance(given, str):
+        folder = Path(given)
+        try:
+            return folder / "model.pt", recipe.imported_flags(folder), recipe.bpe_of(folder)
+        except (OSError, ValueError, KeyError):
+            allowed = "a folder that import-hf wrote, or checkpoint: and flags:"
+            raise UsageError(f"{path}: encoder is {shown(given)}; it must be {allowed}") from None
+    found = _mapping(path, "encoder", given, ("checkpoint", "flags"))
+    flags = recipe.as_flags(_flags(path, "encoder.flags", found.get("flags") or {}))
+    checkpoint = Path(str(found["checkpoint"])) if found.get("checkpoint") else None
+    _require(path, checkpoint is None or checkpoint.is_file(), "encoder: checkpoint", checkpoint, "an existing file")
+    return checkpoint, flags, ""
+
+
+def _axes(
+    path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]
+) -> list[tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]]:
+    """The grid's blocks; one that names no tasks or methods is for all."""
+    found: list[tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]] = []
+    seen: set[tuple[str, str, str]] = set()
+    for block in given if isinstance(given, list) else [given]:
+        block = _mapping(path, "grid", block)
+        for_tasks, for_methods = (
+            _names(path, f"grid: {key}", block.pop(key, list(allowed)), allowed)
+            for key, allowed in (("tasks", tasks), ("methods", methods))
+        )
+        for name, values in block.items():
+            _require(path, isinstance(values, list) and values, f"grid: {name}", values, "a list of values")
+            _require(path, len(set(map(str, values))) == len(values), f"grid: {name}", values, "different values")
+            for value in values:
+                _flags(path, "grid", {name: value})
+            for place in itertools.product([name], for_tasks, for_methods):
+                _require(path, place not in seen, "grid", name, "in one block for the same task and method")
+                seen.add(place)
+        found.append((for_tasks, for_methods, block))
+    return found
+
+
+def _names(path: Path, key: str, value: Any, allowed: Sequence[str]) -> list[str]:
+    right = isinstance(value, list) and value and all(name in allowed for name in value)
+    _require(path, right, key, value, f"a list of {', '.join(allowed)}")
+    return list(value)

@@ -1,0 +1,177 @@
+"""Training rows drawn from a data folder, and everything left as its valid split; nothing is encoded anew."""
+
+import hashlib
+import json
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..data.binarize import MANIFEST, indexed_writer, read_indexed
+from ..data.bpe import END, SPECIAL_SYMBOLS
+from ..data.pool import integer_typecode
+from ..data.readers import located
+from ..files import whole_folder
+
+__all__ = ["Draw", "Source", "cut_out"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which rows: ``rows`` of the training part (all, if None), every class by its share where ``stratified``.
+
+    flip: share of the drawn rows whose label becomes another class.
+    evaluate: so many of the rows that are left, drawn as well; None for all.
+    """
+
+    rows: int | None = None
+    stratified: bool = False
+    flip: float = 0.0
+    evaluate: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prepared data folder. Raises `UsageError` where it is none, or its training part has no labels."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "input0" / "dict.txt").is_file():
+            raise located(self.folder, 0, "holds no input0/dict.txt; name a folder that preprocess wrote")
+        if "train" not in self.splits:
+            raise located(self.folder, 0, "has no labelled train split (input0/train.idx with label/train)")
+
+    @property
+    def regression(self) -> bool:
+        return not (self.folder / "label" / "dict.txt").is_file()
+
+    @property
+    def classes(self) -> list[str]:
+        """Labels in the order of the class numbers; none for regression."""
+        if self.regression:
+            return []
+        lines = (self.folder / "label" / "dict.txt").read_text(encoding="utf-8").splitlines()
+        names = [line.rpartition(" ")[0] for line in lines]
+        return [name for name in names if not name.startswith("madeupword")]
+
+    @property
+    def splits(self) -> list[str]:
+        """Those with labels, train first."""
+        end = ".label" if self.regression else ".idx"
+        names = sorted(path.stem for path in (self.folder / "input0").glob("*.idx"))
+        return sorted((n for n in names if (self.folder / "label" / (n + end)).is_file()), key=lambda n: n != "train")
+
+    @property
+    def inputs(self) -> list[str]:
+        return [name for name in ("input0", "input1") if (self.folder / name).is_dir()]
+
+    @property
+    def train_rows(self) -> int:
+        return len(self.labels("train"))
+
+    def labels(self, split: str) -> np.ndarray:
+        """[N] class numbers, or targets as text, which is what stands in the file."""
+        prefix = self.folder / "label" / split
+        if self.regression:
+            return np.array(Path(f"{prefix}.label").read_text(encoding="utf-8").split())
+        return np.array([row[0] for row in read_indexed(prefix)], dtype=np.int64) - len(SPECIAL_SYMBOLS)
+
+    def ids(self, split: str, count: int) -> list[str]:
+        """A line for each row: id, file, line where preprocess wrote these."""
+        path = self.folder / "ids" / f"{split}.tsv"
+        if path.is_file():
+            return path.read_text(encoding="utf-8").splitlines()[1:]
+        return [f"{split}:{number}" for number in range(count)]
+
+    @property
+    def manifest(self) -> dict[str, object]:
+        path = self.folder / MANIFEST
+        found: dict[str, object] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 over everything that `cut_out` reads."""
+        digest = hashlib.sha256()
+        for part in (*self.inputs, "label"):
+            for path in sorted((self.folder / part).iterdir()):
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+
+def drawn(labels: np.ndarray, draw: Draw, seed: int) -> np.ndarray:
+    """Positions of the training rows in order. Those for fewer rows are among those for more, for the same seed."""
+    order = np.random.default_rng([seed, 0]).permutation(len(labels))
+    if draw.stratified:
+        # each row's rank among its class, as a share of the class: the smallest take all classes alike
+        share = np.zeros(len(order))
+        for label in np.unique(labels):
+            mine = labels[order] == label
+            share[mine] = (np.arange(mine.sum()) + 0.5) / mine.sum()
+        order = order[np.argsort(share, kind="stable")]
+    return np.sort(order[: draw.rows])
+
+
+def flipped(labels: np.ndarray, classes: int, share: float, seed: int) -> np.ndarray:
+    """Labels of which a share is another class each, drawn among all others."""
+    draw, labels = np.random.default_rng([seed, 1]), labels.copy()
+    chosen = draw.permutation(len(labels))[: round(share * len(labels))]
+    labels[chosen] = (labels[chosen] + draw.integers(1, classes, len(chosen))) % classes
+    return labels
+
+
+def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
+    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest."""
+    labels = {split: source.labels(split) for split in source.splits}
+    train = drawn(labels["train"], draw, seed)
+    # (split, position) of every row that is left
+    left = [("train", int(place)) for place in np.setdiff1d(np.arange(len(labels["train"])), train)]
+    left += [(split, place) for split in source.splits[1:] for place in range(len(labels[split]))]
+    if draw.evaluate is not None:
+        kept = np.random.default_rng([seed, 2]).permutation(len(left))[: draw.evaluate]
+        left = [left[place] for place in sorted(kept)]
+    if not left:
+        raise located(source.folder, 0, "no labelled row is left to evaluate on; draw fewer rows")
+    parts = {"train": [("train", int(place)) for place in train], "valid": left}
+    with whole_folder(target) as folder:
+        for name in source.inputs:
+            _write_input(source, folder, name, parts)
+        (folder / "label").mkdir()
+        (folder / "ids").mkdir()
+        if not source.regression:
+            (folder / "label" / "dict.txt").write_bytes((source.folder / "label" / "dict.txt").read_bytes())
+        ids = {split: source.ids(split, len(found)) for split, found in labels.items()}
+        for part, rows in parts.items():
+            found = np.array([labels[split][place] for split, place in rows])
+            if part == "train" and draw.flip:
+                found = flipped(found, len(source.classes), draw.flip, seed)
+            _write_labels(folder / "label" / part, found, source.regression)
+            lines = ["id\tfile\tline", *(ids[split][place] for split, place in rows)]
+            (folder / "ids" / f"{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if source.manifest:
+            manifest = {**source.manifest, "rows": {part: len(rows) for part, rows in parts.items()}, "parts": {}}
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_input(source: Source, folder: Path, name: str, parts: dict[str, list[tuple[str, int]]]) -> None:
+    (folder / name).mkdir()
+    dictionary = (source.folder / name / "dict.txt").read_bytes()
+    (folder / name / "dict.txt").write_bytes(dictionary)
+    typecode = integer_typecode(len(SPECIAL_SYMBOLS) + dictionary.count(b"\n"))
+    texts = {split: read_indexed(source.folder / name / split) for split in source.splits}
+    for part, rows in parts.items():
+        with indexed_writer(folder / name / part, typecode) as add:
+            for split, place in rows:
+                add(array(typecode, texts[split][place].tolist()), [len(texts[split][place])])
+
+
+def _write_labels(prefix: Path, labels: np.ndarray, regression: bool) -> None:
+    if regression:
+        Path(f"{prefix}.label").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        return
+    with indexed_writer(prefix, "H") as add:
+        ids = array("H")
+        for label in labels:
+            ids.extend((int(label) + len(SPECIAL_SYMBOLS), END))
+        add(ids, [2] * len(labels))

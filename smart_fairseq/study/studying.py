@@ -1,0 +1,180 @@
+"""A study from its plan to the lines in runs.jsonl: what is left to run, its data, its trainings, its scores."""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.readers import located
+from ..errors import explain
+from ..files import sha256
+from .lines import Line, alone, facts, read_lines, write_lines
+from .plan import Asked, Plan
+from .report import last_tenth
+from .rows import cut_out
+from .runs import Result, Run, run_all
+from .scores import all_scores
+
+__all__ = ["Study", "check_flags", "lines_of"]
+
+THREADS = 1
+# how the names end of what a criterion logs of its terms
+TERMS = ("_loss", "_delta", "_dropped")
+
+
+def check_flags(plan: Plan) -> None:
+    """Let fairseq parse every method's flags and build its criterion. Raises `UsageError` with what it says."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    seen: set[str] = set()
+    try:
+        for asked in plan.runs():
+            arm = f"{asked.task.name}, {asked.arm}"
+            if arm in seen:
+                continue
+            seen.add(arm)
+            said = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(said):
+                    line = plan.command(asked, asked.task.source.folder)
+                    parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
+                    cfg = convert_namespace_to_omegaconf(parsed)
+                    tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
+            except SystemExit:
+                reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+                raise located(plan.path, 0, f"{arm}: fairseq-train says: {reason}") from None
+            except Exception as error:  # whatever a flag's value leads fairseq to
+                reason = explain(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise located(plan.path, 0, f"{arm}: {reason}") from None
+    finally:
+        logging.disable(level)
+
+
+class Study:
+    """A plan with the digests of its files, by which a run's key and its places in the work folder are known."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.data = {task.name: task.source.digest() for task in plan.tasks}
+        self.encoder = [sha256(plan.checkpoint) if plan.checkpoint else "", *plan.encoder_flags]
+        self.jsonl = plan.out / "runs.jsonl"
+
+    def key(self, asked: Asked) -> str:
+        """By all that determines the result, but for the code: a run whose key has a line is not run again."""
+        return _short([asked.settings(), self.data[asked.task.name], self.encoder])
+
+    def folder(self, asked: Asked) -> Path:
+        """The data folder of a run: the same for all methods."""
+        task = asked.task
+        return self.plan.work / "data" / f"{task.name}-{_short([self.data[task.name], asdict(task.draw), asked.seed])}"
+
+    def logits(self, key: str) -> Path:
+        return self.plan.work / "logits" / f"{key}.npz"
+
+    def run(self, asked: Asked) -> Run:
+        """The process of a run; its data are cut out if they are not there."""
+        folder = self.folder(asked)
+        if not folder.is_dir():
+            cut_out(asked.task.source, folder, asked.task.draw, asked.seed)
+        logits = self.logits(self.key(asked))
+        logits.parent.mkdir(parents=True, exist_ok=True)
+        keep = "keep" if self.plan.keep else "delete"
+        return Run(
+            name=asked.name,
+            method=f"{asked.task.name} {asked.arm}",
+            seed=asked.seed,
+            flags=self.plan.command(asked, folder),
+            folder=self.plan.work,
+            updates=asked.updates,
+            cost=1.0 if asked.flags["criterion"] == "sentence_prediction" else 2.5,
+            program=(sys.executable, "-m", "smart_fairseq.study.worker", str(logits), keep),
+        )
+
+    def metrics(self, asked: Asked, key: str) -> dict[str, float]:
+        """From the stored logits. Raises `UsageError` where they are not there."""
+        path, task = self.logits(key), asked.task
+        try:
+            with np.load(path) as stored:
+                logits, labels = stored["logits"], stored["labels"]
+        except (OSError, ValueError, KeyError):
+            raise located(
+                path, 0, f"the logits of {asked.name} cannot be read; remove its line and run again"
+            ) from None
+        return all_scores(logits, labels, task.metrics, task.source.classes, asked.seed)
+
+    def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:
+        key = self.key(asked)
+        terms = {name for update in result.inner for name in update if name.endswith(TERMS) and name != "nll_loss"}
+        found = {name: last_tenth(result, name) for name in sorted(terms | {"task_loss"})}
+        return {
+            "key": key,
+            **asked.settings(),
+            "metrics": self.metrics(asked, key),
+            "terms": {name: value for name, value in found.items() if value is not None},
+            "updates": result.done,
+            "rows": {"train": asked.task.train_rows, "valid": int(result.scored["rows"])},
+            "seconds": round(result.seconds, 1),
+            "seconds_per_update": result.seconds_per_update(),
+            "cpu_seconds_per_update": result.scored["cpu_seconds_per_update"],
+            **about,
+        }
+
+    def left(self) -> list[Asked]:
+        """What the plan asks for and runs.jsonl lacks, in the plan's order."""
+        done = {line["key"] for line in read_lines(self.jsonl)}
+        return [asked for asked in self.plan.runs() if self.key(asked) not in done]
+
+    def go(self, jobs: int) -> list[str]:
+        """Run what is left; the names of those that failed. A line is written as each ends."""
+        with alone(self.plan.work / "lock"):
+            left = {asked.name: asked for asked in self.left()}
+            total = len(self.plan.runs())
+            print(f"study: {total} runs, {total - len(left)} done before, {jobs} at a time", flush=True)
+            runs, about = [self.run(asked) for asked in left.values()], facts()
+            failed: list[str] = []
+
+            def finished(result: Result) -> str:
+                asked = left[result.run.name]
+                line = self.line(asked, result, about)
+                write_lines(self.jsonl, [*read_lines(self.jsonl), line])
+                first = asked.task.metrics[0]
+                return f"{first} {line['metrics'][first]:.1f}"
+
+            run_all(runs, jobs, THREADS, finished, failed.append)
+        return failed
+
+    def rescore(self) -> int:
+        """Compute the metrics of all lines of the plan anew; how many there were."""
+        with alone(self.plan.work / "lock"):
+            asked_for = {self.key(asked): asked for asked in self.plan.runs()}
+            lines = read_lines(self.jsonl)
+            mine = [line for line in lines if line["key"] in asked_for]
+            for line in mine:
+                line["metrics"] = self.metrics(asked_for[line["key"]], line["key"])
+            write_lines(self.jsonl, lines)
+        return len(mine)
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def lines_of(plan: Plan) -> list[Line]:
+    """The newest line of each run that the plan asks for, in its order; neither data nor encoder are looked at."""
+    newest = {_short(_settings(line)): line for line in read_lines(plan.out / "runs.jsonl")}
+    found = [newest.get(_short(asked.settings())) for asked in plan.runs()]
+    return [line for line in found if line is not None]
+
+
+def _settings(line: Line) -> Line:
+    return {name: line.get(name) for name in ("task", "method", "variant", "seed", "draw", "flags", "epochs", "warmup")}
