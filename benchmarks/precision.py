@@ -217,7 +217,13 @@ class Setting:
 
     def criterion(self, place: str, steps: int, radius: float, mode: str) -> Any:
         flags = {
-            **{"smart-embedding": place, "smart-steps": steps, "smart-recipe": "paper", "smart-epsilon": radius, "smart-mode": mode},
+            **{
+                "smart-embedding": place,
+                "smart-steps": steps,
+                "smart-recipe": "paper",
+                "smart-epsilon": radius,
+                "smart-mode": mode,
+            },
             **{"smart-step-size": 100 * radius, "smart-noise-std": NOISE_STD},
         }
         cfg = self.configuration(*(part for name, value in flags.items() for part in (f"--{name}", str(value))))

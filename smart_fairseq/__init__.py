@@ -1,14 +1,29 @@
 """SMART fine-tuning (Jiang et al., ACL 2020) for fairseq; importing this registers its components."""
 
+import functools
+import sys
+
+from .errors import install_excepthook
+
 __version__ = "0.1.0"
 
-from .criterions import smart_sentence_prediction  # noqa: F401
-from .errors import install_excepthook
-from .models import smart_bert  # noqa: F401
-from .optim import mbpp  # noqa: F401
-from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, forget_removed_flags
 
-allow_fairseq_checkpoints()
-copy_checkpoints_whole()
-forget_removed_flags()
+@functools.cache
+def register() -> None:
+    """Make the components known to fairseq, and mend there what they need (`patches`)."""
+    from .criterions import smart_sentence_prediction  # noqa: F401
+    from .models import smart_bert  # noqa: F401
+    from .optim import mbpp  # noqa: F401
+    from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, forget_removed_flags
+
+    allow_fairseq_checkpoints()
+    copy_checkpoints_whole()
+    forget_removed_flags()
+
+
 install_excepthook()
+# for `python -m smart_fairseq.commands`, Python imports this package while it looks for the program, which registers
+# when it comes to need fairseq: its help and its errors do not wait for that
+PROGRAMS = ("commands", "export", "import_hf")
+if not (sys.argv[:1] == ["-m"] and any(f"{__name__}.{program}" in sys.orig_argv for program in PROGRAMS)):
+    register()

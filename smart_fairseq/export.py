@@ -1,10 +1,70 @@
-"""`python -m smart_fairseq.export CHECKPOINT OUT.pt`: smart_fairseq/convert/exporting.py."""
+"""The command export: `python -m smart_fairseq.export CHECKPOINT OUT.pt [--teacher]`.
 
+It turns a checkpoint of this plugin into one that plain fairseq loads, with the same predictions: convert/exporting.py.
+With ``--teacher`` the weights are those of the teacher that --optimizer mbpp keeps, instead of the model's.
+"""
+
+import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from smart_fairseq.convert.exporting import export, main
+from smart_fairseq.commands.run import run
+from smart_fairseq.errors import refuse
+from smart_fairseq.files import whole_file
 
-__all__ = ["export", "main"]
+
+def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
+    """Write a checkpoint, or the teacher in it, for plain fairseq, completely or not at all.
+
+    Args:
+        checkpoint: file that fairseq-train or import_hf wrote.
+        out: file to write.
+        teacher: write the weights of the teacher that --optimizer mbpp keeps.
+    Returns:
+        A line for the user.
+    Raises:
+        UsageError: for what is no checkpoint of smart_bert or RoBERTa, and for impossible places.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        refuse(out, "cannot be written", "OUT.pt must be a file in an existing folder")
+    if not checkpoint.exists():
+        refuse(checkpoint, "no such file", "CHECKPOINT must be a checkpoint written by fairseq-train")
+    if out.exists() and out.samefile(checkpoint):
+        refuse(out, "is CHECKPOINT itself", "choose another file")
+
+    import torch  # what takes seconds to load comes after what can be said without
+
+    from smart_fairseq import register
+    from smart_fairseq.convert.checkpoint import load_checkpoint
+    from smart_fairseq.convert.exporting import teacher_weights, to_plain_roberta
+
+    register()
+    state = load_checkpoint(checkpoint)
+    if teacher:
+        state["model"] = teacher_weights(checkpoint, state)
+    exported = to_plain_roberta(checkpoint, state)
+    with whole_file(out) as partial:
+        torch.save(exported, partial)
+    whose = "the teacher's weights, " if teacher else ""
+    return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="export", description="turn a checkpoint of this plugin into one that plain fairseq loads"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="written by fairseq-train or import_hf")
+    parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
+    help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
+    parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
+    print(f"export: {export(**vars(parser.parse_args(argv)))}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return run("export", _main, argv)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-
-__all__ = ["hidden_folder", "sha256", "whole_file", "whole_files", "whole_folder"]
 
 
 def sha256(path: Path) -> str:
@@ -34,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     _clear_up(path)
     partial = _beside(path, "partial")
-    with _tidy_on_sigterm():
+    with tidy_on_sigterm():
         try:
             yield partial
             os.replace(partial, path)
@@ -50,7 +47,7 @@ def hidden_folder(target: Path) -> Iterator[Path]:
     """
     made = [parent for parent in target.parents if not parent.exists()]
     partial = _beside(target, "partial")
-    with _tidy_on_sigterm():
+    with tidy_on_sigterm():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _clear_up(target)
@@ -72,13 +69,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     with hidden_folder(target) as partial:
         yield partial
+        old = _beside(target, "old")
         if target.is_dir():
-            old = _beside(target, "old")
             target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -123,25 +118,19 @@ def _clear_up(target: Path) -> None:
 def _process_runs(number: int) -> bool:
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:  # one that is another user's runs as well
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 @contextlib.contextmanager
-def _tidy_on_sigterm() -> Iterator[None]:
+def tidy_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block as an error does, unless the program has an answer of its own to it."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    sys.exit(128 + number)

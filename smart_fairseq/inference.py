@@ -4,10 +4,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from . import register
 from .data.binarize import MANIFEST, read_index, read_manifest
 from .data.readers import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
@@ -68,33 +69,37 @@ class Model:
     """A checkpoint that `sentence_prediction` wrote, with the data of one folder."""
 
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
-        import torch
-
-        import smart_fairseq  # noqa: F401 - registers what a checkpoint's configuration names
-
         if not checkpoint.is_file():
             raise located(checkpoint, 0, "--checkpoint: no such file")
         self.folder, self.task = folder, task_of(read_manifest(folder), folder)
+
+        import torch  # what takes seconds to load comes after what can be said without
+
+        register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
-        self._model, self._config, self._fairseq_task = self._load(checkpoint)
-        self.classes: tuple[str, ...] = ()
-        self._check(checkpoint)
+        trained_on = self._load()
+        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        self.classes = self._checked_classes(trained_on)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
         self._model.to(self._device).eval()
         if fp16:
             self._model.half()
 
-    def _load(self, path: Path) -> tuple[Any, Any, Any]:
+    def _refuse(self, message: str) -> NoReturn:
+        raise located(self._path, 0, message)
+
+    def _load(self) -> Path:
+        """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
 
+        path = str(self._path)
         try:
-            overrides = {"data": str(self.folder), "no_shuffle": True}
-            state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-            self._trained_on = str(_setting(state, "data") or "")
+            state = checkpoint_utils.load_checkpoint_to_cpu(path)
+            trained_on = str(_setting(state, "data") or "")
             if _setting(state, "_name") not in (None, "sentence_prediction"):
-                raise located(path, 0, f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
-            state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
-            models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+                self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
+            overrides = {"data": str(self.folder), "no_shuffle": True}
+            models, self._config, self._fairseq_task = checkpoint_utils.load_model_ensemble_and_task([path], overrides)
         except UsageError:
             raise
         except Exception as error:
@@ -102,38 +107,30 @@ class Model:
             lines = (str(error).strip() or type(error).__name__).splitlines()
             # where sizes differ, torch says which from the second line on
             reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
-            raise located(
-                path,
-                0,
-                f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
-                f"{reason[:240]}); give the folder that it was trained on, and a whole file",
-            ) from None
-        return models[0], config, task
+            what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
+            self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
+        self._model = models[0]
+        return Path(trained_on)
 
-    def _check(self, path: Path) -> None:
-        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+    def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
+        """The labels in the order of the head's outputs; none for regression."""
         heads = getattr(self._model, "classification_heads", {})
         if self._head not in heads:
-            raise located(path, 0, f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
+            self._refuse(f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
         outputs = heads[self._head].out_proj.out_features
         if outputs != self.task.num_classes:
-            raise located(
-                path, 0, f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's"
-            )
-        if not self.task.regression:
-            self.classes = label_order(self.folder, outputs)
-            trained_on = Path(self._trained_on)
-            if (trained_on / "label" / "dict.txt").is_file():
-                # the head's own order, where it can be known, is right even if this folder has another
-                order = label_order(trained_on, outputs)
-                if set(order) != set(self.classes):
-                    raise located(
-                        path,
-                        0,
-                        f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
-                        f"{', '.join(self.classes)}: another task's",
-                    )
-                self.classes = order
+            self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
+        if self.task.regression:
+            return ()
+        classes = label_order(self.folder, outputs)
+        if not (trained_on / "label" / "dict.txt").is_file():
+            return classes
+        # the head's own order, where it can be known, is right even if this folder has another
+        order = label_order(trained_on, outputs)
+        if set(order) != set(classes):
+            what = f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
+            self._refuse(f"{what}{', '.join(classes)}: another task's")
+        return order
 
     def predict(self, split: str, max_tokens: int) -> Predictions:
         """Predictions for a split, in batches of rows of like length, at most ``max_tokens`` with the padding."""
@@ -149,9 +146,7 @@ class Model:
         scores = logits if self.task.regression else self._torch.from_numpy(logits).softmax(-1).numpy()
         wrong = int((~np.isfinite(scores)).any(1).sum())
         if wrong:
-            raise located(
-                self._path, 0, f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged"
-            )
+            self._refuse(f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged")
         return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes, logits)
 
     def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -160,12 +155,9 @@ class Model:
         sizes = np.asarray(dataset.sizes[0])
         over = int((sizes > self.max_positions).sum())
         if over:
-            raise located(
-                self.folder,
-                0,
-                f"{split} has {over} rows above the model's {self.max_positions} tokens; "
-                f"preprocess --max-tokens {self.max_positions}",
-            )
+            most = self.max_positions
+            message = f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}"
+            raise located(self.folder, 0, message)
         for batch in batches(sizes, max_tokens):
             sample = dataset.collater([dataset[place] for place in batch])
             inputs = {name: value.to(self._device) for name, value in sample["net_input"].items()}

@@ -14,12 +14,12 @@
 """
 
 import argparse
-import collections
 import functools
 import inspect
 import logging
 import shutil
 import typing
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +28,25 @@ import torch
 
 from .files import whole_file
 
-__all__ = ["allow_fairseq_checkpoints", "copy_checkpoints_whole", "cover_validation_sets", "forget_removed_flags"]
-
 logger = logging.getLogger(__name__)
 
 # of the criterion; checkpoints of earlier versions name them
 REMOVED_FLAGS = ("smart_reuse", "smart_search_layers", "smart_bregman_every")
 
 
-def _what_checkpoints_hold() -> list[Any]:
-    from fairseq.distributed.utils import _TensorPlaceholder
-    from omegaconf import DictConfig, ListConfig, nodes
-    from omegaconf.base import ContainerMetadata, Metadata
-
-    scalar = np.float64(0).__reduce__()[0]  # the function that numpy pickles its numbers with
-    number_types = [np.dtype, *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}]
-    configuration = [DictConfig, ListConfig, ContainerMetadata, Metadata]
-    configuration += [
-        getattr(nodes, name)
-        for name in ("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "EnumNode")
-    ]
-    return [
-        argparse.Namespace,
-        _TensorPlaceholder,  # where a tensor stood, in a checkpoint on its way from one worker to the others
-        scalar,
-        *number_types,
-        *configuration,
-        typing.Any,
-        collections.defaultdict,
-        collections.OrderedDict,
-        dict,
-        list,
-        int,
-    ]
-
-
 def allow_fairseq_checkpoints() -> None:
     """Tell torch's safe loader which classes fairseq's checkpoints hold."""
-    torch.serialization.add_safe_globals(_what_checkpoints_hold())
+    from fairseq.distributed.utils import _TensorPlaceholder
+    from omegaconf import AnyNode, BooleanNode, DictConfig, EnumNode, FloatNode, IntegerNode, ListConfig, StringNode
+    from omegaconf.base import ContainerMetadata, Metadata
+
+    configuration = [DictConfig, ListConfig, ContainerMetadata, Metadata]
+    configuration += [AnyNode, StringNode, IntegerNode, FloatNode, BooleanNode, EnumNode]
+    numbers: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}]
+    numbers.append(np.float64(0).__reduce__()[0])  # the function that numpy pickles its numbers with
+    plain = [argparse.Namespace, typing.Any, dict, list, int, defaultdict, OrderedDict]
+    # the placeholder stands for a tensor, in a checkpoint on its way from one worker to the others
+    torch.serialization.add_safe_globals([*plain, *numbers, *configuration, _TensorPlaceholder])
 
 
 def copy_checkpoints_whole() -> None:
@@ -115,18 +96,17 @@ def cover_validation_sets(task: Any, train_subset: str) -> None:
     @functools.wraps(get_batch_iterator)
     def get_whole_batch_iterator(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
-        training = call.arguments["dataset"] is task.datasets.get(train_subset)
-        if not training:
+        dataset = call.arguments["dataset"]
+        if dataset is not task.datasets.get(train_subset):
             call.arguments["required_batch_size_multiple"] = 1
+            return get_batch_iterator(*call.args, **call.kwargs)
         iterator = get_batch_iterator(*call.args, **call.kwargs)
-        if training:
-            used = sum(len(batch) for batch in iterator.frozen_batches)
-            total = len(call.arguments["dataset"])
-            if used < total:
-                logger.info(
-                    f"training uses {used} of {total} examples: fairseq leaves out a last batch that is no multiple of "
-                    "--required-batch-size-multiple (1 takes all), and examples longer than --max-positions"
-                )
+        used = sum(len(batch) for batch in iterator.frozen_batches)
+        if used < len(dataset):
+            logger.info(
+                f"training uses {used} of {len(dataset)} examples: fairseq leaves out a last batch that is no multiple "
+                "of --required-batch-size-multiple (1 takes all), and examples longer than --max-positions"
+            )
         return iterator
 
     task.get_batch_iterator = get_whole_batch_iterator

@@ -1,7 +1,6 @@
 """How far a long step has come."""
 
-import sys
-from typing import Any
+from tqdm import tqdm
 
 
 class Progress:
@@ -9,20 +8,14 @@ class Progress:
 
     def __init__(self, total: int, what: str, unit: str = " rows") -> None:
         self._what, self._done, self._unit = what, 0, unit
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=what, unit=unit, leave=False)
+        self._bar = tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)  # on terminals alone
 
     def advance(self, count: int) -> None:
         """So much more is done."""
         self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
+        self._bar.update(count)
 
     def close(self, note: str = "") -> None:
         """All is done: the line that stays, with a note at its end."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         print(f"{self._what}: {self._done}{self._unit}{note}", flush=True)

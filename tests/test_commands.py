@@ -36,16 +36,60 @@ def test_each_has_its_help(name, capsys):
     assert name not in OWN or usage.startswith(f"usage: {PROGRAM} {name} [-h]")
 
 
-def test_command_on_the_command_line():
-    """Alone it imports no command; an unknown name is one line and status 2."""
-    code = "import sys; from smart_fairseq.commands.__main__ import main; main([]); print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    loaded = [name for name in out.split() if name.startswith("smart_fairseq.commands.")]
-    assert loaded == ["smart_fairseq.commands.__main__"]
-    command = [sys.executable, "-m", "smart_fairseq.commands", "nothing"]
+def as_a_program(program, *argv):
+    """The program's run, and the modules that it imports."""
+    command = [sys.executable, "-X", "importtime", "-m", f"smart_fairseq.{program}", *argv]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    lines = [line for line in run.stderr.splitlines() if not line.startswith("INFO:")]
-    assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith(f"{PROGRAM}: error: "), run.stderr
+    imports = re.compile(r"^import time:.*\| +([\w. ]+)\n", re.MULTILINE)
+    return run.returncode, run.stdout + imports.sub("", run.stderr), set(imports.findall(run.stderr))
+
+
+LIGHT = {  # arguments to the exit status and what they give
+    (): (0, "usage: "),
+    ("--help",): (0, "usage: "),
+    ("nothing",): (2, f"{PROGRAM}: error: "),
+    **{(name, "--help"): (0, "usage: ") for name in COMMANDS},
+    **{(name, "--no-such-option"): (2, "usage: ") for name in COMMANDS},
+    ("preprocess", "--task", "RTE", "--data-dir", "nowhere"): (2, "preprocess: error: nowhere: "),
+    ("predict", "--checkpoint", "x", "--data-dir", "nowhere", "--out", "x"): (2, "predict: error: nowhere: "),
+    ("evaluate", "--checkpoint", "x", "--data-dir", "nowhere"): (2, "evaluate: error: nowhere: "),
+    ("agreement", "--predictions", "x", "--data-dir", "nowhere"): (2, "agreement: error: nowhere: "),
+    ("export", "nowhere", "x"): (2, "export: error: nowhere: "),
+    ("import-hf", "nowhere", "x"): (2, "import_hf: error: nowhere: "),
+}
+
+
+@pytest.mark.parametrize("argv", LIGHT, ids=" ".join)
+def test_help_and_errors_load_nothing_heavy(argv):
+    status, said, loaded = as_a_program("commands", *argv)
+    assert not {"torch", "fairseq"} & loaded and "smart_fairseq.commands" in loaded
+    assert (status, said[: len(LIGHT[argv][1])]) == LIGHT[argv]
+    assert "INFO" not in said and "tensorboardX" not in said
+    assert LIGHT[argv][1].count("error") == 0 or said.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["export", "import_hf"])
+def test_programs_of_their_own_load_nothing_heavy_either(program):
+    status, said, loaded = as_a_program(program, "--help")
+    assert status == 0 and said.startswith("usage: ") and not {"torch", "fairseq"} & loaded
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import smart_fairseq",
+        "import smart_fairseq.data.readers",
+        # what a process that multiprocessing starts does first, within a command
+        "sys.argv = ['-c']; import pickle; pickle.loads(b'csmart_fairseq.data.pool\\nCHUNK\\n.')",
+        "from fairseq import utils; utils.import_user_module(argparse.Namespace(user_dir='smart_fairseq'))",
+    ],
+)
+def test_everything_else_registers(code):
+    names = "CRITERION_REGISTRY as c; from fairseq.optim import OPTIMIZER_REGISTRY as o"
+    registered = f"from fairseq.criterions import {names}; from fairseq.models import MODEL_REGISTRY as m"
+    check = "assert 'smart_sentence_prediction' in c and 'mbpp' in o and 'smart_bert' in m"
+    program = f"import argparse, sys; {code}; {registered}; {check}; assert 'smart_fairseq.patches' in sys.modules"
+    subprocess.run([sys.executable, "-c", program, "smart_fairseq.commands"], cwd=ROOT, check=True)
 
 
 def test_preprocess_and_its_errors(tmp_path, capsys):

@@ -25,18 +25,18 @@ def test_gpt2_equals_fairseqs_encoder(tmp_path):
         "\ufeffx",
     ]
     for text in [*sentences(100), *WORDS, *odd]:
-        assert ours.encode(text) == [str(number) for number in fairseqs.encode(text)]
+        assert ours(text) == [str(number) for number in fairseqs.encode(text)]
 
 
 def test_bert_symbols(tmp_path):
     encoder = make_encoder(find_bpe(None, make_bert_bpe(tmp_path)))
-    assert encoder.encode("The Dogs, see!") == ["the", "dog", "##s", ",", "see", "!"]
-    assert encoder.encode("Café \u2603") == ["c", "##a", "##f", "##e", "[UNK]"]
+    assert encoder("The Dogs, see!") == ["the", "dog", "##s", ",", "see", "!"]
+    assert encoder("Café \u2603") == ["c", "##a", "##f", "##e", "[UNK]"]
 
 
 def test_bert_cased(tmp_path):
     encoder = make_encoder(find_bpe("bert", make_bert_bpe(tmp_path, lowercase=False)))
-    assert encoder.encode("The dog")[0] == "T"
+    assert encoder("The dog")[0] == "T"
 
 
 def test_sentencepiece_equals_fairseqs_encoder(tmp_path):
@@ -46,7 +46,7 @@ def test_sentencepiece_equals_fairseqs_encoder(tmp_path):
     fairseqs = SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(folder / "spm.model")))
     ours = make_encoder(find_bpe("sentencepiece", folder))
     for text in sentences(50):
-        assert ours.encode(text) == fairseqs.encode(text).split()
+        assert ours(text) == fairseqs.encode(text).split()
 
 
 def test_dictionary_is_numbered_as_fairseqs(tmp_path):
@@ -68,7 +68,7 @@ def test_folder_in_other_encoders(tmp_path, kind, make):
     encoder, vocabulary = make_encoder(find_bpe(kind, bpe)), load_vocabulary(bpe / "dict.txt")
     texts = [line.split("\t")[1] for line in (data / "train.tsv").read_text(encoding="utf-8").split("\n")[1:-1]]
     for text, row in zip(texts, read_indexed(out / "input0" / "train")):
-        assert row.tolist() == [*(vocabulary[symbol] for symbol in encoder.encode(text)), 2]
+        assert row.tolist() == [*(vocabulary[symbol] for symbol in encoder(text)), 2]
     assert json.loads((out / "preprocess.json").read_text())["bpe"] == kind
 
 

@@ -103,6 +103,17 @@ def test_batches_change_nothing(place, tmp_path):
     np.testing.assert_allclose(small.scores.sum(1), 1, atol=1e-6)
 
 
+def test_as_a_program_it_predicts_the_same(place, tmp_path):
+    """A program registers what the checkpoint needs by itself, and fairseq says nothing while it loads."""
+    flags = ["--checkpoint", checkpoint(place, "MRPC"), "--data-dir", str(place / "bins" / "MRPC-bin")]
+    flags += ["--split", "valid", "--cpu"]
+    command = [sys.executable, "-m", "smart_fairseq.commands", "predict", *flags, "--out", str(tmp_path / "program")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not done.stderr
+    assert predict.main([*flags, "--out", str(tmp_path / "here")]) == 0
+    assert table(tmp_path / "program" / "MRPC.valid.tsv") == table(tmp_path / "here" / "MRPC.valid.tsv")
+
+
 def test_batches_hold_rows_of_like_length():
     sizes = np.array([3, 9, 4, 9, 1])
     assert list(batches(sizes, 18)) == [[1, 3], [2, 0, 4]]

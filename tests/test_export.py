@@ -12,7 +12,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from hf_samples import write_hf, write_task_data
-from toolkit import USER_DIR, train
+from toolkit import ROOT, USER_DIR, train
 
 from smart_fairseq.convert.checkpoint import plain
 from smart_fairseq.convert.epsilon import scale_residual_stream, stream_scale
@@ -93,6 +93,18 @@ def test_trained_model_predicts_the_same_without_this_package(trained: dict[str,
     expected = here(trained["checkpoint"], HEAD)
     for actual, wanted in zip(in_plain_fairseq(out, trained["data"], HEAD), expected):
         assert (actual - wanted).abs().max() < 1e-5
+
+
+def test_as_a_program_it_does_the_same(trained: dict[str, Path], tmp_path: Path) -> None:
+    """A program registers what the checkpoint needs by itself."""
+    outs = [tmp_path / "here.pt", tmp_path / "program.pt"]
+    command = [sys.executable, "-m", "smart_fairseq.commands", "export", str(trained["checkpoint"]), str(outs[1])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith(f"export: wrote {outs[1]}") and not done.stderr
+    assert main([str(trained["checkpoint"]), str(outs[0])]) == 0
+    here, there = (torch.load(out, weights_only=True) for out in outs)
+    assert here["cfg"] == there["cfg"] and list(here["model"]) == list(there["model"])
+    assert all(torch.equal(tensor, there["model"][name]) for name, tensor in here["model"].items())
 
 
 def test_without_the_scale_it_would_not(trained: dict[str, Path], tmp_path: Path) -> None:

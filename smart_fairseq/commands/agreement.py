@@ -8,7 +8,6 @@ second number KL; a divergence is the cross entropy less the annotators' own ent
 import argparse
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +26,21 @@ from .run import run
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
 ALL = "all"
 
-# figure 2, read off by the group order (all, *GROUPS): accuracy, then the divergence
-PAPER: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
+Points = dict[str, tuple[float, float]]  # group to accuracy and divergence
+
+
+def _figure(accuracies: Sequence[float], divergences: Sequence[float]) -> Points:
+    return dict(zip((ALL, *GROUPS), zip(accuracies, divergences)))
+
+
+PAPER: dict[str, dict[str, Points]] = {  # figure 2, read off
     "valid": {
-        "paper: RoBERTa": ((90.6, 97.2, 89.5, 68.0, 69.7), (0.36, 0.08, 0.61, 0.97, 1.12)),
-        "paper: SMART": ((91.1, 97.7, 90.7, 67.4, 70.7), (0.26, 0.08, 0.41, 0.66, 0.76)),
+        "paper: RoBERTa": _figure((90.6, 97.2, 89.5, 68.0, 69.7), (0.36, 0.08, 0.61, 0.97, 1.12)),
+        "paper: SMART": _figure((91.1, 97.7, 90.7, 67.4, 70.7), (0.26, 0.08, 0.41, 0.66, 0.76)),
     },
     "valid1": {
-        "paper: RoBERTa": ((90.1, 97.4, 87.1, 63.4, 72.1), (0.35, 0.08, 0.62, 0.94, 1.15)),
-        "paper: SMART": ((91.3, 97.9, 89.2, 65.4, 76.1), (0.25, 0.08, 0.43, 0.64, 0.77)),
+        "paper: RoBERTa": _figure((90.1, 97.4, 87.1, 63.4, 72.1), (0.35, 0.08, 0.62, 0.94, 1.15)),
+        "paper: SMART": _figure((91.3, 97.9, 89.2, 65.4, 76.1), (0.25, 0.08, 0.43, 0.64, 0.77)),
     },
 }
 
@@ -57,20 +62,17 @@ def group_of(votes: Sequence[str]) -> str:
 
 
 def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarray) -> dict[str, Group]:
-    """Groups in the figure's order, empty ones left out, then all rows that are in one.
+    """All rows that are in a group, then the groups in the figure's order, empty ones left out.
 
     ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
     """
-    annotators = np.zeros_like(probabilities)
-    for place, row in enumerate(rows):
+    for row in rows:
         for vote in row.votes:
             if vote not in labels:
-                raise located(
-                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
-                )
-            annotators[place, labels.index(vote)] += 1 / len(row.votes)
-    logs = np.log(np.maximum(probabilities, 1e-12))
-    cross = -(annotators * logs).sum(1)
+                message = f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
+                raise located(Path(row.file), row.line, message)
+    annotators = np.array([[row.votes.count(label) / max(len(row.votes), 1) for label in labels] for row in rows])
+    cross = -(annotators * np.log(np.maximum(probabilities, 1e-12))).sum(1)
     own = -(annotators * np.log(np.where(annotators > 0, annotators, 1))).sum(1)
     right = np.array([labels[best] == row.label for best, row in zip(probabilities.argmax(1), rows)], dtype=bool)
     names = np.array([group_of(row.votes) for row in rows])
@@ -78,38 +80,32 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
     for name in (ALL, *GROUPS):
         chosen = np.isin(names, GROUPS) if name == ALL else names == name
         if chosen.any():
-            found[name] = Group(
-                int(chosen.sum()),
-                100.0 * float(right[chosen].mean()),
-                float(cross[chosen].mean()),
-                float((cross - own)[chosen].mean()),
-            )
+            means = (float(values[chosen].mean()) for values in (100.0 * right, cross, cross - own))
+            found[name] = Group(int(chosen.sum()), *means)
     return found
 
 
 def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, ...]]:
     """Id to probabilities, and their labels, from a file that ``predict --probabilities`` wrote."""
-    labels: tuple[str, ...] = ()
-    places: list[int] = []
+    mark = "probability of "
+    lines = read_lines(path)
+    names = next(lines)[1].split("\t")
+    places = [place for place, name in enumerate(names) if name.startswith(mark)]
+    if not places or names[0] != "index":
+        raise located(path, 1, "holds no probabilities; write it with predict.py --split ... --probabilities")
     found: dict[str, list[float]] = {}
-    for number, line in read_lines(path):
+    for number, line in lines:
         cells = line.split("\t")
-        if number == 1:
-            places = [place for place, name in enumerate(cells) if name.startswith("probability of ")]
-            labels = tuple(cells[place][len("probability of ") :] for place in places)
-            if not labels or cells[0] != "index":
-                raise located(path, 1, "holds no probabilities; write it with predict.py --split ... --probabilities")
-            continue
         try:
             values = [float(cells[place]) for place in places]
         except (IndexError, ValueError):
             values = []
         if not values or not abs(sum(values) - 1) < 1e-3:
-            raise located(path, number, f"{len(labels)} probabilities with the sum 1 are needed")
+            raise located(path, number, f"{len(places)} probabilities with the sum 1 are needed")
         if cells[0] in found:
             raise located(path, number, f"id {shown(cells[0])} was there already")
         found[cells[0]] = values
-    return found, labels
+    return found, tuple(names[place].removeprefix(mark) for place in places)
 
 
 def annotated_rows(task: Task, data_dir: Path, split: str) -> list[Row]:
@@ -133,24 +129,20 @@ def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
     return compare(labels, rows, np.array(found))
 
 
-def table(models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]) -> str:
+def table(models: dict[str, dict[str, Group]], paper: dict[str, Points]) -> str:
     """A line for each model and group, then the paper's."""
     lines = [f"{'':24} {'votes':>6} {'rows':>6} {'accuracy':>9} {'cross entropy':>14} {'divergence':>11}"]
     for name, groups in models.items():
-        for group, numbers in groups.items():
-            lines.append(
-                f"{name:24} {group:>6} {numbers.rows:6d} {numbers.accuracy:9.2f} {numbers.cross_entropy:14.4f} "
-                f"{numbers.divergence:11.4f}"
-            )
-    for name, (accuracies, divergences) in paper.items():
-        for group, accuracy, divergence in zip((ALL, *GROUPS), accuracies, divergences):
+        for group, found in groups.items():
+            numbers = f"{found.rows:6d} {found.accuracy:9.2f} {found.cross_entropy:14.4f} {found.divergence:11.4f}"
+            lines.append(f"{name:24} {group:>6} {numbers}")
+    for name, points in paper.items():
+        for group, (accuracy, divergence) in points.items():
             lines.append(f"{name:24} {group:>6} {'':6} {accuracy:9.1f} {'':14} {divergence:11.2f}")
     return "\n".join(lines)
 
 
-def draw(
-    models: dict[str, dict[str, Group]], paper: dict[str, tuple[tuple[float, ...], tuple[float, ...]]], path: Path
-) -> None:
+def draw(models: dict[str, dict[str, Group]], paper: dict[str, Points], path: Path) -> None:
     """The figure: accuracy and divergence by group, a bar for each model and for the paper's."""
     try:
         import matplotlib
@@ -160,22 +152,18 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = (ALL, *GROUPS)
-    bars: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-        name: (
-            [groups[group].accuracy if group in groups else math.nan for group in names],
-            [groups[group].divergence if group in groups else math.nan for group in names],
-        )
+    bars = {
+        name: {group: (found.accuracy, found.divergence) for group, found in groups.items()}
         for name, groups in models.items()
-    }
-    bars.update(paper)
+    } | paper
+    names = (ALL, *GROUPS)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
     width = 0.8 / len(bars)
-    for number, (name, pair) in enumerate(bars.items()):
-        for axis, values in zip(axes, pair):
-            hatch = "//" if name in paper else None
-            places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(names))]
-            axis.bar(places, values, width, label=name, hatch=hatch, alpha=0.6 if name in paper else 1.0)
+    for number, (name, points) in enumerate(bars.items()):
+        places = [names.index(group) + (number - (len(bars) - 1) / 2) * width for group in points]
+        style = {"hatch": "//", "alpha": 0.6} if name in paper else {}
+        for axis, values in zip(axes, zip(*points.values())):
+            axis.bar(places, values, width, label=name, **style)
     for axis, title in zip(axes, ("accuracy (%)", "divergence from the annotators (nats)")):
         axis.set_xticks(range(len(names)), names)
         axis.set_xlabel("annotators' votes")
@@ -200,19 +188,15 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def _main(argv: Sequence[str] | None, prog: str) -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Accuracy and cross entropy of predictions by the annotators' agreement."
-    )
-    parser.add_argument(
-        "--data-dir", required=True, help="the folder of the official files, for the annotators' labels"
-    )
-    parser.add_argument(
-        "--predictions", required=True, nargs="+", metavar="[NAME=]FILE", help="of predict --probabilities"
-    )
-    parser.add_argument("--task", default="MNLI", choices=["MNLI", "SNLI"], help="(%(default)s)")
-    parser.add_argument("--split", default="valid", help="valid, valid1 (MNLI mismatched), test (SNLI); (%(default)s)")
-    parser.add_argument("--json", help="write the numbers there")
-    parser.add_argument("--picture", help="draw them there (PNG), beside the paper's for MNLI; needs matplotlib")
+    about = "Accuracy and cross entropy of predictions by the annotators' agreement."
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    add = parser.add_argument
+    add("--data-dir", required=True, help="the folder of the official files, for the annotators' labels")
+    add("--predictions", required=True, nargs="+", metavar="[NAME=]FILE", help="of predict --probabilities")
+    add("--task", default="MNLI", choices=["MNLI", "SNLI"], help="(%(default)s)")
+    add("--split", default="valid", help="valid, valid1 (MNLI mismatched), test (SNLI); (%(default)s)")
+    add("--json", help="write the numbers there")
+    add("--picture", help="draw them there (PNG), beside the paper's for MNLI; needs matplotlib")
     options = parser.parse_args(argv)
     task = TASKS[options.task]
     if options.split not in task.splits:
@@ -220,13 +204,12 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     rows = annotated_rows(task, Path(options.data_dir), options.split)
     models = {name: analyse(task, rows, path) for name, path in _named(options.predictions).items()}
     paper = PAPER.get(options.split, {}) if options.task == "MNLI" else {}
-    others = Counter(group_of(row.votes) for row in rows if group_of(row.votes) not in GROUPS)
+    others = Counter(group for row in rows if (group := group_of(row.votes)) not in GROUPS)
     print(f"{options.task} {options.split}, {len(rows)} rows")
     print(table(models, paper))
     if others:
-        print(
-            f"in no group: {', '.join(f'{number} rows with votes {name}' for name, number in sorted(others.items()))}"
-        )
+        listed = ", ".join(f"{number} rows with votes {name}" for name, number in sorted(others.items()))
+        print(f"in no group: {listed}")
     if options.json:
         numbers = {name: {group: vars(found) for group, found in groups.items()} for name, groups in models.items()}
         replace_file(Path(options.json), json.dumps(numbers, indent=1) + "\n")

@@ -61,15 +61,11 @@ def chosen_splits(folder: Path, text: str | None, kind: str) -> list[str]:
 
 def add_encoder_options(parser: argparse.ArgumentParser, when: str = "") -> None:
     """The options of all commands that read official files; ``when`` begins their help."""
-    parser.add_argument(
-        "--bpe", help=f"{when}gpt2 (RoBERTa), sentencepiece or bert; default: what --bpe-dir says, else gpt2"
-    )
-    parser.add_argument(
-        "--bpe-dir",
-        help=f"{when}folder with dict.txt and encoder.json, vocab.bpe (gpt2), *.model (sentencepiece) or vocab.txt "
-        "(bert); default: gpt2_bpe in --data-dir",
-    )
+    kinds = "gpt2 (RoBERTa), sentencepiece or bert; default: what --bpe-dir says, else gpt2"
+    files = "dict.txt and encoder.json, vocab.bpe (gpt2), *.model (sentencepiece) or vocab.txt (bert)"
     workers = str(min(8, os.cpu_count() or 1))
+    parser.add_argument("--bpe", help=f"{when}{kinds}")
+    parser.add_argument("--bpe-dir", help=f"{when}folder with {files}; default: gpt2_bpe in --data-dir")
     parser.add_argument("--workers", default=workers, help=f"{when}processes that encode (%(default)s)")
 
 

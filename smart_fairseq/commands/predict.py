@@ -1,15 +1,16 @@
 """The command predict: a checkpoint's predictions, in the files that the GLUE server and ANLI take."""
 
 import argparse
+import itertools
 import json
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.binarize import read_manifest
 from ..data.readers import find_sources, located, shown
-from ..data.tasks import GLUE, TASKS, Task
+from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
 from ..files import whole_file
 from ..inference import Model, Predictions
@@ -46,72 +47,65 @@ def replace_file(path: Path, text: str) -> None:
         raise located(path, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
 
 
-def server_label(task: Task, label: str) -> str:
-    """The label as the GLUE server wants it: STS-B within its range."""
-    if task.regression:
-        return f"{min(max(float(label), 0.0), task.divisor):.3f}"
-    return label
+def _server_file(path: Path, rows: Iterable[tuple[int, str]]) -> Path:
+    lines = "".join(f"{number}\t{label}\n" for number, label in rows)
+    replace_file(path, "index\tprediction\n" + lines)
+    return path
 
 
 def write_submission(found: Predictions, out: Path) -> Path:
-    """The file of one test part, in the order of its index."""
+    """The file of one test part, in the order of its index; the GLUE server wants STS-B's scores within their range."""
     path = out / found.task.submission[found.split]
-    rows = sorted(zip(map(int, found.ids), found.labels))
+    labels: Sequence[str] = found.labels
+    if found.task.regression:
+        labels = [f"{min(max(float(label), 0.0), found.task.divisor):.3f}" for label in labels]
     official = found.task.rows.get(found.split)
-    if len(rows) != official:
-        print(f"{path.name}: {len(rows)} rows, and the GLUE server expects {official}; it will refuse the file")
-    lines = "".join(f"{number}\t{server_label(found.task, label)}\n" for number, label in rows)
-    replace_file(path, "index\tprediction\n" + lines)
-    return path
+    if len(labels) != official:
+        print(f"{path.name}: {len(labels)} rows, and the GLUE server expects {official}; it will refuse the file")
+    return _server_file(path, sorted(zip(map(int, found.ids), labels)))
 
 
 def write_predictions(found: Predictions, out: Path, probabilities: bool = False) -> Path:
     """SPLIT's predictions by id; scores are not clipped, so that they score as fairseq scores them."""
     path = out / f"{found.task.name}.{found.split}.tsv"
-    header = ["index", "prediction", *(f"probability of {label}" for label in found.classes if probabilities)]
-    lines = ["\t".join(header)]
+    classes = found.classes if probabilities else ()
+    rows = [["index", "prediction", *(f"probability of {label}" for label in classes)]]
     for identity, label, scores in zip(found.ids, found.labels, found.scores):
-        more = [f"{value:.6g}" for value in scores] if probabilities and found.classes else []
-        lines.append("\t".join([identity, label, *more]))
-    replace_file(path, "\n".join(lines) + "\n")
+        rows.append([identity, label, *(f"{value:.6g}" for value in scores if classes)])
+    replace_file(path, "".join("\t".join(row) + "\n" for row in rows))
     return path
 
 
 def write_anli(found: Predictions, out: Path, parts: Sequence[tuple[str, int]]) -> list[Path]:
     """A file for each round, with the keys and letters of ANLI's own files."""
-    paths, start = [], 0
-    for name, rows in parts:
-        lines = [
-            json.dumps({"uid": identity, "label": LETTERS[label]})
-            for identity, label in zip(found.ids[start : start + rows], found.labels[start : start + rows])
-        ]
-        path = out / f"ANLI-{name}.{found.split}.jsonl"
-        replace_file(path, "\n".join(lines) + "\n")
-        paths.append(path)
-        start += rows
+    lines = (
+        json.dumps({"uid": identity, "label": LETTERS[label]}) + "\n"
+        for identity, label in zip(found.ids, found.labels)
+    )
+    paths = [out / f"ANLI-{name}.{found.split}.jsonl" for name, _ in parts]
+    for path, (_, rows) in zip(paths, parts):
+        replace_file(path, "".join(itertools.islice(lines, rows)))
     return paths
 
 
-def fill_missing(out: Path) -> list[str]:
-    """Write the majority baseline for each server file that is not there; their names."""
+def write_zip(out: Path, fill: bool) -> None:
+    """submission.zip of the server's files in ``out``, if there are any; ``fill``: with baselines for the others."""
     missing = [file for file in SUBMISSION_FILES if not (out / file).is_file()]
-    for file in missing:
-        name, split = SUBMISSION_FILES[file]
-        rows = "".join(f"{number}\t{MAJORITY[name]}\n" for number in range(TASKS[name].rows[split]))
-        replace_file(out / file, "index\tprediction\n" + rows)
-    return missing
-
-
-def write_zip(out: Path) -> tuple[Path, list[str]]:
-    """submission.zip of the server files in ``out``, and the names of those that are not there."""
-    path, missing = out / "submission.zip", []
+    if len(missing) == len(SUBMISSION_FILES):
+        return
+    if fill:
+        for file in missing:
+            name, split = SUBMISSION_FILES[file]
+            _server_file(out / file, ((number, MAJORITY[name]) for number in range(TASKS[name].rows[split])))
+            print(f"wrote {out / file}: the majority baseline, not a prediction")
+        missing = []
+    path = out / "submission.zip"
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in SUBMISSION_FILES:
-            if (out / file).is_file():
+            if file not in missing:
                 archive.write(out / file, file)
-            else:
-                missing.append(file)
-    return path, missing
+    note = f"; the server also wants {', '.join(missing)} (--fill-missing majority)" if missing else ""
+    print(f"wrote {path}{note}")
 
 
 # Command -----------------------------------------------------------------------------------------------------------
@@ -134,80 +128,59 @@ def named_checkpoints(texts: Sequence[str], folders: dict[str, Path]) -> dict[st
     return found
 
 
-def _splits(name: str, folder: Path, options: argparse.Namespace) -> list[str]:
-    splits = chosen_splits(folder, options.split, "test")
-    if not splits:
-        raise located(folder, 0, f"has no test split of {name}; leave the task out, or name another with --split")
-    return splits
-
-
-def predict_task(
-    name: str, checkpoint: Path, folder: Path, out: Path, options: argparse.Namespace
-) -> list[tuple[str, Path]]:
-    """All chosen splits of one task; (split, file) of each file written."""
-    splits = _splits(name, folder, options)
-    model = Model(checkpoint, folder, options.cpu, options.fp16)
-    written: list[tuple[str, Path]] = []
-    for split in splits:
-        found = model.predict(split, options.max_tokens)
-        parts = read_manifest(folder).get("parts", {}).get(split)
-        if name.startswith("ANLI") and split != "train":
-            parts = parts or [(name[5:], len(found.ids))]
-            written += [(split, path) for path in write_anli(found, out, parts)]
-        elif split in found.task.submission:
-            written.append((split, write_submission(found, out)))
-        else:
-            written.append((split, write_predictions(found, out, options.probabilities)))
-    return written
+def predict_task(name: str, model: Model, split: str, out: Path, options: argparse.Namespace) -> list[Path]:
+    """The files that were written for a split of a task."""
+    found = model.predict(split, options.max_tokens)
+    if name.startswith("ANLI") and split != "train":
+        parts = read_manifest(model.folder).get("parts", {}).get(split)
+        return write_anli(found, out, parts or [(name[5:], len(found.ids))])
+    if split in found.task.submission:
+        return [write_submission(found, out)]
+    return [write_predictions(found, out, options.probabilities)]
 
 
 def _main(argv: Sequence[str] | None, prog: str) -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Predictions of fine-tuned checkpoints, as files for the GLUE server or by id."
-    )
-    parser.add_argument("--checkpoint", required=True, nargs="+", action="extend", metavar="[TASK=]PATH")
-    parser.add_argument("--out", required=True, help="folder for the files")
-    parser.add_argument("--split", help="instead of the test splits; as in valid,valid1")
-    parser.add_argument("--probabilities", action="store_true", help="write these too (not in files for the server)")
-    parser.add_argument("--fill-missing", choices=["majority"], help="baseline for tasks without a file, for the zip")
+    about = "Predictions of fine-tuned checkpoints, as files for the GLUE server or by id."
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    add = parser.add_argument
+    add("--checkpoint", required=True, nargs="+", action="extend", metavar="[TASK=]PATH")
+    add("--out", required=True, help="folder for the files")
+    add("--split", help="instead of the test splits; as in valid,valid1")
+    add("--probabilities", action="store_true", help="write these too (not in files for the server)")
+    add("--fill-missing", choices=["majority"], help="baseline for tasks without a file, for the zip")
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
     data_dir, out = Path(options.data_dir), Path(options.out)
     folders = data_folders(data_dir)
     with tempfile.TemporaryDirectory() as scratch:
-        if not folders:
-            for text in options.checkpoint:
-                name = text.partition("=")[0]
-                if name not in TASKS or not find_sources(TASKS[name], data_dir):
-                    raise UsageError(
-                        f"--data-dir {data_dir} holds no data folder, and no official files for --checkpoint {text}; "
-                        "with official files it must be TASK=PATH"
-                    )
-                folders[name] = official_folder(TASKS[name], "test", Path(scratch) / name, options)
+        for text in options.checkpoint if not folders else ():
+            name = text.partition("=")[0]
+            if name not in TASKS or not find_sources(TASKS[name], data_dir):
+                raise UsageError(
+                    f"--data-dir {data_dir} holds no data folder, and no official files for --checkpoint {text}; "
+                    "with official files it must be TASK=PATH"
+                )
+            folders[name] = official_folder(TASKS[name], "test", Path(scratch) / name, options)
         checkpoints = named_checkpoints(options.checkpoint, folders)
         if "MNLI" in checkpoints and "AX" in folders and options.split is None:
             # the diagnostic set has no training part: GLUE asks for MNLI's model
             checkpoints.setdefault("AX", checkpoints["MNLI"])
+        splits = {}  # of all tasks, before the first model takes its time
         for name in checkpoints:
             if name not in folders:
                 raise UsageError(f"--checkpoint names {name}, and --data-dir has {', '.join(folders)}")
-            _splits(name, folders[name], options)  # before the first model takes its time
+            splits[name] = chosen_splits(folders[name], options.split, "test")
+            if not splits[name]:
+                other = "leave the task out, or name another with --split"
+                raise located(folders[name], 0, f"has no test split of {name}; {other}")
         for name, checkpoint in checkpoints.items():
-            for split, path in predict_task(name, checkpoint, folders[name], out, options):
-                print(f"wrote {path} ({split})")
-    _zip(out, options.fill_missing)
-
-
-def _zip(out: Path, fill: str | None) -> None:
-    if not any((out / file).is_file() for file in SUBMISSION_FILES):
-        return
-    if fill:
-        for file in fill_missing(out):
-            print(f"wrote {out / file}: the majority baseline, not a prediction")
-    path, missing = write_zip(out)
-    note = f"; the server also wants {', '.join(missing)} (--fill-missing majority)" if missing else ""
-    print(f"wrote {path}{note}")
+            model = Model(checkpoint, folders[name], options.cpu, options.fp16)
+            written = [(split, predict_task(name, model, split, out, options)) for split in splits[name]]
+            for split, paths in written:
+                for path in paths:
+                    print(f"wrote {path} ({split})")
+    write_zip(out, fill=options.fill_missing is not None)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:

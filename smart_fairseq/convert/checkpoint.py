@@ -8,9 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from smart_fairseq.convert.command import refuse
+from ..errors import refuse
 
-FAIRSEQ_LAYER_NORM_EPS = 1e-5
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
 
 
@@ -23,8 +22,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with torch's safe loader; `UsageError` if it is none of fairseq's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        refuse(path, "no such file", "CHECKPOINT must be a checkpoint written by fairseq-train")
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         refuse(path, f"not a readable checkpoint ({reason})", "copy it again")
@@ -52,14 +49,9 @@ def plain(value: Any) -> Any:
 def fairseq_checkpoint(
     model: dict[str, Tensor], config: dict[str, Any], criterion: str, updates: int = 0, epoch: int = 1
 ) -> dict[str, Any]:
-    """A checkpoint without optimizer state, for optimizer adam.
+    """A checkpoint without optimizer state, for optimizer adam, with which training goes on at an epoch.
 
-    Args:
-        model: the model's state
-        config: fairseq's configuration, plain containers only
-        criterion: class name of the criterion
-        updates: how many were taken
-        epoch: where training goes on
+    ``config``: fairseq's configuration, plain containers only; ``criterion``: its class's name.
     """
     # the hub interface overrides load_checkpoint_heads, and only settings that are there can be overridden
     config["model"].setdefault("load_checkpoint_heads", False)

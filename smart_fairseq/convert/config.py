@@ -1,11 +1,14 @@
 """What config.json says of a model, and fairseq's settings for the same architecture."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from smart_fairseq.convert.checkpoint import FAIRSEQ_LAYER_NORM_EPS
-from smart_fairseq.convert.command import read_json, refuse
+from ..errors import refuse
 
+MODEL_DIR_HOLDS = "MODEL_DIR must hold config.json, model.safetensors and the vocabulary"
+FAIRSEQ_LAYER_NORM_EPS = 1e-5
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # by family, their tokens in that order
 SPECIAL_TOKENS = {"bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"), "roberta": FAIRSEQ_SPECIALS}
@@ -15,6 +18,7 @@ ACTIVATIONS = {
     "bert": {"gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate", "relu": "relu"},
     "roberta": {"gelu": "gelu"},
 }
+Content = TypeVar("Content")
 
 
 class Sizes(NamedTuple):
@@ -41,13 +45,30 @@ class Config(NamedTuple):
     tied_embeddings: bool
 
 
-def read_config(model_dir: Path) -> Config:
-    """Read config.json and refuse what fairseq's RoBERTa cannot compute.
+def _read(path: Path, kind: str, parse: Callable[[str], Content]) -> Content:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        refuse(path, "no such file", MODEL_DIR_HOLDS)
+    except (OSError, ValueError) as error:
+        refuse(path, f"cannot be read as {kind} ({error})", "copy or download it again")
 
-    Raises:
-        UsageError: a model of another family, an activation or a kind of positions that fairseq does not have, and
-            missing or impossible sizes
-    """
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; `UsageError` if the file is missing, broken, or holds something else."""
+    content = _read(path, "JSON", json.loads)
+    if not isinstance(content, dict):
+        refuse(path, f"holds a {type(content).__name__}", "a JSON object is needed")
+    return content
+
+
+def read_lines(path: Path) -> list[str]:
+    """The file's lines without line ends; `UsageError` if it is missing or not UTF-8."""
+    return _read(path, "UTF-8 text", lambda text: text.removesuffix("\n").split("\n") if text else [])
+
+
+def read_config(model_dir: Path) -> Config:
+    """Read config.json; `UsageError` for what fairseq's RoBERTa cannot compute, and for sizes that are none."""
     path = model_dir / "config.json"
     raw = read_json(path)
 
@@ -83,38 +104,30 @@ def read_config(model_dir: Path) -> Config:
     eps = raw.get("layer_norm_eps", 1e-12)  # Hugging Face's default for both families
     if not isinstance(eps, (int, float)) or not 0 < eps < 1:
         refuse(path, f"layer_norm_eps is {eps!r}", "a number between 0 and 1 is needed")
-    return Config(
-        path=path,
-        model_type=model_type,
-        sizes=sizes,
-        activation=activation,
-        layer_norm_eps=float(eps),
-        pad_token_id=number("pad_token_id", {"bert": 0, "roberta": 1}[model_type], least=0),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", True)),
-    )
+    pad_token_id = number("pad_token_id", {"bert": 0, "roberta": 1}[model_type], least=0)
+    tied_embeddings = bool(raw.get("tie_word_embeddings", True))
+    return Config(path, model_type, sizes, activation, float(eps), pad_token_id, tied_embeddings)
 
 
 def architecture(config: Config, untied: bool) -> dict[str, Any]:
     """The model's settings by fairseq's names: what the flags say and model.pt's configuration holds.
 
-    Args:
-        config: what config.json says
-        untied: the LM head does not share the embeddings
+    ``untied``: the LM head does not share the embeddings.
     """
     sizes = config.sizes
+    roberta = config.model_type == "roberta"
+    plain = roberta and config.layer_norm_eps == FAIRSEQ_LAYER_NORM_EPS
     settings: dict[str, Any] = {
-        "arch": "smart_bert",
+        "arch": "roberta" if plain else "smart_bert",
         "encoder_layers": sizes.layers,
         "encoder_embed_dim": sizes.embed_dim,
         "encoder_ffn_embed_dim": sizes.ffn_dim,
         "encoder_attention_heads": sizes.heads,
         "activation_fn": config.activation,
         # RoBERTa's rows 0 and 1 of the position table stand for no position
-        "max_positions": sizes.position_rows - (2 if config.model_type == "roberta" else 0),
+        "max_positions": sizes.position_rows - (2 if roberta else 0),
     }
-    if config.model_type == "roberta" and config.layer_norm_eps == FAIRSEQ_LAYER_NORM_EPS:
-        settings["arch"] = "roberta"
-    else:
+    if not plain:
         settings["smart_layer_norm_eps"] = config.layer_norm_eps
     if untied:
         settings["untie_weights_roberta"] = True

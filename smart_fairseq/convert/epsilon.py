@@ -21,7 +21,8 @@ import re
 
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import EMBEDDINGS, FAIRSEQ_LAYER_NORM_EPS, LM_HEAD, tied
+from .checkpoint import EMBEDDINGS, LM_HEAD, tied
+from .config import FAIRSEQ_LAYER_NORM_EPS
 
 LAYER = re.compile(r"encoder\.sentence_encoder\.layers\.(\d+)\.")
 ADDED_TO_STREAM = re.compile(
@@ -41,14 +42,9 @@ def stream_scale(eps: float) -> float:
 
 
 def scale_residual_stream(model: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Multiply the residual stream of a post-norm RoBERTa by `scale`, leaving features and heads unchanged.
+    """Multiply the residual stream of a post-norm RoBERTa by ``scale``, leaving features and heads unchanged.
 
-    Args:
-        model: state of fairseq's RobertaModel, float32
-        scale: the factor s of the module's docstring
-
-    Returns:
-        a new state; tensors that do not change are shared with `model`
+    ``model``: state of fairseq's RobertaModel, float32. Tensors that do not change are shared with the new state.
     """
     lm_head_shares = tied(model)
     last = max(int(match[1]) for match in map(LAYER.match, model) if match)

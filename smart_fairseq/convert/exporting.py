@@ -1,30 +1,22 @@
-"""Turn a checkpoint of this plugin into one that plain fairseq loads, with the same predictions.
+"""A checkpoint of this plugin as plain fairseq would have written it, with the same predictions.
 
-    python -m smart_fairseq.export CHECKPOINT OUT.pt [--teacher]
-
-With ``--teacher`` the weights are those of the teacher that --optimizer mbpp keeps, instead of the model's.
-
-The result has `--arch roberta`, criterion `sentence_prediction`, optimizer `adam`, no optimizer state, and no object,
-name or setting of this package; it holds plain containers and tensors only, which torch's safe loader takes as they
-are. What becomes of the epsilon of LayerNorm: epsilon.py.
+It has `--arch roberta`, criterion `sentence_prediction`, optimizer `adam`, no optimizer state, and no object, name or
+setting of this package; it holds plain containers and tensors only, which torch's safe loader takes as they are. What
+becomes of the epsilon of LayerNorm: epsilon.py.
 """
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.models.roberta import RobertaModel
 from fairseq.registry import REGISTRIES
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, load_checkpoint, plain, tied
-from smart_fairseq.convert.command import refuse, run
-from smart_fairseq.convert.epsilon import scale_residual_stream, stream_scale
-from smart_fairseq.files import whole_file
-from smart_fairseq.models.smart_bert import SmartBertModel
+from ..errors import refuse
+from ..models.smart_bert import BERT_LAYER_NORM_EPS, SmartBertModel
+from .checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain, tied
+from .epsilon import scale_residual_stream, stream_scale
 
 OUR_PREFIXES = ("smart_", "mbpp_")
 # names that only this package registers, and fairseq's that stand in for them
@@ -37,11 +29,10 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     The teacher is a list without names, in the order of the model's parameters, or one flat tensor (--fp16).
 
     Args:
-        path: where `state` is from, for messages
-        state: a checkpoint as `load_checkpoint` returns it; not changed
-
+        path: where ``state`` is from, for messages.
+        state: as `load_checkpoint` returns it; not changed.
     Raises:
-        UsageError: there is no teacher, or it does not fit the model's parameters
+        UsageError: there is no teacher, or it does not fit the model's parameters.
     """
     teacher = ((state.get("last_optimizer_state") or {}).get("mbpp") or {}).get("teacher")
     if not teacher:
@@ -66,15 +57,11 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint as plain fairseq would have written it for `--arch roberta`.
-
-    Args:
-        path: where `state` is from, for messages
-        state: a checkpoint as `load_checkpoint` returns it; not changed
+    """The checkpoint as plain fairseq would have written it for `--arch roberta`; arguments as `teacher_weights`.
 
     Raises:
         UsageError: for other architectures, and for smart_bert with --encoder-normalize-before, whose residual
-            stream no LayerNorm rescales
+            stream no LayerNorm rescales.
     """
     config = plain(state["cfg"])
     arguments = config["model"]
@@ -89,69 +76,26 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         if arguments.get("encoder_normalize_before"):
             refuse(path, "trained with --encoder-normalize-before", "allowed: models without it")
         eps = arguments.get("smart_layer_norm_eps")
-        model = scale_residual_stream(model, stream_scale(1e-12 if eps is None else eps))
+        model = scale_residual_stream(model, stream_scale(BERT_LAYER_NORM_EPS if eps is None else eps))
 
-    for settings in filter(lambda section: isinstance(section, dict), config.values()):
+    for settings in [settings for settings in config.values() if isinstance(settings, dict)]:
         for ours in [name for name in settings if name.startswith(OUR_PREFIXES)]:
             del settings[ours]
     config["common"]["user_dir"] = None
     for section, replacement in REPLACEMENTS.items():
-        chosen = config.get(section)
-        if isinstance(chosen, dict) and not is_fairseqs(section, chosen.get("_name")):
-            chosen["_name"] = replacement
         # the command line, which fairseq keeps with the model, names them as well
-        if not is_fairseqs(section, config["model"].get(section)):
-            config["model"][section] = replacement
-    config["model"].update(_name="roberta", arch="roberta")
-    config["model"].pop("user_dir", None)
+        for settings, key in ((config.get(section), "_name"), (arguments, section)):
+            if isinstance(settings, dict) and not _is_fairseqs(section, settings.get(key)):
+                settings[key] = replacement
+    arguments.update(_name="roberta", arch="roberta")
+    arguments.pop("user_dir", None)
 
     updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
     epoch = (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch", 1)
     return fairseq_checkpoint(model, config, "SentencePredictionCriterion", updates, epoch)
 
 
-def is_fairseqs(section: str, name: str | None) -> bool:
+def _is_fairseqs(section: str, name: str | None) -> bool:
     """Whether fairseq itself registers this criterion or optimizer (None: none was chosen)."""
     kind = REGISTRIES[section]["registry"].get(name)
     return name is None or (kind is not None and kind.__module__.startswith("fairseq."))
-
-
-def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
-    """Write a checkpoint, or the teacher in it, for plain fairseq.
-
-    Args:
-        checkpoint: file that fairseq-train or import_hf wrote
-        out: file to write, completely or not at all
-        teacher: write the weights of the teacher that --optimizer mbpp keeps
-
-    Returns:
-        a line for the user
-
-    Raises:
-        UsageError: for what is no checkpoint of smart_bert or RoBERTa, and for impossible places
-    """
-    if out.is_dir() or not out.parent.is_dir():
-        refuse(out, "cannot be written", "OUT.pt must be a file in an existing folder")
-    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        refuse(out, "is CHECKPOINT itself", "choose another file")
-    state = load_checkpoint(checkpoint)
-    if teacher:
-        state["model"] = teacher_weights(checkpoint, state)
-    exported = to_plain_roberta(checkpoint, state)
-    with whole_file(out) as partial:
-        torch.save(exported, partial)
-    whose = "the teacher's weights, " if teacher else ""
-    return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status: 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(
-        prog="export", description="turn a checkpoint of this plugin into one that plain fairseq loads"
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="written by fairseq-train or import_hf")
-    parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
-    help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
-    parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
-    args = parser.parse_args(argv)
-    return run("export", lambda: print(f"export: {export(args.checkpoint, args.out, args.teacher)}"))

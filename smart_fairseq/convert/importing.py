@@ -1,6 +1,4 @@
-"""Turn a Hugging Face folder of the RoBERTa or BERT family into a checkpoint that fairseq trains from.
-
-    python -m smart_fairseq.import_hf MODEL_DIR OUT_DIR
+"""A Hugging Face folder of the RoBERTa or BERT family as a checkpoint that fairseq trains from.
 
 MODEL_DIR holds config.json, model.safetensors and the vocabulary (vocab.json and merges.txt, or vocab.txt, or
 tokenizer.json). OUT_DIR receives
@@ -28,9 +26,7 @@ Sources: Devlin et al. (2019), arXiv:1810.04805; Liu et al. (2019), arXiv:1907.1
 the byte-level vocabulary: ids 0 to 255 are the bytes, 256 + i is merge i, then <|endoftext|>.
 """
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +37,12 @@ from fairseq.tasks.masked_lm import MaskedLMConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
-from smart_fairseq.convert.command import MODEL_DIR_HOLDS, refuse, run
-from smart_fairseq.convert.config import architecture, architecture_flags, read_config
-from smart_fairseq.convert.vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
-from smart_fairseq.convert.weights import LM_HEAD_SEED, convert_weights, open_weights
-from smart_fairseq.files import sha256, whole_files
+from ..errors import refuse
+from ..files import sha256, whole_files
+from .checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
+from .config import Config, architecture, architecture_flags
+from .vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
+from .weights import LM_HEAD_SEED, convert_weights, open_weights
 
 WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt", "bpe.json", "import.json")
 
@@ -60,32 +56,8 @@ def build_checkpoint(state: dict[str, Tensor], settings: dict[str, Any]) -> dict
     return fairseq_checkpoint(state, plain(config), "MaskedLmLoss")
 
 
-def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Convert `model_dir` and write `out_dir`, completely or not at all.
-
-    Args:
-        model_dir: folder with config.json, model.safetensors and the vocabulary
-        out_dir: folder to write; made if missing
-        overwrite: replace an import that is there
-
-    Returns:
-        what import.json holds, and under "notes" the lines for the user
-
-    Raises:
-        UsageError: for a folder that is not of the two families, is incomplete or contradicts itself, and for
-            an `out_dir` that holds a model.pt already
-    """
-    if not model_dir.is_dir():
-        refuse(model_dir, "no such folder", MODEL_DIR_HOLDS)
-    if out_dir.exists():
-        if not out_dir.is_dir():
-            refuse(out_dir, "is not a folder", "OUT_DIR must be a folder or not exist")
-        if out_dir.samefile(model_dir):
-            refuse(out_dir, "is MODEL_DIR itself", "OUT_DIR must be another folder")
-        if (out_dir / "model.pt").exists() and not overwrite:
-            refuse(out_dir / "model.pt", "exists already", "choose another OUT_DIR or give --overwrite")
-
-    config = read_config(model_dir)
+def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, Any]:
+    """What `import_hf` does once config.json is read and ``out_dir`` is free; the same report."""
     read_vocabulary = {"bert": read_bert_vocabulary, "roberta": read_gpt2_vocabulary}[config.model_type]
     vocabulary = read_vocabulary(model_dir, config)
     # fairseq computes positions from the padding index, which is 1 in all of its dictionaries
@@ -122,22 +94,3 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
     if left_out:
         notes.append("left out: " + ", ".join(left_out))
     return {**report, "notes": notes}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status: 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(
-        prog="import_hf", description="turn a Hugging Face folder (BERT, RoBERTa) into a checkpoint for fairseq"
-    )
-    parser.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="config.json, model.safetensors, vocabulary")
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder for model.pt, dict.txt and the BPE files")
-    parser.add_argument("--overwrite", action="store_true", help="replace an import that is in OUT_DIR")
-    args = parser.parse_args(argv)
-
-    def work() -> None:
-        report = import_hf(args.model_dir, args.out_dir, overwrite=args.overwrite)
-        for note in (*report["notes"], f"wrote {args.out_dir}; train with"):
-            print(f"import_hf: {note}")
-        print(" ".join(report["flags"]))
-
-    return run("import_hf", work)

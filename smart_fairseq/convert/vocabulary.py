@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
-from smart_fairseq.convert.command import read_json, read_lines, refuse
-from smart_fairseq.convert.config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config
+from ..errors import refuse
+from .config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config, read_json, read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 FILLER = "madeupword"  # and four digits: fairseq's name for a row without a token
@@ -35,6 +35,10 @@ class Vocabulary(NamedTuple):
         return "".join(f"{symbol} {int(not symbol.startswith(FILLER))}\n" for symbol in self.symbols)
 
 
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
 def read_tokenizer_json(model_dir: Path, kind: str) -> dict[str, Any]:
     """tokenizer.json's "model" of the given kind ("BPE" or "WordPiece"), its vocabulary with the added tokens."""
     path = model_dir / "tokenizer.json"
@@ -54,17 +58,15 @@ def arrange(
     Rows without a token, or with one that dict.txt cannot hold, become fillers.
 
     Args:
-        path: the vocabulary's file, for messages
-        tokens: token to row
-        special_tokens: the tokens for FAIRSEQ_SPECIALS
-        row_count: rows of the embedding table; at least as many as there are tokens
-        symbol_of: dictionary symbols of the tokens that are not called by their own name
-
+        path: the vocabulary's file, for messages.
+        tokens: token to row.
+        special_tokens: the tokens for FAIRSEQ_SPECIALS.
+        row_count: rows of the embedding table; at least as many as there are tokens.
+        symbol_of: dictionary symbols of the tokens that are not called by their own name.
     Returns:
-        rows and symbols as in `Vocabulary`
-
+        Rows and symbols as in `Vocabulary`.
     Raises:
-        UsageError: a special token is missing, or an id is impossible or comes twice
+        UsageError: a special token is missing, or an id is impossible or comes twice.
     """
     for token in special_tokens:
         if token not in tokens:
@@ -99,9 +101,7 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     """
     path, merges_path = model_dir / "vocab.json", model_dir / "merges.txt"
     if path.exists() or not (model_dir / "tokenizer.json").exists():
-        tokens = dict(read_json(path))
-        if (model_dir / "added_tokens.json").exists():
-            tokens.update(read_json(model_dir / "added_tokens.json"))
+        tokens = read_json(path) | _optional_json(model_dir / "added_tokens.json")
         lines = read_lines(merges_path)
         has_header = lines[:1] and lines[0].startswith("#version")
         merges = [tuple(line.split()) for line in lines[1 if has_header else 0 :] if line]
@@ -127,8 +127,7 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
 
     rows, symbols = arrange(path, tokens, specials, config.sizes.vocabulary, symbol_of)
     notes = []
-    tokenizer_config = model_dir / "tokenizer_config.json"
-    if tokenizer_config.exists() and read_json(tokenizer_config).get("add_prefix_space") is True:
+    if _optional_json(model_dir / "tokenizer_config.json").get("add_prefix_space") is True:
         notes.append("the tokenizer puts a space before the first word (add_prefix_space); fairseq's BPE does not")
     lines = ["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]
     files = {"encoder.json": json.dumps(ids).encode("ascii"), "vocab.bpe": "".join(lines).encode()}
@@ -161,17 +160,14 @@ def read_lowercase(model_dir: Path) -> tuple[bool, list[str]]:
     bpe.json can say nothing else about the tokenizer, so other deviations from BERT's are refused.
     """
     settings: dict[str, Any] = {}
-    path = config_path = model_dir / "tokenizer_config.json"
-    if (model_dir / "tokenizer.json").exists():
-        normalizer = read_json(model_dir / "tokenizer.json").get("normalizer") or {}
-        if "lowercase" in normalizer:
-            path = model_dir / "tokenizer.json"
-            settings = {key: normalizer.get(theirs) for key, theirs in NORMALIZER_KEYS.items()}
-    if config_path.exists():
-        from_config = read_json(config_path)
-        stated = {key: from_config[key] for key in NORMALIZER_KEYS if from_config.get(key) is not None}
-        path = config_path if stated else path
-        settings.update(stated)
+    path, tokenizer = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
+    stated = _optional_json(path)
+    normalizer = _optional_json(tokenizer).get("normalizer") or {}
+    if "lowercase" in normalizer:
+        settings = {key: normalizer.get(theirs) for key, theirs in NORMALIZER_KEYS.items()}
+    own = {key: stated[key] for key in NORMALIZER_KEYS if stated.get(key) is not None}
+    path = tokenizer if settings and not own else path
+    settings.update(own)
     if settings.get("do_lower_case") is None:
         return True, ["nothing says whether the tokenizer lower-cases: BERT's default, it does, is written to bpe.json"]
     lowercase = bool(settings["do_lower_case"])

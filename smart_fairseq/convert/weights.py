@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
-from smart_fairseq.convert.command import refuse
-from smart_fairseq.convert.config import Config
+from ..errors import refuse
+from .checkpoint import EMBEDDINGS, LM_HEAD
+from .config import Config
 
 LM_HEAD_SEED = 0
 # the LM head's prefix, and in it its dense layer and LayerNorm
@@ -73,7 +73,7 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
     """Open model.safetensors; `UsageError` if it is missing or cut short."""
     path = model_dir / "model.safetensors"
     if not path.is_file():
-        others = [path for path in (*model_dir.glob("*.safetensors.index.json"), *model_dir.glob("pytorch_model*.bin"))]
+        others = [*model_dir.glob("*.safetensors.index.json"), *model_dir.glob("pytorch_model*.bin")]
         found = f" (there is {others[0].name})" if others else ""
         refuse(path, f"no such file{found}", "the weights must be in one file of that name")
     try:
@@ -85,18 +85,10 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
 
 
 def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tuple[dict[str, Tensor], bool, list[str]]:
-    """Rename, permute and fold the tensors into the state of fairseq's RobertaModel.
+    """Rename, permute and fold the tensors into the state of fairseq's RobertaModel, all float32.
 
-    Args:
-        weights: the file's tensors
-        config: what config.json says of them
-        rows: Hugging Face's row for each of fairseq's ids
-
-    Returns:
-        the state, all float32; whether the LM head came from the file; names of the tensors left out
-
-    Raises:
-        UsageError: the file does not hold what config.json promises, or layers beyond it
+    ``rows``: Hugging Face's row for each of fairseq's ids. Returns the state, whether the LM head came from the file,
+    and the names of the tensors left out. Raises `UsageError` for layers beyond those that config.json promises.
     """
     sizes = config.sizes
     order = torch.tensor(rows)

@@ -42,53 +42,38 @@ class SplitCount:
     over_512: int = 0
 
 
-class IndexedWriter:
-    """Writes PREFIX.bin as the ids come and PREFIX.idx at the end, as `MMapIndexedDatasetBuilder` does.
+@contextlib.contextmanager
+def indexed_writer(prefix: Path, typecode: str) -> Iterator[Callable[["array[int]", Sequence[int]], None]]:
+    """Writes PREFIX.bin as ids come, and PREFIX.idx when the block ends well, as `MMapIndexedDatasetBuilder` does.
 
-    Use as a context manager.
+    What it yields takes some rows: the ids of all one after the other, and the rows' sizes.
     """
+    written = array("i")
+    with open(f"{prefix}.bin", "wb") as data:
 
-    def __init__(self, prefix: Path, typecode: str) -> None:
-        self._prefix, self._typecode = prefix, typecode
-        self._data = open(f"{prefix}.bin", "wb")
-        self._sizes: list[int] = []
+        def add(ids: "array[int]", sizes: Sequence[int]) -> None:
+            ids.tofile(data)
+            written.extend(sizes)
 
-    def add(self, ids: "array[int]", sizes: Sequence[int]) -> None:
-        """Write some rows, the ids of all one after the other."""
-        ids.tofile(self._data)
-        self._sizes.extend(sizes)
-
-    def __enter__(self) -> "IndexedWriter":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._data.close()
-        if kind is None:
-            self._write_index()
-
-    def _write_index(self) -> None:
-        width = array(self._typecode).itemsize
-        sizes = np.array(self._sizes, dtype=np.int32)
-        pointers = np.zeros(len(sizes), dtype=np.int64)
-        np.cumsum(sizes[:-1].astype(np.int64) * width, out=pointers[1:])
-        code = {"H": 8, "I": 9}[self._typecode]  # fairseq's numbers for uint16 and uint32
-        with open(f"{self._prefix}.idx", "wb") as index:
-            index.write(INDEX_MAGIC + struct.pack("<QBQ", 1, code, len(sizes)))
-            index.write(sizes.tobytes())
-            index.write(pointers.tobytes())
+        yield add
+    sizes = np.array(written, dtype=np.int32)
+    starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * array(typecode).itemsize
+    code = {"H": 8, "I": 9}[typecode]  # fairseq's numbers for uint16 and uint32
+    header = INDEX_MAGIC + struct.pack("<QBQ", 1, code, len(sizes))
+    Path(f"{prefix}.idx").write_bytes(header + sizes.tobytes() + starts.tobytes())
 
 
 def read_indexed(prefix: Path) -> list[np.ndarray]:
     """The rows of PREFIX.bin as int64 arrays. Raises `UsageError` if the two files do not belong together."""
-    index = read_index(prefix)
+    kind, sizes = read_index(prefix)
+    path, whole = Path(f"{prefix}.bin"), int(sizes.sum())
     try:
-        data = np.fromfile(f"{prefix}.bin", dtype=index[0])
+        data = np.fromfile(path, dtype=kind)
     except OSError as error:
-        raise located(Path(f"{prefix}.bin"), 0, f"cannot be read ({error.strerror})") from None
-    if len(data) != int(index[1].sum()):
-        message = f"holds {len(data)} ids, and its .idx says {int(index[1].sum())}; run preprocess again"
-        raise located(Path(f"{prefix}.bin"), 0, message)
-    return [part.astype(np.int64) for part in np.split(data, np.cumsum(index[1])[:-1])] if len(index[1]) else []
+        raise located(path, 0, f"cannot be read ({error.strerror})") from None
+    if len(data) != whole:
+        raise located(path, 0, f"holds {len(data)} ids, and its .idx says {whole}; run preprocess again")
+    return np.split(data.astype(np.int64), np.cumsum(sizes)[:-1]) if len(sizes) else []
 
 
 def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
@@ -154,39 +139,31 @@ class Folder:
         """Write one split; ``advance`` is told how many rows are done."""
         typecode = integer_typecode(self.pool.vocabulary.size)
         count = self.counts[split] = SplitCount(rows=len(rows))
-        prefixes = [self.path / f"input{place}" / split for place in range(self.task.texts)]
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(IndexedWriter(prefix, typecode)) for prefix in prefixes]
-            self._encode(writers, rows, count, advance)
-        if all(row.label is not None for row in rows):
-            self._write_labels(split, [str(row.label) for row in rows])
+            prefixes = [self.path / f"input{place}" / split for place in range(self.task.texts)]
+            writers = [stack.enter_context(indexed_writer(prefix, typecode)) for prefix in prefixes]
+            for (ids, sizes, unknown, shortened), done in self.pool.encode(rows):
+                for add, part, part_sizes in zip(writers, ids, sizes):
+                    add(part, part_sizes)
+                lengths = np.sum(sizes, axis=0) + self.pool.extra
+                count.tokens += sum(map(len, ids))
+                count.unknown += unknown
+                count.shortened += shortened
+                count.longest = max(count.longest, int(lengths.max()))
+                count.over_512 += int((lengths > 512).sum())
+                advance(done)
+        labels = [row.label for row in rows if row.label is not None]
+        if len(labels) == len(rows):
+            self._write_labels(self.path / "label" / split, labels)
 
-    def _encode(
-        self, writers: Sequence["IndexedWriter"], rows: Sequence[Row], count: SplitCount, advance: Callable[[int], None]
-    ) -> None:
-        for (ids, sizes, unknown, shortened), done in self.pool.encode(rows):
-            for writer, part, part_sizes in zip(writers, ids, sizes):
-                writer.add(part, part_sizes)
-            lengths = np.sum(np.array(sizes), axis=0) + self.pool.extra
-            count.tokens += sum(map(len, ids))
-            count.unknown += unknown
-            count.shortened += shortened
-            count.longest = max(count.longest, int(lengths.max()))
-            count.over_512 += int((lengths > 512).sum())
-            advance(done)
-
-    def _write_labels(self, split: str, labels: Sequence[str]) -> None:
-        prefix = self.path / "label" / split
+    def _write_labels(self, prefix: Path, labels: Sequence[str]) -> None:
         if self.task.regression:
             lines = "".join(f"{regression_text(label, self.task.divisor)}\n" for label in labels)
             Path(f"{prefix}.label").write_text(lines, encoding="utf-8")
             return
         place = {label: len(SPECIAL_SYMBOLS) + number for number, (label, _) in enumerate(self.labels)}
-        ids = array("H")
-        for label in labels:
-            ids.extend((place[label], END))
-        with IndexedWriter(prefix, "H") as writer:
-            writer.add(ids, [2] * len(labels))
+        with indexed_writer(prefix, "H") as add:
+            add(array("H", [number for label in labels for number in (place[label], END)]), [2] * len(labels))
 
     def write_ids(self, split: str, rows: Sequence[Row]) -> None:
         """Which row of which file each example is: ids/SPLIT.tsv with the columns id, file, line.
@@ -248,9 +225,8 @@ def complete_folder(target: Path) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise located(target, 0, "--out: a file is there; choose another name")
     if target.is_dir() and not _ours(target):
-        raise located(
-            target, 0, "--out: this folder holds other things than preprocess.py writes; choose another or remove it"
-        )
+        other = "this folder holds other things than preprocess.py writes; choose another or remove it"
+        raise located(target, 0, f"--out: {other}")
     try:
         with whole_folder(target) as partial:
             yield partial

@@ -45,10 +45,7 @@ def shown(value: str, limit: int = 60) -> str:
 
 def source_path(folder: Path, name: str) -> Path | None:
     """The file, plain or compressed with gzip, or None."""
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -80,15 +77,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of each line."""
-    data = read_bytes(path)
-    if data.startswith(UTF8_MARK):
-        data = data[len(UTF8_MARK) :]
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    lines = read_bytes(path).removeprefix(UTF8_MARK).removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if line.endswith(b"\r"):
-            line = line[:-1]
+        line = line.removesuffix(b"\r")
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:

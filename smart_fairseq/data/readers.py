@@ -8,7 +8,6 @@ ordinary characters. Every row that is left out is counted with its reason in `R
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from ..errors import UsageError
 from .lines import Report, Row, Skip, located, read_bytes, read_lines, shown, source_path
@@ -33,7 +32,6 @@ __all__ = [
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-    wanted: dict[Column, int] = {}
     for column in columns:
         if str(column).lower() not in places:
             message = (
@@ -41,8 +39,7 @@ def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> 
                 "this is not the task's file, or not in a form in which it is distributed"
             )
             raise located(path, 1, message)
-        wanted[column] = places[str(column).lower()]
-    return wanted
+    return {column: places[str(column).lower()] for column in columns}
 
 
 def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str | None:
@@ -90,15 +87,13 @@ def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
             expected = " or ".join(map(str, width))
             if source.loose:
                 yield Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
-                continue
-            message = f"{len(cells)} tab-separated columns, and {expected} are needed"
-            yield located(path, number, message)
+            else:
+                yield located(path, number, f"{len(cells)} tab-separated columns, and {expected} are needed")
             continue
+        name = "" if identity is None else cells[identity]
         word = None if label is None else cells[label]
-        cast = tuple(cells[place].strip() for place in votes if cells[place].strip())
-        yield _raw_row(
-            "" if identity is None else cells[identity], [cells[place] for place in texts], word, cast, path, number
-        )
+        cast = [cells[place].strip() for place in votes if cells[place].strip()]
+        yield _raw_row(name, [cells[place] for place in texts], word, cast, path, number)
 
 
 def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
@@ -196,15 +191,11 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
             elif skip_bad_rows:
                 report.left_out["not in order (--skip-bad-rows)"] += 1
             else:
-                _refuse(item)
+                raise UsageError(f"{item} (--skip-bad-rows leaves such rows out and counts them)")
     if not rows:
         raise located(Path(report.files[0]), 0, "holds no rows; download it again")
     report.rows = len(rows)
     return rows, report
-
-
-def _refuse(error: object) -> NoReturn:
-    raise UsageError(f"{error} (--skip-bad-rows leaves such rows out and counts them)")
 
 
 def _finished(task: Task, source: Source, path: Path, row: Row, position: int) -> object:
@@ -239,14 +230,9 @@ def find_sources(task: Task, data_dir: Path) -> dict[str, tuple[Source, Path]]:
     if task.name == "AX":
         folders.append(data_dir)  # some collections keep AX.tsv beside the folders
     for folder in folders:
-        found = {}
-        for split, sources in task.splits.items():
-            for source in sources:
-                if available(source, folder):
-                    found[split] = (source, folder)
-                    break
-        if found:
-            return found
+        found = {split: [s for s in sources if available(s, folder)] for split, sources in task.splits.items()}
+        if any(found.values()):
+            return {split: (sources[0], folder) for split, sources in found.items() if sources}
     return {}
 
 
@@ -260,12 +246,9 @@ def read_task(
             raise located(data_dir, 0, "--data-dir: no such folder")
         forms = [source for sources in task.splits.values() for source in sources]
         names = sorted({name for source in forms for name in (*source.files, source.ratings) if name})
-        raise located(
-            data_dir / task.folders[0],
-            0,
-            f"--data-dir holds no files of {task.name}; expected {', '.join(names[:6])}"
-            f"{' ...' if names[6:] else ''} in {' or '.join(task.folders)}",
-        )
+        expected = ", ".join(names[:6]) + (" ..." if names[6:] else "")
+        message = f"--data-dir holds no files of {task.name}; expected {expected} in {' or '.join(task.folders)}"
+        raise located(data_dir / task.folders[0], 0, message)
     rows: dict[str, list[Row]] = {}
     reports: dict[str, Report] = {}
     for split, (source, folder) in found.items():

@@ -57,6 +57,10 @@ def _widened(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
+def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor, module: Any) -> Tensor:
+    return nn.functional.layer_norm(value, module.normalized_shape, weight, bias, module.eps)
+
+
 def _layer_norm_change(
     value: Tensor, change: Tensor, weight: Tensor, bias: Tensor, module: Any
 ) -> tuple[Tensor, Tensor]:
@@ -69,10 +73,6 @@ def _layer_norm_change(
     return (normal * weight + bias).to(value.dtype), moved.to(value.dtype)
 
 
-def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor, module: Any) -> Tensor:
-    return nn.functional.layer_norm(value, module.normalized_shape, weight, bias, module.eps)
-
-
 def _normalized(layer_norm: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, module)
 
@@ -82,10 +82,6 @@ def _softmax_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     shares = torch.softmax(wide, dim=-1)
     moved = shares * (moved - (shares * moved).sum(dim=-1, keepdim=True))
     return shares.to(value.dtype), moved.to(value.dtype)
-
-
-def _softmax(value: Tensor) -> Tensor:
-    return torch.softmax(value, dim=-1)
 
 
 def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +126,7 @@ def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
     Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
     """
     layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
-    softmax = _dual(_softmax_change, _softmax, differentiable)
+    softmax = _dual(_softmax_change, functools.partial(torch.softmax, dim=-1), differentiable)
     replacements = gelus(model, _dual(_gelu_change, gelu, differentiable))
     for module in model.modules():
         if isinstance(module, MultiheadAttention):

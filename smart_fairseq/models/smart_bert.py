@@ -52,12 +52,8 @@ class SmartBertModel(RobertaModel):
     @staticmethod
     def add_args(parser: argparse.ArgumentParser) -> None:
         RobertaModel.add_args(parser)
-        parser.add_argument(
-            "--smart-layer-norm-eps",
-            type=float,
-            metavar="E",
-            help="epsilon of every LayerNorm (default: 1e-12, BERT's)",
-        )
+        about = "epsilon of every LayerNorm (default: 1e-12, BERT's)"
+        parser.add_argument("--smart-layer-norm-eps", type=float, metavar="E", help=about)
 
 
 @register_model_architecture("smart_bert", "smart_bert")
@@ -74,8 +70,6 @@ def smart_bert_large_architecture(args: Any) -> None:
 
 @register_model_architecture("smart_bert", "smart_bert_minilm_l6")
 def smart_bert_minilm_l6_architecture(args: Any) -> None:
-    args.encoder_layers = safe_getattr(args, "encoder_layers", 6)
-    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 384)
-    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 1536)
-    args.encoder_attention_heads = safe_getattr(args, "encoder_attention_heads", 12)
+    for name, size in {"layers": 6, "embed_dim": 384, "ffn_embed_dim": 1536, "attention_heads": 12}.items():
+        setattr(args, f"encoder_{name}", safe_getattr(args, f"encoder_{name}", size))
     smart_bert_architecture(args)

@@ -2,7 +2,7 @@
 
 Paper: Jiang et al. (2020), section 3.2 and Algorithm 1, lines 10 to 12. The optimizer owns the teacher
 and nothing else of the method: the Bregman term itself is part of the criterion's loss, which reads the
-teacher through `smart_fairseq.teacher_link`.
+teacher through `smart_fairseq.training.link`.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
-from fairseq.optim.adam import FairseqAdamConfig
-from omegaconf import II, OmegaConf
+from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+from omegaconf import II
 from torch import Tensor
 
 from ..errors import UsageError, require
@@ -60,27 +60,12 @@ class MBPPConfig(FairseqAdamConfig):
     mbpp_zero_sharding: str = II("distributed_training.zero_sharding")
 
 
-class _RAdam(FairseqOptimizer):
+class _RAdam(FairseqAdam):
     """torch's RAdam with the flags of fairseq's adam, weight decay decoupled as there."""
 
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
-        super().__init__(cfg)
-        betas = cfg.adam_betas
-        if isinstance(betas, str):
-            betas = OmegaConf.to_container(OmegaConf.create(betas.strip().replace("(", "[").replace(")", "]")))
-        self._optimizer = torch.optim.RAdam(
-            params,
-            lr=cfg.lr[0],
-            betas=tuple(betas),
-            eps=cfg.adam_eps,
-            weight_decay=cfg.weight_decay,
-            decoupled_weight_decay=True,
-        )
-
-    @property
-    def optimizer_config(self) -> Dict[str, Any]:
-        group = self._optimizer.param_groups[0]
-        return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        super().__init__(cfg, params)
+        self._optimizer = torch.optim.RAdam(params, **self.optimizer_config, decoupled_weight_decay=True)
 
     @property
     def supports_flat_params(self) -> bool:
@@ -126,19 +111,12 @@ class MBPP(FairseqOptimizer):
 
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
         super().__init__(cfg)
-        for flag, value in (
-            ("--mbpp-momentum", cfg.mbpp_momentum),
-            ("--mbpp-warmup-momentum", cfg.mbpp_warmup_momentum),
-            ("--mbpp-warmup-ratio", cfg.mbpp_warmup_ratio),
-        ):
-            require(value is None or 0 <= value <= 1, flag, value, "a number from 0 to 1")
+        for name in ("momentum", "warmup-momentum", "warmup-ratio"):
+            value = getattr(cfg, f"mbpp_{name.replace('-', '_')}")
+            require(value is None or 0 <= value <= 1, f"--mbpp-{name}", value, "a number from 0 to 1")
         require(cfg.mbpp_inner_steps >= 1, "--mbpp-inner-steps", cfg.mbpp_inner_steps, "a whole number from 1")
-        require(
-            cfg.mbpp_zero_sharding == "none",
-            "--zero-sharding",
-            cfg.mbpp_zero_sharding,
-            "none with --optimizer mbpp, whose teacher needs all weights on each worker",
-        )
+        needed = "none with --optimizer mbpp, whose teacher needs all weights on each worker"
+        require(cfg.mbpp_zero_sharding == "none", "--zero-sharding", cfg.mbpp_zero_sharding, needed)
         self.total_updates = _total_updates(cfg)
         self.warmup_momentum, self.momentum = _momentum(cfg, self.total_updates)
         logger.info(
@@ -151,18 +129,11 @@ class MBPP(FairseqOptimizer):
                 "so the Bregman term only sees dropout; VBPP needs --mbpp-inner-steps above 1"
             )
         self.base = _build_base(cfg, params)
+        self._optimizer = self.base.optimizer
         self.teacher: Optional[List[Tensor]] = None
         self.teacher_version = 0
         self.teacher_is_read = False
         self.updates = 0
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.base.optimizer  # type: ignore[no-any-return]
-
-    @optimizer.setter
-    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self.base.optimizer = optimizer
 
     @property
     def optimizer_config(self) -> Dict[str, Any]:

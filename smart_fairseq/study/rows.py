@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.binarize import MANIFEST, IndexedWriter, read_indexed
+from ..data.binarize import MANIFEST, indexed_writer, read_indexed
 from ..data.bpe import END, SPECIAL_SYMBOLS
 from ..data.pool import integer_typecode
 from ..data.readers import located
@@ -162,17 +162,17 @@ def _write_input(source: Source, folder: Path, name: str, parts: dict[str, list[
     typecode = integer_typecode(len(SPECIAL_SYMBOLS) + dictionary.count(b"\n"))
     texts = {split: read_indexed(source.folder / name / split) for split in source.splits}
     for part, rows in parts.items():
-        with IndexedWriter(folder / name / part, typecode) as writer:
+        with indexed_writer(folder / name / part, typecode) as add:
             for split, place in rows:
-                writer.add(array(typecode, texts[split][place].tolist()), [len(texts[split][place])])
+                add(array(typecode, texts[split][place].tolist()), [len(texts[split][place])])
 
 
 def _write_labels(prefix: Path, labels: np.ndarray, regression: bool) -> None:
     if regression:
         Path(f"{prefix}.label").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         return
-    with IndexedWriter(prefix, "H") as writer:
+    with indexed_writer(prefix, "H") as add:
         ids = array("H")
         for label in labels:
             ids.extend((int(label) + len(SPECIAL_SYMBOLS), END))
-        writer.add(ids, [2] * len(labels))
+        add(ids, [2] * len(labels))

@@ -13,19 +13,7 @@ import torch
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from .flags import AdversaryFlags, RegularizedConfig
-
-__all__ = [
-    "bregman_weight",
-    "check_adversary",
-    "check_best_metric",
-    "check_every",
-    "check_labels",
-    "check_model",
-    "check_restore_file",
-    "check_surroundings",
-    "check_weight",
-    "divergence_name",
-]
+from .metrics import REPORTED
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +25,15 @@ def check_restore_file(path: str, save_dir: str) -> None:
 
     And it is loaded at every start, so that the same command begins anew where a killed run could go on: warn of that.
     """
-    if path != DEFAULT_RESTORE_FILE and not os.path.isfile(path):
+    if path == DEFAULT_RESTORE_FILE:
+        return
+    if not os.path.isfile(path):
         raise UsageError(
             f"--restore-file {path}: no such file; training would have started from random weights. "
             "Name an existing checkpoint, or leave the flag out to train from scratch"
         )
     last = os.path.join(save_dir, DEFAULT_RESTORE_FILE)
-    if path != DEFAULT_RESTORE_FILE and os.path.isfile(last) and not os.path.samefile(last, path):
+    if os.path.isfile(last) and not os.path.samefile(last, path):
         logger.warning(
             f"--restore-file {path}: this run begins anew and will overwrite {last}; to go on from there instead, give "
             f"--finetune-from-model {path} in the place of --restore-file and the --reset flags"
@@ -52,14 +42,8 @@ def check_restore_file(path: str, save_dir: str) -> None:
 
 def check_best_metric(cfg: RegularizedConfig, metric: str) -> None:
     """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
-    known = ["loss", "nll_loss"]
-    if not cfg.regression_target:
-        known += ["accuracy"]
-    for flag, names in (
-        ("report_mcc", ["mcc"]),
-        ("report_acc_and_f1", ["acc_and_f1", "f1"]),
-        ("report_pearson_and_spearman", ["pearson_and_spearman", "pearson", "spearman"]),
-    ):
+    known = ["loss", "nll_loss", *(() if cfg.regression_target else ("accuracy",))]
+    for flag, names in REPORTED.items():
         if getattr(cfg, flag):
             known += names
         elif metric in names:
@@ -69,39 +53,34 @@ def check_best_metric(cfg: RegularizedConfig, metric: str) -> None:
 
 def check_labels(task: Any, regression: bool) -> None:
     """Every label of the loaded splits must be one of the classes (or, for regression, a finite number)."""
+    folder, num_classes = os.path.join(task.cfg.data, "label"), task.cfg.num_classes
     if not regression:
         dictionary = task.label_dictionary
         # fairseq pads label/dict.txt to a multiple of 8, and adds a mask to it
-        words = [word for word in dictionary.symbols[dictionary.nspecial :] if not word.startswith("madeupword")]
-        count = len([word for word in words if word != "<mask>"])
-        require(
-            task.cfg.num_classes <= count,
-            "--num-classes",
-            task.cfg.num_classes,
-            f"{count}, the number of labels in {os.path.join(task.cfg.data, 'label', 'dict.txt')}",
-        )
+        words = dictionary.symbols[dictionary.nspecial :]
+        count = sum(not word.startswith("madeupword") and word != "<mask>" for word in words)
+        allowed = f"{count}, the number of labels in {os.path.join(folder, 'dict.txt')}"
+        require(num_classes <= count, "--num-classes", num_classes, allowed)
     for split, dataset in task.datasets.items():
         parts = getattr(getattr(dataset, "dataset", dataset), "defn", None)
         if parts is None:  # a data set of another task's making
             continue
         labels = parts.get("target")
         if labels is None:
-            file = os.path.join(task.cfg.data, "label", f"{split}.label" if regression else f"{split}.bin")
+            file = os.path.join(folder, f"{split}.label" if regression else f"{split}.bin")
             other = "without --regression-target" if regression else "with --regression-target --num-classes 1"
             raise UsageError(f"{file}: no such file; if this folder is for the other kind of task, train {other}")
         values = torch.stack([torch.as_tensor(labels[i]).reshape(-1)[0] for i in range(len(labels))])
-        bad = ~torch.isfinite(values) if regression else (values < 0) | (values >= task.cfg.num_classes)
+        bad = ~torch.isfinite(values) if regression else (values < 0) | (values >= num_classes)
         if not bad.any():
             continue
         index = int(bad.nonzero()[0])
-        where = f"{os.path.join(task.cfg.data, 'label', split)}: example {index + 1}"
+        where, value = f"{os.path.join(folder, split)}: example {index + 1}", values[index].item()
         if regression:
-            raise UsageError(f"{where} has the target {float(values[index])}; it must be a finite number")
-        value = int(values[index])
-        dictionary = task.label_dictionary
+            raise UsageError(f"{where} has the target {value}; it must be a finite number")
         word = repr(dictionary[value + dictionary.nspecial]) if value >= 0 else "that label/dict.txt does not hold"
         raise UsageError(
-            f"{where} has a label {word} (number {value}), outside the {task.cfg.num_classes} classes of "
+            f"{where} has a label {word} (number {value}), outside the {num_classes} classes of "
             "--num-classes; give the right number, or prepare the data again"
         )
 
@@ -134,18 +113,17 @@ def check_every(flag: str, every: int) -> int:
 
 def bregman_weight(cfg: RegularizedConfig) -> float:
     """The weight of the Bregman term, which depends on the optimizer where it is not set."""
-    optimizer = _optimizer_name(cfg)
-    has_teacher = optimizer == "mbpp"
-    weight = cfg.smart_bregman_weight
+    optimizer, weight = _optimizer_name(cfg), cfg.smart_bregman_weight
+    without_teacher = optimizer not in (None, "mbpp")
     if weight is None:
-        if optimizer is not None and not has_teacher:
+        if without_teacher:
             logger.info(
                 f"--smart-bregman-weight is not set and --optimizer is {optimizer}: no Bregman term "
                 "(--optimizer mbpp brings it, with weight 1)"
             )
-        return 1.0 if has_teacher else 0.0
+        return 1.0 if optimizer == "mbpp" else 0.0
     check_weight("--smart-bregman-weight", weight)
-    if weight > 0 and optimizer is not None and not has_teacher:
+    if weight > 0 and without_teacher:
         raise UsageError(
             f"--smart-bregman-weight is {weight:g} but --optimizer is {optimizer}; "
             "a value above 0 needs --optimizer mbpp, which keeps the teacher"
@@ -171,22 +149,15 @@ def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bo
 
 def check_adversary(flags: AdversaryFlags, weight: float, regression: bool) -> None:
     """Raise `UsageError` for values of the ball and the ascent that are none, or that exclude each other."""
-    for flag, value in (
-        ("--smart-epsilon", flags.smart_epsilon),
-        ("--smart-noise-std", flags.smart_noise_std),  # at the clean point itself the gradient is 0
-        ("--smart-step-size", flags.smart_step_size),
-    ):
-        require(value > 0 and math.isfinite(value), flag, value, "above 0 (--smart-weight 0 switches the term off)")
+    or_off = "(--smart-weight 0 switches the term off)"
+    for name in ("epsilon", "noise_std", "step_size"):  # at the clean point itself the gradient is 0
+        value = getattr(flags, f"smart_{name}")
+        require(value > 0 and math.isfinite(value), f"--smart-{name.replace('_', '-')}", value, f"above 0 {or_off}")
     if flags.smart_epsilon_unit == "relative":
         allowed = "at most 1, the size of the embeddings themselves; or with --smart-epsilon-unit absolute"
         require(flags.smart_epsilon <= 1, "--smart-epsilon", flags.smart_epsilon, allowed)
     lowest = 1 if weight else 0
-    require(
-        flags.smart_steps >= lowest,
-        "--smart-steps",
-        flags.smart_steps,
-        f"{lowest} or more (--smart-weight 0 switches the term off)",
-    )
+    require(flags.smart_steps >= lowest, "--smart-steps", flags.smart_steps, f"{lowest} or more {or_off}")
     if flags.smart_linear_search and (flags.smart_recompute or flags.smart_dropout == "independent"):
         flag = "--smart-recompute" if flags.smart_recompute else "--smart-dropout independent"
         raise UsageError(

@@ -7,17 +7,14 @@ or from the order in which things were built, so several trainers may live in on
 picked up at the next step. In the same way it hears ``task.begin_epoch(epoch, model)``, the first moment when model and
 data both exist and training has not begun: the place for checks.
 
-fairseq calls the criterion once for a batch and takes one backward pass. A criterion that needs several has
-``num_passes`` and ``passes(model, sample)``, an iterator over what `forward` would return: the task's own train_step
-then runs once for each, so that autocast, loss scaling and ``ignore_grad`` are fairseq's, a pass's graph is gone
-before the next pass begins, and gradients add up. All but the last run without synchronising workers.
+fairseq calls the criterion once for a batch and takes one backward pass. For a criterion that needs several
+(`SeveralPasses`) the task's own train_step runs once for each, so that autocast, loss scaling and ``ignore_grad`` are
+fairseq's, and a pass's graph is gone before the next begins. All but the last run without synchronising workers.
 
-From weights to a forward pass, without copying the model: the optimizer holds the teacher as a list of float32 tensors
-in the order of the parameters that it updates. Those are the model's own parameters, or float32 copies of them
-(``--fp16``, ``--bf16``), which FP16Optimizer keeps in the order of its ``fp16_params``, perhaps as one flat tensor.
-`TrainingLink.weights` gives each tensor (a view, where it is flat; cast once per update, where the model is in half
-precision) the name of its parameter, and `torch.func.functional_call` runs the module's own code with these tensors in
-the parameters' places. Before the first update there is no average yet: the teacher is the weights themselves.
+The optimizer holds the teacher as a list of float32 tensors in the order of the parameters that it updates. Those are
+the model's own parameters, or float32 copies of them (``--fp16``, ``--bf16``), which FP16Optimizer keeps in the order
+of its ``fp16_params``, perhaps as one flat tensor. `TrainingLink.weights` gives each tensor (a view, where it is flat;
+cast once per update, where the model is in half precision) the name of its parameter.
 """
 
 import functools
@@ -28,8 +25,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..optim.mbpp import MBPP
-
-__all__ = ["SeveralPasses", "TrainingLink"]
 
 # loss, sample size, log: what a criterion's forward returns
 Result = tuple[Tensor, int, dict[str, Any]]
@@ -62,15 +57,6 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-def _split(flat: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
-    """The pieces of ``flat`` that belong to the tensors of ``like`` on its device, in order, as views."""
-    offset = 0
-    for tensor in like:
-        if tensor.device == flat.device:
-            yield flat[offset : offset + tensor.numel()].view_as(tensor)
-            offset += tensor.numel()
-
-
 class _Passes:
     """In the criterion's place in a task's train_step: a call takes the next pass, all else is the criterion's."""
 
@@ -83,8 +69,7 @@ class _Passes:
         return getattr(self._criterion, name)
 
     def __call__(self, model: nn.Module, sample: dict[str, Any], *_: Any, **__: Any) -> Result:
-        if self._passes is None:
-            self._passes = self._criterion.passes(model, sample)
+        self._passes = self._passes or self._criterion.passes(model, sample)
         self.taken += 1
         result = next(self._passes, None)
         if result is None:
@@ -130,11 +115,11 @@ class TrainingLink:
         on_epoch: called with the model when an epoch begins, before its first batch.
     """
 
-    def __init__(self, on_epoch: Callable[[nn.Module], None] | None = None) -> None:
+    def __init__(self, on_epoch: Callable[[nn.Module], None] = lambda model: None) -> None:
         self.on_epoch = on_epoch
         self.update_num = 0  # of the update that is being taken
         self._optimizer: Any = None
-        self._names: list[str] | None = None
+        self._names: list[str] = []  # of the parameters that the optimizer updates, in its order
         self._cache: dict[str, Tensor] = {}
         self._cache_version = -1
 
@@ -153,8 +138,7 @@ class TrainingLink:
 
         @functools.wraps(begin_epoch)
         def heard_begin_epoch(epoch: int, model: nn.Module) -> Any:
-            if self.on_epoch is not None:
-                self.on_epoch(model)
+            self.on_epoch(model)
             return begin_epoch(epoch, model)
 
         task.train_step, task.begin_epoch = linked_train_step, heard_begin_epoch
@@ -162,7 +146,7 @@ class TrainingLink:
     def connect(self, optimizer: Any) -> None:
         """Use the teacher of ``optimizer`` (an `MBPP`, or one of fairseq's wrappers around it)."""
         if optimizer is not self._optimizer:
-            self._optimizer, self._names, self._cache_version = optimizer, None, -1
+            self._optimizer, self._names, self._cache_version = optimizer, [], -1
 
     @property
     def connected(self) -> bool:
@@ -183,7 +167,7 @@ class TrainingLink:
                 "the Bregman term needs --optimizer mbpp, and no such optimizer has taken part in a step"
             )
         mbpp.teacher_is_read = True
-        if mbpp.teacher is None:  # no update yet
+        if mbpp.teacher is None:  # no update yet: the teacher is the weights themselves
             return {name: parameter.detach() for name, parameter in model.named_parameters()}
         if self._cache_version != mbpp.teacher_version:
             self._cache = self._by_name(model, mbpp.teacher)
@@ -193,12 +177,21 @@ class TrainingLink:
     def _by_name(self, model: nn.Module, teacher: list[Tensor]) -> dict[str, Tensor]:
         # the model's own parameters, in the order of what the optimizer updates
         updated: list[Tensor] = getattr(self._optimizer, "fp16_params", None) or list(self._optimizer.params)
-        if self._names is None:
+        if not self._names:
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             if not all(id(parameter) in names for parameter in updated):
                 raise RuntimeError("the optimizer mbpp updates parameters that are not this model's")
             self._names = [names[id(parameter)] for parameter in updated]
         if len(teacher) != len(updated):  # one flat tensor per device
-            flat = {tensor.device: _split(tensor, updated) for tensor in teacher}
-            teacher = [next(flat[parameter.device]) for parameter in updated]
+            teacher = _views(teacher, updated)
         return {name: t.to(parameter.dtype) for name, parameter, t in zip(self._names, updated, teacher)}
+
+
+def _views(flat: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """The pieces of the flat tensors, one a device, that belong to the tensors of ``like``, in order, as views."""
+    rest = {tensor.device: tensor for tensor in flat}
+    views = []
+    for tensor in like:
+        piece, rest[tensor.device] = rest[tensor.device].tensor_split([tensor.numel()])
+        views.append(piece.view_as(tensor))
+    return views

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ..data.metrics import METRICS
 
-__all__ = ["log_glue_metrics", "log_terms", "place_predictions"]
-
-_REPORTED = {
+# by flag
+REPORTED = {
     "report_mcc": ["mcc"],
     "report_acc_and_f1": ["acc_and_f1", "f1"],
     "report_pearson_and_spearman": ["pearson_and_spearman", "pearson", "spearman"],
@@ -55,7 +54,7 @@ def log_glue_metrics(logging_outputs: list[dict[str, Any]]) -> None:
     # a leading underscore keeps the gathered values out of the log line
     metrics.log_concat_tensor("_predicted", predicted[seen > 0].cpu())
     metrics.log_concat_tensor("_gold", gold[seen > 0].cpu())
-    for flag, names in _REPORTED.items():
+    for flag, names in REPORTED.items():
         if any(flag in log for log in logging_outputs):
             for name in names:
                 metrics.log_derived(name, functools.partial(_metric, name))
