@@ -11,8 +11,7 @@ from data_samples import make_glue, make_gpt2_bpe, prepare, train, write
 
 from smart_fairseq.commands import evaluate
 from smart_fairseq.data.bpe import find_bpe
-from smart_fairseq.evaluation.attack import RADII
-from smart_fairseq.evaluation.full import evaluate_model
+from smart_fairseq.evaluation.full import RADII, evaluate_model
 from smart_fairseq.evaluation.labels import write_shares
 from smart_fairseq.inference import Model
 

@@ -28,9 +28,9 @@ from ..inference import Model
 from ..method.adversary import Adversary, LogitsFn, ascend, gradient_of
 from ..method.divergence import Divergence, squared_error, symmetric_kl
 from ..method.noise import example_noise
+from ..method.relative import unit_of
 from ..progress import Progress
 
-RADII = (0.01, 0.03, 0.1, 0.3)
 STEPS = 10
 PLACE = "token"
 
@@ -41,16 +41,6 @@ class Attacked(NamedTuple):
     loss: list[Tensor]  # at the worst points found for the task's loss
     divergence: list[Tensor]  # at those for the divergence from the clean outputs
     random: list[Tensor]  # at random corners of the ball
-
-
-def scale_of(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """r, the root mean square of each example's embeddings over its real tokens: [B, T, C], [B, T, 1] -> [B, 1, 1].
-
-    >>> scale_of(torch.tensor([[[1.0, 7.0], [9.0, 9.0]]]), torch.tensor([[[1.0], [0.0]]]))
-    tensor([[[5.]]])
-    """
-    squares = (embeddings.detach().float().square() * mask).sum(dim=(1, 2), keepdim=True)
-    return (squares / (mask.sum(dim=(1, 2), keepdim=True) * embeddings.shape[2])).sqrt()
 
 
 def worst_point(
@@ -98,8 +88,8 @@ def attack(
     tokens: Tensor,
     ids: Tensor,
     gold: Tensor,
+    radii: Sequence[float],
     temperature: float = 1.0,
-    radii: Sequence[float] = RADII,
     steps: int = STEPS,
     seed: int = 1,
 ) -> Attacked:
@@ -109,14 +99,14 @@ def attack(
         tokens: int64 [B, T], those of ``forward``.
         ids: int64 [B], the examples' numbers, to which the random start belongs.
         gold: the classes, int64 [B], or targets [B, 1] of a regression.
-        temperature: by which logits are divided before damage is measured.
         radii: rising, as shares of r.
+        temperature: by which logits are divided before damage is measured.
     """
     encoder, weights = forward.encoder, forward.encoder.frozen_weights()
     mask = encoder.mask(tokens)
     with torch.no_grad(), encoder.captured(PLACE) as entered:
         clean = forward(weights).float()
-    scale = scale_of(entered[0], mask)
+    scale = unit_of(entered[0], mask, Adversary())
     noise = example_noise(ids, mask.shape[1], entered[0].shape[2], seed=seed) * mask
 
     def outputs_fn(point: Tensor) -> Tensor:
@@ -144,14 +134,21 @@ def attack(
 
 
 def attack_rows(
-    model: Model, split: str, gold: np.ndarray, chosen: np.ndarray, temperature: float, max_tokens: int, seed: int
+    model: Model,
+    split: str,
+    gold: np.ndarray,
+    chosen: np.ndarray,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    radii: Sequence[float],
 ) -> dict[str, np.ndarray]:
     """The ``chosen`` rows (bool [N]) of a split under attack: loss, divergence and random, each [radii, N, K].
 
     ``gold``: classes int64 [N], or targets [N] of a regression. Rows that were not chosen are nan.
     """
     encoder = encoder_of(model.model)
-    found = {name: np.full((len(RADII), len(gold), model.task.num_classes), np.nan) for name in Attacked._fields}
+    found = {name: np.full((len(radii), len(gold), model.task.num_classes), np.nan) for name in Attacked._fields}
     progress = Progress(int(chosen.sum()), f"{model.task.name} {split} under attack")
     targets = torch.from_numpy(gold[:, None].astype(np.float32) if model.task.regression else gold)
     for batch, sample in model.samples(split, max_tokens):
@@ -162,9 +159,8 @@ def attack_rows(
         inputs = {name: value[kept.to(value.device)] for name, value in sample["net_input"].items()}
         forward = Forward(encoder, model.model, inputs, model.head, PLACE)
         tokens, numbers = inputs["src_tokens"], torch.from_numpy(rows)
-        result = attack(
-            forward, tokens, numbers.to(tokens.device), targets[numbers].to(tokens.device), temperature, seed=seed
-        )
+        ids, answers = numbers.to(tokens.device), targets[numbers].to(tokens.device)
+        result = attack(forward, tokens, ids, answers, radii, temperature, seed=seed)
         for name, outputs in zip(Attacked._fields, result):
             found[name][:, rows] = torch.stack(outputs).cpu().numpy()
         progress.advance(len(rows))

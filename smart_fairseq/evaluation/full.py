@@ -27,6 +27,8 @@ from .intervals import Statistic, mean_of
 from .labels import annotator_shares, gold_labels
 from .texts import shared_vocabulary, write_with_typos
 
+RADII = (0.01, 0.03, 0.1, 0.3)  # of the attack
+
 
 class Metric(NamedTuple):
     """What the table shows as ``name (unit)``."""
@@ -45,6 +47,7 @@ def evaluate_model(
     *,
     attack: bool = False,
     attack_rows: int | None = None,
+    attack_radii: Sequence[float] = RADII,
     typos: BpeFiles | None = None,
     max_tokens: int = 8192,
     resamples: int = intervals.RESAMPLES,
@@ -57,6 +60,7 @@ def evaluate_model(
         folder: a data folder with labels; annotators/SPLIT.tsv in it is read, see `labels.annotator_shares`.
         attack: in embedding space, which takes some 170 passes over each row.
         attack_rows: how many rows, drawn by ``seed``; None: all.
+        attack_radii: rising, as shares of the embeddings' root mean square; the sensitivity is at the first.
         typos: the encoder's files that the folder was made with, for typing errors.
         seed: of the samples of rows, the half that fits the temperature, the attack's start and the typing errors.
         threads: torch's, while this runs; None leaves them.
@@ -100,7 +104,10 @@ def evaluate_model(
                 metrics["cross entropy, typing errors"] = Metric("nats", mean_of(lost))
             result["typos"] = written._asdict()
         if attack:
-            more, facts, outputs = _attack(model, split, found.logits, gold, temperature, max_tokens, attack_rows, seed)
+            chosen = np.random.default_rng(seed).permutation(len(gold)) < (attack_rows or len(gold))
+            more, facts, outputs = _attack(
+                model, split, found.logits, gold, temperature, max_tokens, chosen, attack_radii, seed
+            )
             metrics |= more
             result["attack"] = facts
             arrays |= {f"attack_{name}": values for name, values in outputs.items()}
@@ -195,18 +202,18 @@ def _attack(
     gold: np.ndarray,
     temperature: float,
     max_tokens: int,
-    rows: int | None,
+    chosen: np.ndarray,
+    radii: Sequence[float],
     seed: int,
 ) -> tuple[Metrics, dict[str, Any], dict[str, np.ndarray]]:
     """Metrics by radius, facts about them, and the outputs themselves."""
     from . import attack
 
-    chosen = np.random.default_rng(seed).permutation(len(gold)) < (len(gold) if rows is None else rows)
     # a gradient keeps activations, which a prediction does not
-    outputs = attack.attack_rows(model, split, gold, chosen, temperature, max_tokens // 4, seed)
+    outputs = attack.attack_rows(model, split, gold, chosen, temperature, max_tokens // 4, seed, radii)
     found: Metrics = {}
     unit = "" if model.task.regression else "nats"
-    for place, radius in enumerate(attack.RADII):
+    for place, radius in enumerate(radii):
         at = f"{100 * radius:g} %"
         loss, apart, random = (outputs[name][place] for name in ("loss", "divergence", "random"))
         for name, values in (("attack", loss), ("random signs", random)):
@@ -221,5 +228,5 @@ def _attack(
             found["sensitivity, random signs"] = Metric("", mean_of(divergence(random, clean) / radius**2, chosen))
             if not model.task.regression:
                 found["sensitivity, calibrated"] = Metric("", mean_of(soft / radius**2, chosen))
-    facts = {"radii": attack.RADII, "steps": attack.STEPS, "rows": int(chosen.sum())}
+    facts = {"radii": radii, "steps": attack.STEPS, "rows": int(chosen.sum())}
     return found, facts, outputs
