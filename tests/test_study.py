@@ -6,19 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from toolkit import ROOT, TINY_MODEL, write_data
+import torch
+from toolkit import ROOT, TINY_MODEL, command, train, write_data
 
+from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
+from smart_fairseq.data.binarize import IndexedWriter, read_indexed
 from smart_fairseq.errors import UsageError
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Draw, Source, cut_out, drawn, flipped
+from smart_fairseq.study.vocabulary import cut_checkpoint
 
 PLAN = """
 out: {folder}/out
@@ -69,8 +74,6 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 
 def texts(folder: Path, split: str) -> list[tuple[list[int], int]]:
     """(ids, label) of each row."""
-    from smart_fairseq.data.binarize import read_indexed
-
     rows = read_indexed(folder / "input0" / split)
     return [(row.tolist(), label) for row, label in zip(rows, Source(folder).labels(split))]
 
@@ -132,6 +135,37 @@ def test_targets_of_a_regression_task_go_along(tmp_path: Path) -> None:
     assert [len(Source(tmp_path / "cut").labels(split)) for split in ("train", "valid")] == [9, 5]
     whole = {str(row) for split in ("train", "valid") for row in texts(source.folder, split)}
     assert {str(row) for row in texts(tmp_path / "cut", "train")} < whole
+
+
+def test_a_cut_vocabulary_says_the_same_in_fewer_rows(tmp_path: Path) -> None:
+    """Every row of the folder has the same words; a word's embedding is the one that it had, <mask>'s stays last."""
+    source = Source(write_data(tmp_path / "data"))
+    train(command(source.folder, "--no-epoch-checkpoints", save_dir=tmp_path, optimizer="adam", max_update=1))
+    with open(source.folder / "input0" / "dict.txt", "r+") as dictionary:
+        lines = dictionary.read()
+        dictionary.seek(0)
+        dictionary.write("never 1\n" + lines)
+    state = torch.load(tmp_path / "checkpoint_last.pt")
+    old = state["model"][EMBEDDINGS]
+    for name in (EMBEDDINGS, LM_HEAD, "encoder.lm_head.bias"):  # a row for the word that does not occur
+        tensor = state["model"][name]
+        state["model"][name] = torch.cat([tensor[:4], tensor[:1] + 9, tensor[4:]])
+    torch.save(state, tmp_path / "whole.pt")
+    for split in ("train", "valid"):
+        rows = [row + (row >= 4) for row in read_indexed(source.folder / "input0" / split)]
+        with IndexedWriter(source.folder / "input0" / split, "H") as writer:
+            for row in rows:
+                writer.add(array("H", row.tolist()), [len(row)])
+    cut_checkpoint(tmp_path / "whole.pt", source, tmp_path / "cut.pt")
+    assert torch.equal(torch.load(tmp_path / "cut.pt")["model"][EMBEDDINGS], old)
+    for name, words in (("whole", None), ("cut", source.words())):
+        cut_out(source, tmp_path / name, Draw(rows=9), 3, words)
+    assert (tmp_path / "cut" / "input0" / "dict.txt").read_text() == lines
+    for split in ("train", "valid"):
+        whole, cut = texts(tmp_path / "whole", split), texts(tmp_path / "cut", split)
+        assert [([i - (i >= 4) for i in ids], label) for ids, label in whole] == cut
+    with pytest.raises(UsageError, match=r"has 17 embeddings, and the dictionary of .* 18 symbols"):
+        cut_checkpoint(tmp_path / "checkpoint_last.pt", source, tmp_path / "other.pt")
 
 
 # Trainings

@@ -20,7 +20,7 @@ from .rows import Draw, Source
 __all__ = ["Asked", "Plan", "Task", "read_plan"]
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep")
-TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "metrics", "train")
+TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train")
 # in a block of flags: what becomes the number of updates and their schedule
 LENGTH = ("epochs", "warmup")
 OURS = {  # flags that the study gives
@@ -144,8 +144,8 @@ class Plan:
             _require(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
         return Asked(task, method, variant, seed, flags, epochs, warmup)
 
-    def command(self, asked: Asked, data: Path) -> list[str]:
-        """fairseq-train's arguments for a run on ``data``, all but --save-dir."""
+    def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
+        """fairseq-train's arguments for a run on ``data`` from a checkpoint, all but --save-dir."""
         source = asked.task.source
         task = ["--task", "sentence_prediction", "--init-token", "0", "--num-classes", str(len(source.classes) or 1)]
         if source.regression:
@@ -155,7 +155,7 @@ class Plan:
             task += ["--separator-token", "2"]
         return [
             *(str(data), *recipe.plugin_flags(), *task),
-            *(recipe.encoder_flags(self.checkpoint) if self.checkpoint else ()),
+            *(recipe.encoder_flags(checkpoint) if checkpoint else ()),
             *(*self.encoder_flags, *recipe.as_flags(asked.flags), "--seed", str(asked.seed)),
             *recipe.length_flags(asked.updates, asked.warmup, asked.flags.get("lr-scheduler")),
             # the weights once, at the end, where the worker scores them
@@ -270,7 +270,10 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     source = Source(Path(str(given["data"])))
     flip = _number(path, f"{where}: flip", given.get("flip", 0), 0)
     _require(path, flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
+    vocabulary = given.get("vocabulary", "whole")
+    _require(path, vocabulary in ("whole", "cut"), f"{where}: vocabulary", vocabulary, "whole or cut")
     draw = Draw(
+        vocabulary=vocabulary,
         rows=_whole(path, f"{where}: rows", given.get("rows")),
         stratified=_bool(path, f"{where}: stratified", given.get("stratified", False)),
         flip=flip,

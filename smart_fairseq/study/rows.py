@@ -23,12 +23,14 @@ class Draw:
 
     flip: share of the drawn rows whose label becomes another class.
     evaluate: so many of the rows that are left, drawn as well; None for all.
+    vocabulary: whole, or cut to the words that the folder has (`study.vocabulary`).
     """
 
     rows: int | None = None
     stratified: bool = False
     flip: float = 0.0
     evaluate: int | None = None
+    vocabulary: str = "whole"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Source:
             return path.read_text(encoding="utf-8").splitlines()[1:]
         return [f"{split}:{number}" for number in range(count)]
 
+    def words(self) -> np.ndarray:
+        """The ids that occur in the labelled splits, in order, the specials before them."""
+        texts = [read_indexed(self.folder / name / split) for name in self.inputs for split in self.splits]
+        return np.union1d(np.arange(len(SPECIAL_SYMBOLS)), np.concatenate([row for rows in texts for row in rows]))
+
     @property
     def manifest(self) -> dict[str, object]:
         path = self.folder / MANIFEST
@@ -122,8 +129,11 @@ def flipped(labels: np.ndarray, classes: int, share: float, seed: int) -> np.nda
     return labels
 
 
-def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
-    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest."""
+def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarray | None = None) -> None:
+    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest.
+
+    words: the ids that keep a place in the dictionary, in order, the specials first; None for all.
+    """
     labels = {split: source.labels(split) for split in source.splits}
     train = drawn(labels["train"], draw, seed)
     # (split, position) of every row that is left
@@ -137,7 +147,7 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
     parts = {"train": [("train", int(place)) for place in train], "valid": left}
     with whole_folder(target) as folder:
         for name in source.inputs:
-            _write_input(source, folder, name, parts)
+            _write_input(source, folder, name, parts, words)
         (folder / "label").mkdir()
         (folder / "ids").mkdir()
         if not source.regression:
@@ -155,16 +165,22 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_input(source: Source, folder: Path, name: str, parts: dict[str, list[tuple[str, int]]]) -> None:
+def _write_input(
+    source: Source, folder: Path, name: str, parts: dict[str, list[tuple[str, int]]], words: np.ndarray | None
+) -> None:
     (folder / name).mkdir()
-    dictionary = (source.folder / name / "dict.txt").read_bytes()
-    (folder / name / "dict.txt").write_bytes(dictionary)
-    typecode = integer_typecode(len(SPECIAL_SYMBOLS) + dictionary.count(b"\n"))
+    lines = (source.folder / name / "dict.txt").read_bytes().splitlines(keepends=True)
+    if words is None:
+        words = np.arange(len(SPECIAL_SYMBOLS) + len(lines))
+    kept = [lines[word - len(SPECIAL_SYMBOLS)] for word in words[len(SPECIAL_SYMBOLS) :]]
+    (folder / name / "dict.txt").write_bytes(b"".join(kept))
+    typecode = integer_typecode(len(words))
     texts = {split: read_indexed(source.folder / name / split) for split in source.splits}
     for part, rows in parts.items():
         with indexed_writer(folder / name / part, typecode) as add:
             for split, place in rows:
-                add(array(typecode, texts[split][place].tolist()), [len(texts[split][place])])
+                ids = np.searchsorted(words, texts[split][place])
+                add(array(typecode, ids.tolist()), [len(ids)])
 
 
 def _write_labels(prefix: Path, labels: np.ndarray, regression: bool) -> None:

@@ -21,6 +21,7 @@ from .report import last_tenth
 from .rows import cut_out
 from .runs import Result, Run, run_all
 from .scores import all_scores
+from .vocabulary import cut_checkpoint
 
 __all__ = ["Study", "check_flags", "lines_of"]
 
@@ -47,7 +48,7 @@ def check_flags(plan: Plan) -> None:
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
-                    line = plan.command(asked, asked.task.source.folder)
+                    line = plan.command(asked, asked.task.source.folder, plan.checkpoint)
                     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
                     cfg = convert_namespace_to_omegaconf(parsed)
                     tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
@@ -84,9 +85,15 @@ class Study:
 
     def run(self, asked: Asked) -> Run:
         """The process of a run; its data are cut out if they are not there."""
-        folder = self.folder(asked)
+        folder, source, checkpoint = self.folder(asked), asked.task.source, self.plan.checkpoint
+        cut = asked.task.draw.vocabulary == "cut"
         if not folder.is_dir():
-            cut_out(asked.task.source, folder, asked.task.draw, asked.seed)
+            cut_out(source, folder, asked.task.draw, asked.seed, source.words() if cut else None)
+        if cut and checkpoint is not None:
+            target = self.plan.work / "vocabulary" / f"{_short([self.data[asked.task.name], self.encoder])}.pt"
+            if not target.is_file():
+                cut_checkpoint(checkpoint, source, target)
+            checkpoint = target
         logits = self.logits(self.key(asked))
         logits.parent.mkdir(parents=True, exist_ok=True)
         keep = "keep" if self.plan.keep else "delete"
@@ -94,7 +101,7 @@ class Study:
             name=asked.name,
             method=f"{asked.task.name} {asked.arm}",
             seed=asked.seed,
-            flags=self.plan.command(asked, folder),
+            flags=self.plan.command(asked, folder, checkpoint),
             folder=self.plan.work,
             updates=asked.updates,
             cost=1.0 if asked.flags["criterion"] == "sentence_prediction" else 2.5,

@@ -102,8 +102,9 @@ def main(out: Path, keep: bool, arguments: list[str]) -> None:
     leave_with_parent()
     os.nice(NICENESS)
     allow_fairseq_checkpoints()
-    watch = train(arguments)
     save_dir = Path(arguments[arguments.index("--save-dir") + 1])
+    shutil.rmtree(save_dir, ignore_errors=True)  # of a run that was cut off: fairseq would go on from there
+    watch = train(arguments)
     logits, labels = predict(save_dir / "checkpoint_last.pt", arguments[0])
     if not np.isfinite(logits).all():
         sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
