@@ -16,7 +16,7 @@ import torch
 from toolkit import ROOT, TINY_MODEL, command, train, write_data
 
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
-from smart_fairseq.data.binarize import IndexedWriter, read_indexed
+from smart_fairseq.data.binarize import indexed_writer, read_indexed
 from smart_fairseq.errors import UsageError
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
@@ -153,9 +153,9 @@ def test_a_cut_vocabulary_says_the_same_in_fewer_rows(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "whole.pt")
     for split in ("train", "valid"):
         rows = [row + (row >= 4) for row in read_indexed(source.folder / "input0" / split)]
-        with IndexedWriter(source.folder / "input0" / split, "H") as writer:
+        with indexed_writer(source.folder / "input0" / split, "H") as add:
             for row in rows:
-                writer.add(array("H", row.tolist()), [len(row)])
+                add(array("H", row.tolist()), [len(row)])
     cut_checkpoint(tmp_path / "whole.pt", source, tmp_path / "cut.pt")
     assert torch.equal(torch.load(tmp_path / "cut.pt")["model"][EMBEDDINGS], old)
     for name, words in (("whole", None), ("cut", source.words())):

@@ -12,7 +12,7 @@ import smart_fairseq
 from ..commands.preprocess import training_flags
 from ..data.tasks import Task
 
-__all__ = ["BATCH", "COMMON", "METHODS", "SMART", "Flag", "as_flags", "encoder_flags", "flags"]
+__all__ = ["BATCH", "COMMON", "METHODS", "Flag", "as_flags", "encoder_flags", "flags"]
 
 Flag = str | int | float | bool | None
 
@@ -36,16 +36,9 @@ COMMON: dict[str, Flag] = {
 WARMUP = 0.1  # share of the updates
 LOG = ("--log-format", "json", "--log-interval", "1")
 
-# The paper's radius, 1e-5, moves nothing that could be seen on this encoder: smart_loss stays near 1e-6. At 3e-3 it
-# went from 0.0003 to 0.02 beside a task loss of 0.3, at 1e-2 to 0.08. The paper's teacher
-# remembers 1 / (1 - 0.999) = 1000 updates, more than these short runs have, and would hold the model where it began.
-SMART = (
-    *("--smart-weight", "1", "--smart-epsilon", "3e-3", "--smart-step-size", "3e-3", "--smart-noise-std", "3e-4"),
-    *("--mbpp-momentum", "0.9", "--mbpp-warmup-momentum", "0.9"),
-)
 METHODS = {
     "plain": ("--criterion", "sentence_prediction", "--optimizer", "adam"),
-    "smart": ("--criterion", "smart_sentence_prediction", "--optimizer", "mbpp", *SMART),
+    "smart": ("--criterion", "smart_sentence_prediction", "--optimizer", "mbpp"),
 }
 
 
@@ -99,5 +92,5 @@ def flags(task: Task, data: Path, imported: Path, method: str, seed: int, update
         *(os.path.relpath(data), *plugin_flags(), *task_flags),
         *(*encoder_flags(imported / "model.pt"), *imported_flags(imported), *METHODS[method]),
         *(*as_flags(COMMON), *length_flags(updates), "--seed", str(seed)),
-        *("--no-epoch-checkpoints", "--no-last-checkpoints", "--no-save-optimizer-state", *LOG),
+        *("--no-epoch-checkpoints", "--no-save-optimizer-state", *LOG),
     ]
