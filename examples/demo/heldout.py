@@ -1,5 +1,7 @@
 """The demo's two models on rows that neither was trained on: a table with intervals, and a picture."""
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +26,7 @@ Found = dict[str, dict[str, Any]]
 
 def one(checkpoint: Path, held_out: Mapping[str, tuple[Path, str]]) -> dict[str, Any]:
     """A model on everything; under attack on the first."""
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     found = {}
     for place, (name, (folder, split)) in enumerate(held_out.items()):
         attack: dict[str, Any] = {} if place else dict(attack=True, attack_rows=ATTACKED_ROWS, attack_radii=RADII)
@@ -45,13 +48,11 @@ def table(found: Found, methods: Mapping[str, str]) -> str:
     for name, results in found.items():
         first, other = results.values()
         differences = report.difference(first, other)
-        own = [
-            metric for metric in first["metrics"] if metric.startswith(("accuracy", "mcc", "f1", "pearson", "spear"))
-        ]
-        for metric in [*own, *SHOWN, *(m for m in first["metrics"] if m.startswith("accuracy, attack"))]:
-            entry = first["metrics"].get(metric)
-            if entry is None or any(metric in line[0] for line in lines if line[0].startswith(f"{name}, ")):
-                continue
+        names = list(first["metrics"])
+        own = names[: names.index("cross entropy")] if "cross entropy" in names else names[:1]
+        under_attack = [metric for metric in names if re.match(r"(accuracy|mean squared error), attack", metric)]
+        for metric in dict.fromkeys([*own, *(metric for metric in SHOWN if metric in names), *under_attack]):
+            entry = first["metrics"][metric]
             values = [report.number(result["metrics"][metric]["value"]) for result in results.values()]
             change = differences[metric]
             low, high = (f"{end:+.3g}" for end in change["interval"])

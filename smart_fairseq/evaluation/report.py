@@ -114,11 +114,11 @@ def write_arrays(path: Path, results: Mapping[str, Mapping[str, Result]], ids: M
 
 def pyplot() -> Any:
     """matplotlib without a window. Raises `UsageError` where it is not installed."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         import matplotlib
     except ImportError:
         raise UsageError("--picture needs matplotlib; install it with pip install matplotlib") from None
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
