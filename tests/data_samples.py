@@ -13,7 +13,7 @@ import toolkit
 import torch
 
 from smart_fairseq.commands.preprocess import glue_main
-from smart_fairseq.data.tasks import NLI_LABELS
+from smart_fairseq.data.tasks import NLI_LABELS, TASKS
 from smart_fairseq.inference import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,10 @@ WORDS = (
     "the a small dog cat bird river house sees likes finds old green quick 42 3.5 don't "
     'it\'s "quoted" café naïve 東京 e-mail (so) 100% \u2028 end.'
 ).split(" ")
+
+
+# id, text, ratings
+Sentence = tuple[str, str, list[int]]
 
 
 def sentence(generator: random.Random, most: int = 9) -> str:
@@ -150,6 +154,19 @@ def make_anli(folder: Path) -> Path:
     write(folder / "snli_1.0" / "snli_1.0_train.jsonl", *map(json.dumps, pairs))
     claim = {"fid": "f0", "query": "dog", "context": "cat", "label": "SUPPORTS"}
     write(folder / "nli_fever" / "train_fitems.jsonl", json.dumps(claim))
+    return folder
+
+
+def with_ratings(folder: Path, rows: list[Sentence], task: str = "movie", **means: str) -> Path:
+    """A data folder with the two files of one domain; ``means`` stands in for what the ratings' mean is."""
+    source = TASKS[task].splits["train"][0]
+    texts, votes = [], []
+    for identity, text, given in rows:
+        mean = means.get(f"id{identity}", f"{sum(given) / len(given):.11g}")
+        texts.append(f"{identity}\t{mean}\t{text}")
+        votes.append(f"{identity}\t{mean}\t0.5\t{given}")
+    write(folder / "vader_sentiment" / source.files[0], *texts, end="\r\n")
+    write(folder / "vader_sentiment" / source.ratings, *votes, end="\r\n", mark=True)
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import ROOT, make_bert_bpe, prepare, write
+from data_samples import ROOT, Sentence, make_bert_bpe, prepare, with_ratings, write
 
 from smart_fairseq.commands import download, ratings
 from smart_fairseq.commands.preprocess import glue_main
@@ -22,20 +22,6 @@ from smart_fairseq.package_index import pip_download
 
 REAL_ARCHIVE = os.environ.get("SMART_VADER_ARCHIVE", "")
 MOVIE = TASKS["movie"].splits["train"][0]
-Sentence = tuple[str, str, list[int]]
-
-
-def with_ratings(folder: Path, rows: list[Sentence], task: str = "movie", **means: str) -> Path:
-    """A data folder with the two files of one domain; ``means`` stands in for what the ratings' mean is."""
-    source = TASKS[task].splits["train"][0]
-    texts, votes = [], []
-    for identity, text, given in rows:
-        mean = means.get(f"id{identity}", f"{sum(given) / len(given):.11g}")
-        texts.append(f"{identity}\t{mean}\t{text}")
-        votes.append(f"{identity}\t{mean}\t0.5\t{given}")
-    write(folder / "vader_sentiment" / source.files[0], *texts, end="\r\n")
-    write(folder / "vader_sentiment" / source.ratings, *votes, end="\r\n", mark=True)
-    return folder
 
 
 def many(count: int = 60) -> list[Sentence]:

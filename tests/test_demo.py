@@ -1,84 +1,28 @@
-"""The demo: its generated task, the reading of logs, the table, the fetching of the encoder, and one small run."""
+"""The demo: the reading of logs, the table, the fetching of the encoder, and one small run."""
 
 import importlib
 import json
 import math
+import random
+import re
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_samples import Sentence, with_ratings
 from toolkit import ROOT
 
-from smart_fairseq.data.readers import read_task
 from smart_fairseq.errors import UsageError
 from smart_fairseq.study import report, runs
 
 DEMO = ROOT / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
 encoder = importlib.import_module("encoder")
-generate = importlib.import_module("generate")
 run = importlib.import_module("run")
 sys.path.remove(str(DEMO))
-
-
-# The task
-
-
-def test_generated_rows_are_those_of_the_seed(tmp_path: Path) -> None:
-    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        generate.write_task(tmp_path / name, train=24, valid=24, seed=seed)
-    for file in ("train.tsv", "dev.tsv"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
-        assert (tmp_path / "one" / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
-
-
-def test_generated_rows_are_balanced_different_and_read_as_rte(tmp_path: Path) -> None:
-    generate.write_task(tmp_path / "generated", train=run.TRAIN_ROWS, valid=run.VALID_ROWS, seed=run.DATA_SEED)
-    rows, _ = read_task(run.OWN_TASK, tmp_path)
-    assert {split: len(found) for split, found in rows.items()} == {"train": run.TRAIN_ROWS, "valid": run.VALID_ROWS}
-    for found in rows.values():
-        assert len(set(Counter(row.label for row in found).values())) == 1
-        assert len({row.texts for row in found}) == len(found)
-        assert all(row.texts[0] != row.texts[1] for row in found)
-    training, validation = ({text for row in found for text in row.texts} for found in rows.values())
-    assert not training & validation
-
-
-def test_people_and_things_of_the_validation_rows_are_new() -> None:
-    one, two = generate.TRAINING_WORDS, generate.VALIDATION_WORDS
-    assert not set(one.people) & set(two.people)
-    assert not {thing for things in one.things.values() for thing in things} & {
-        thing for things in two.things.values() for thing in things
-    }
-    assert not set(one.things) & set(two.things)
-
-
-def test_second_sentences_give_nothing_away() -> None:
-    """A guess by the words of the second sentence alone stays near chance, on rows that the guess has not seen."""
-    train = generate.pairs(generate.TRAINING_WORDS, 2400, 1)
-    fresh = generate.pairs(generate.TRAINING_WORDS, 2400, 2)
-    counts: Any = {label: Counter() for label in (generate.YES, generate.NO)}
-    for row in train:
-        counts[row.label].update(row.second.rstrip(".").split())
-
-    def guess(text: str) -> str:
-        words = text.rstrip(".").split()
-        scores = {label: sum(math.log(seen[word] + 1) for word in words) for label, seen in counts.items()}
-        return max(scores, key=lambda label: scores[label])
-
-    known = {row.second for row in train}
-    new = [row for row in fresh if row.second not in known]
-    assert len(new) > 300
-    assert abs(sum(guess(row.second) == row.label for row in new) / len(new) - 0.5) < 0.08
-
-
-def test_row_counts_that_cannot_be_balanced_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of 12"):
-        generate.pairs(generate.TRAINING_WORDS, 13, 1)
 
 
 # The logs
@@ -124,13 +68,13 @@ def made_run(method: str, seed: int, accuracies: list[float]) -> runs.Result:
 
 
 def test_time_left_counts_each_method_at_its_own_speed() -> None:
-    """plain took 30 s, 19 of them from its first update to its 20th; smart has not begun: 20 updates at 3 s.
+    """plain took 30 s, 19 of them from its first update to its 20th; smart has not begun: 20 updates at 2.2 s.
 
     To these come the 11 s that a run takes before its first update and after its last.
     """
     plain, smart = made_run("plain", 1, [50]), made_run("smart", 1, [50])
     smart.inner, smart.seconds = [], 0.0
-    assert runs.seconds_left([plain, smart], jobs=1) == pytest.approx(20 * 3 + 11)
+    assert runs.seconds_left([plain, smart], jobs=1) == pytest.approx(20 * run.COST["smart"] + 11)
     assert runs.seconds_left([smart], jobs=1) is None
 
 
@@ -250,17 +194,26 @@ def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytes
     assert "some-run.log" in str(caught.value)
 
 
+def sentences(task: str) -> list[Sentence]:
+    """Rated sentences of few words, another set for each task."""
+    draw = random.Random(task)
+    kinds = [("good", "fine", "great"), ("bad", "poor", "dull")]
+    rows = []
+    for number in range(120):
+        words = [draw.choice(kinds[number % 2]), *draw.choices("abcdefgh", k=6)]
+        rows.append((str(number + 1), " ".join(words), [-3, -2] if number % 2 else [3, 2]))
+    return rows
+
+
 def tiny_encoder(folder: Path) -> Path:
-    """A BERT of two layers with random weights, imported: words of the generated task and of the specials."""
+    """A BERT of two layers with random weights, imported: words of the sentences and the specials."""
     import torch
     from safetensors.torch import save_file
 
     from smart_fairseq.import_hf import import_hf
 
     source = folder / "source"
-    generate.write_task(folder / "words", train=120, valid=120, seed=1)
-    text = (folder / "words" / "train.tsv").read_text() + (folder / "words" / "dev.tsv").read_text()
-    words = sorted(set(text.lower().replace(".", " . ").split()))
+    words = sorted({word for _, text, _ in sentences("movie") for word in text.split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     source.mkdir()
     (source / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -292,18 +245,28 @@ def tiny_encoder(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_end_to_end_on_a_tiny_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_to_end_on_a_tiny_encoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))  # as a program has its own folder
     imported = tiny_encoder(tmp_path)
     out = tmp_path / "demo"
+    for task in (run.OWN, *run.OTHERS):
+        with_ratings(out / "tasks", sentences(task), task)
     assert run.main(["--encoder", str(imported), "--out", str(out), "--updates", "12", "--seeds", "2"]) == 0
     said = capsys.readouterr().out
     for text in ("accuracy, best epoch", "smart_loss", "bregman_loss", "fairseq-train ", "Time: "):
         assert text in said
+    for domain in (run.OWN, *run.OTHERS):
+        for metric in ("accuracy (%)", "cross entropy (nats)", "calibration error (%)"):
+            assert re.search(rf"^{domain}, {re.escape(metric)} .*\[.*\]$", said, re.M)
+    assert re.search(r"^movie, accuracy, attack at 10 % ", said, re.M)
+    assert (out / "movie.png").read_bytes().startswith(b"\x89PNG") and "Picture: " in said
     assert len(list((out / "logs").iterdir())) == 4
-    assert len(list((out / "checkpoints").rglob("checkpoint_best.pt"))) == 4
+    assert len(list((out / "checkpoints").rglob("checkpoint_last.pt"))) == 4
     # the terms act: a perturbation of the size asked for, a teacher that lags behind
-    log = (out / "logs" / "generated-smart-seed1.log").read_text().splitlines()
+    log = (out / "logs" / "movie-smart-seed1.log").read_text().splitlines()
     inner = [parsed[1] for parsed in map(runs.parse_line, log) if parsed and parsed[0] == "train_inner"]
     assert len(inner) == 12
-    assert all(line["smart_loss"] > 0 and line["smart_delta"] > 0 for line in inner)
+    assert all(line["smart_loss"] > 0 and line["smart_delta"] == 0.05 for line in inner)
     assert inner[-1]["bregman_loss"] > 0
