@@ -49,6 +49,32 @@ def test_what_the_steps_do_not_reach_does_not_count(class_data: Path, caplog: py
     assert form_at(1000, class_data, "--smart-step-size", "1e-5", "--smart-noise-std", "0.1").term is TWO_FORWARDS
 
 
+@pytest.mark.parametrize("norm", ["inf", "l2"])
+def test_a_relative_radius_is_a_share_of_the_place(norm: str, class_data: Path) -> None:
+    """Of its root mean square, 1.5: a share of 2/3 is an entry of size 1."""
+    flags = ["--smart-epsilon-unit", "relative", "--smart-norm", norm]
+    assert form_at(1.01 / 1.5, class_data, *flags).term is TWO_FORWARDS
+    assert form_at(0.99 / 1.5, class_data, *flags).term is FIRST_ORDER
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "warned"),
+    [
+        (torch.bfloat16, ["--smart-steps", "2"], True),
+        (torch.float16, ["--smart-steps", "2"], True),
+        (torch.bfloat16, [], False),
+        (torch.float32, ["--smart-steps", "2"], False),
+        (torch.bfloat16, ["--smart-steps", "2", "--smart-linear-search"], False),
+    ],
+    ids=str,
+)
+def test_more_steps_in_half_precision_are_warned_of(
+    dtype: torch.dtype, flags: list[str], warned: bool, class_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert form_at(2, class_data, *flags, dtype=dtype).term is TWO_FORWARDS
+    assert ("--smart-steps 2 in " in caplog.text) == warned
+
+
 def test_the_release_is_of_size_one(class_data: Path) -> None:
     assert form_at(1e-3, class_data, "--smart-projection", "normalize").term is TWO_FORWARDS
 
