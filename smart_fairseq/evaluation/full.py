@@ -204,7 +204,7 @@ def _attack(
     chosen = np.random.default_rng(seed).permutation(len(gold)) < (len(gold) if rows is None else rows)
     # a gradient keeps activations, which a prediction does not
     outputs = attack.attack_rows(model, split, gold, chosen, temperature, max_tokens // 4, seed)
-    found: Metrics = {}
+    found = _quality(model.task, clean, gold, "attacked rows before", chosen)
     unit = "" if model.task.regression else "nats"
     for place, radius in enumerate(attack.RADII):
         at = f"{100 * radius:g} %"
