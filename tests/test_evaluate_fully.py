@@ -90,6 +90,8 @@ def test_everything_of_two_checkpoints(place, tmp_path, capsys):
         assert attacked.shape == (len(RADII), 15, 2)
         chosen = np.isfinite(attacked[0, :, 0])
         assert chosen.sum() == 9
+        before = metrics["accuracy, attacked rows before"]["value"]
+        assert before == pytest.approx(100 * (logits.argmax(1) == gold)[chosen].mean())
         right = attacked[-1, chosen].argmax(1) == gold[chosen]
         assert metrics["accuracy, attack at 30 %"]["value"] == pytest.approx(100 * right.mean())
         assert kept["valid.1.typos"].shape == (15, 2) and (kept["valid.1.typos"] != kept["valid.1.logits"]).any()

@@ -44,28 +44,17 @@ def logits_of(*probabilities: float) -> np.ndarray:
 # Scores
 
 
-def test_cross_entropy_and_brier() -> None:
-    """Probabilities of the true class 0.8 and 0.4: -(ln 0.8 + ln 0.4) / 2; (2 * 0.2^2 + 2 * 0.6^2) / 2 = 0.4."""
-    logits, labels = logits_of(0.8, 0.6), np.array([1, 0])
-    assert scores.cross_entropy(logits, labels) == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
-    assert scores.brier(logits, labels) == pytest.approx(0.4)
+def test_measures_by_hand() -> None:
+    """Probabilities of the true class 0.95, 0.95, 0.05, 0.62 and 0.42; the calibration error in percent.
 
-
-def test_calibration_error() -> None:
-    """Confidences 0.95, 0.95, 0.95 (two right) and 0.62, 0.58 (one right, one not).
-
-    Bins of 1/15: 0.95 is in the 15th, 0.62 in the 10th (0.6 to 0.667), 0.58 in the 9th. Gaps times rows:
-    3 * |0.95 - 2/3|, |0.62 - 1|, |0.58 - 0|; over 5 rows.
+    Bins of 1/15: 0.95 is in the 15th (two of three right), 0.62 in the 10th, 0.58 in the 9th (wrong).
     """
     logits, labels = logits_of(0.95, 0.95, 0.05, 0.62, 0.42), np.array([1, 1, 1, 1, 1])
-    expected = (3 * abs(0.95 - 2 / 3) + 0.38 + 0.58) / 5
-    assert scores.calibration_error(logits, labels) == pytest.approx(expected)
-
-
-def test_temperature_undoes_a_scale() -> None:
-    """Of 1000 rows with logits (0, 4), 750 are right: the best logit is ln 3, so the temperature 4 / ln 3."""
-    logits, labels = np.tile([0.0, 4.0], (1000, 1)), np.arange(1000) % 4 > 0
-    assert scores.temperature(logits, labels.astype(int)) == pytest.approx(4 / math.log(3), rel=1e-3)
+    found = scores.all_scores(logits, labels, ["accuracy"], ["a", "b"], seed=1)
+    true = [0.95, 0.95, 0.05, 0.62, 0.42]
+    assert found["cross_entropy"] == pytest.approx(-sum(map(math.log, true)) / 5)
+    assert found["brier"] == pytest.approx(sum(2 * (1 - p) ** 2 for p in true) / 5)
+    assert found["calibration_error"] == pytest.approx(100 * (3 * abs(0.95 - 2 / 3) + 0.38 + 0.58) / 5)
 
 
 def test_scaled_numbers_are_of_the_half_that_was_not_fitted_on() -> None:
@@ -75,9 +64,11 @@ def test_scaled_numbers_are_of_the_half_that_was_not_fitted_on() -> None:
     found = scores.all_scores(logits, labels, ["accuracy"], ["a", "b", "c"], seed=5)
     order = np.random.default_rng(5).permutation(400)
     half = order[200:]
-    assert found["cross_entropy_half"] == pytest.approx(scores.cross_entropy(logits[half], labels[half]))
+    assert found["cross_entropy_half"] == pytest.approx(scores.MEASURES["cross_entropy"](logits[half], labels[half]))
     scaled = logits[half] / found["temperature"]
-    assert found["calibration_error_scaled"] == pytest.approx(scores.calibration_error(scaled, labels[half]))
+    assert found["calibration_error_scaled"] == pytest.approx(
+        scores.MEASURES["calibration_error"](scaled, labels[half])
+    )
     assert found["cross_entropy_scaled"] < found["cross_entropy_half"]
     assert found["accuracy"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
 

@@ -211,7 +211,7 @@ def _attack(
 
     # a gradient keeps activations, which a prediction does not
     outputs = attack.attack_rows(model, split, gold, chosen, temperature, max_tokens // 4, seed, radii)
-    found: Metrics = {}
+    found = _quality(model.task, clean, gold, "attacked rows before", chosen)
     unit = "" if model.task.regression else "nats"
     for place, radius in enumerate(radii):
         at = f"{100 * radius:g} %"

@@ -169,7 +169,10 @@ def _radii(results: Mapping[str, Result], path: Path) -> Path:
         metrics, radii = result["metrics"], [f"{100 * radius:g} %" for radius in result["attack"]["radii"]]
         quality = "accuracy" if result["classes"] else "mean squared error"
         for kind, style in (("attack", "-"), ("random signs", ":")):
-            entries = [metrics[quality], *(metrics[f"{quality}, {kind} at {radius}"] for radius in radii)]
+            entries = [
+                metrics[f"{quality}, attacked rows before"],
+                *(metrics[f"{quality}, {kind} at {radius}"] for radius in radii),
+            ]
             values = np.array([entry["value"] for entry in entries])
             low, high = np.array([entry["interval"] for entry in entries]).T
             bars = np.maximum(0, [values - low, high - values])
