@@ -13,7 +13,7 @@ from smart_fairseq.data.bpe import UNKNOWN, find_bpe
 from smart_fairseq.data.pool import Pool
 from smart_fairseq.data.readers import Row
 from smart_fairseq.errors import UsageError
-from smart_fairseq.evaluation import attack, calibration, intervals, report, typos
+from smart_fairseq.evaluation import calibration, intervals, report, typos
 from smart_fairseq.evaluation.calibration import (
     HIGHEST,
     LOWEST,
@@ -29,7 +29,7 @@ from smart_fairseq.evaluation.texts import decoder
 from smart_fairseq.evaluation.typos import NEIGHBOURS, misspelt, with_typos
 
 
-@pytest.mark.parametrize("module", [attack, calibration, intervals, report, typos], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [calibration, intervals, report, typos], ids=lambda m: m.__name__)
 def test_examples_of_the_docstrings(module):
     assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
 
