@@ -8,7 +8,8 @@ from toolkit import HEAD, assert_equal, batch, in_float64, set_up
 from torch import Tensor
 
 from smart_fairseq.encoder import Forward, encoder_of
-from smart_fairseq.evaluation.attack import PLACE, Attacked, attack, scale_of, worst_point
+from smart_fairseq.evaluation.attack import PLACE, Attacked, attack, worst_point
+from smart_fairseq.evaluation.full import RADII
 from smart_fairseq.method.divergence import symmetric_kl
 
 
@@ -81,12 +82,6 @@ def test_the_worst_point_seen_counts():
     torch.testing.assert_close(point, torch.full_like(point, 0.05))
 
 
-def test_scale_is_that_of_the_real_tokens():
-    embeddings, mask = torch.randn(2, 5, 3), torch.tensor([[1.0] * 5, [1, 1, 0, 0, 0]])[..., None]
-    expected = [embeddings[0].square().mean().sqrt(), embeddings[1, :2].square().mean().sqrt()]
-    torch.testing.assert_close(scale_of(embeddings, mask).flatten(), torch.stack(expected))
-
-
 # A tiny RoBERTa ---------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +95,7 @@ def tiny(class_data):
 def attacked(model: Any, sample: Any, gold: Tensor, **options: Any) -> Attacked:
     inputs = sample["net_input"]
     forward = Forward(encoder_of(model), model, inputs, HEAD, PLACE)
-    return attack(forward, inputs["src_tokens"], sample["id"], gold, **options)
+    return attack(forward, inputs["src_tokens"], sample["id"], gold, **{"radii": RADII, **options})
 
 
 def clean_of(model: Any, sample: Any) -> Tensor:

@@ -89,3 +89,27 @@ def test_two_workers(trained: Any, tmp_path: Path) -> None:
     # the second worker logs nothing
     line = json.loads(re.findall(r"INFO:valid:(\{.*\})", (tmp_path / "run.0.log").read_text())[-1])
     assert {key: float(line[f"valid_{key}"]) for key in KEYS[kind]} == pytest.approx(expected, abs=0.051)
+
+
+def test_calibration_error_over_the_whole_set(tmp_path: Path) -> None:
+    """By hand from single predictions: 15 bins of equal width, each gap by its share of the rows; in any batch size."""
+    from fairseq import checkpoint_utils
+
+    data = write_data(tmp_path / "data", train=24, valid=23, seed=5)
+    flags = ["--smart-report-calibration", "--best-checkpoint-metric", "calibration_error"]
+    valid = ["--max-epoch", "1", "--validate-interval", "1"]
+    found = []
+    for size in ("5", "23"):
+        run = command(data, *flags, *valid, "--batch-size-valid", size, save_dir=tmp_path / size)
+        run.remove("--disable-validation")
+        found.append(train(run)["valid"][-1]["valid_calibration_error"])
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "23" / "checkpoint_last.pt")])
+    dataset, bins = task.load_dataset("valid") or task.dataset("valid"), [[] for _ in range(15)]
+    for index in range(len(dataset)):
+        sample = dataset.collater([dataset[index]])
+        with torch.no_grad():
+            logits = models[0].eval()(**sample["net_input"], classification_head_name=HEAD)[0][0]
+        sure, best = logits.double().softmax(0).max(0)
+        bins[min(14, int(sure * 15))].append((float(sure), float(best == sample["target"].view(-1)[0])))
+    gaps = [abs(sum(sure for sure, _ in part) - sum(right for _, right in part)) for part in bins]
+    assert found == pytest.approx([100 * sum(gaps) / 23] * 2, abs=0.06)  # one decimal is logged

@@ -43,7 +43,7 @@ def check_restore_file(path: str, save_dir: str) -> None:
 def check_best_metric(cfg: RegularizedConfig, metric: str) -> None:
     """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
     known = ["loss", "nll_loss", *(() if cfg.regression_target else ("accuracy",))]
-    for flag, names in REPORTED.items():
+    for flag, names in {**REPORTED, "smart_report_calibration": ["calibration_error"]}.items():
         if getattr(cfg, flag):
             known += names
         elif metric in names:
@@ -143,6 +143,8 @@ def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bo
         )
     if cfg.regression_target:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
+        if cfg.smart_report_calibration:
+            raise UsageError("--smart-report-calibration is set with --regression-target, which has no probabilities")
     elif regularized:
         require(num_classes >= 2, "--num-classes", num_classes, "2 or more without --regression-target")
 

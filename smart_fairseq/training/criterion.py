@@ -40,7 +40,7 @@ from . import checks
 from .acting import Acting
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
-from .metrics import log_glue_metrics, log_terms, place_predictions
+from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
 
 __all__ = ["RegularizedCriterion"]
 
@@ -123,8 +123,11 @@ class RegularizedCriterion(SentencePredictionCriterion):
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
         if not model.training or not any(self.weights.values()):
-            result: Result = super().forward(self._evaluated(model), sample, reduce)
+            with _output_of(self.encoder_for(model).model) as output:
+                result: Result = super().forward(self._evaluated(model), sample, reduce)
             place_predictions(result[2], sample["id"], self.task)
+            if self.cfg.smart_report_calibration and not model.training:
+                place_confidence(result[2], output[0], sample, self.task)
             return result
 
         encoder = self.encoder_for(model)
@@ -207,6 +210,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         """Those of `sentence_prediction`, and while training the terms."""
         SentencePredictionCriterion.reduce_metrics(logging_outputs)
         log_glue_metrics(logging_outputs)
+        log_calibration(logging_outputs)
         log_terms(logging_outputs)
 
 

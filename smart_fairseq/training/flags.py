@@ -135,6 +135,10 @@ class RegularizedConfig(SentencePredictionConfig):
             "(fairseq-validate: always the model's)"
         },
     )
+    smart_report_calibration: bool = field(
+        default=False,
+        metadata={"help": "valid lines carry calibration_error, in percent, over 15 bins of equal width (classes)"},
+    )
     # bare interpolations, so that they do not become flags
     smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it
     smart_lr_scheduler: Any = II("lr_scheduler")

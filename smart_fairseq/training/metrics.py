@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from fairseq.logging import metrics
@@ -16,6 +17,7 @@ from fairseq.logging.meters import safe_round
 from torch import Tensor
 
 from ..data.metrics import METRICS
+from ..evaluation.calibration import bins_of
 
 # by flag
 REPORTED = {
@@ -25,22 +27,50 @@ REPORTED = {
 }
 
 
-def place_predictions(log: dict[str, Any], example_ids: Tensor, task: Any) -> None:
-    """Replace the lists ``pred`` and ``targ`` of a batch by one float64 tensor ``predictions``.
+def _placed(rows: Tensor, example_ids: Tensor, task: Any) -> Tensor:
+    """[R, B] -> [R + 1, B], the last row how often the example was seen: 1.
 
-    Its rows are predictions, targets and how often the example was seen: [3, B] where there is one worker,
-    otherwise [3, N] with zeros at the examples of other batches, so that the workers' tensors can be added.
-    N is the size of the largest of the task's loaded splits, the same on every worker.
+    With several workers [R + 1, N] with zeros at the examples of other batches, so that the workers' tensors can be
+    added. N is the size of the largest of the task's loaded splits, the same on every worker.
     """
-    if "pred" not in log:
-        return
-    pairs = [log.pop("pred"), log.pop("targ")]
-    values = torch.tensor([*pairs, [1] * len(pairs[0])], dtype=torch.float64, device=example_ids.device)
+    values = torch.cat([rows, torch.ones_like(rows[:1])])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        placed = values.new_zeros(3, max(len(dataset) for dataset in task.datasets.values()))
+        placed = values.new_zeros(len(values), max(len(dataset) for dataset in task.datasets.values()))
         placed[:, example_ids] = values
         values = placed
-    log["predictions"] = values
+    return values
+
+
+def place_predictions(log: dict[str, Any], example_ids: Tensor, task: Any) -> None:
+    """Replace the lists ``pred`` and ``targ`` of a batch by one float64 tensor ``predictions`` of `_placed` rows."""
+    if "pred" in log:
+        pairs = [log.pop("pred"), log.pop("targ")]
+        log["predictions"] = _placed(
+            torch.tensor(pairs, dtype=torch.float64, device=example_ids.device), example_ids, task
+        )
+
+
+def place_confidence(log: dict[str, Any], logits: Tensor, sample: dict[str, Any], task: Any) -> None:
+    """Add ``confidence``, `_placed` rows: the largest probability, and whether its class is right. Logits [B, K]."""
+    largest, predicted = logits.detach().double().softmax(-1).max(-1)
+    right = predicted == sample["target"].view(-1)
+    log["confidence"] = _placed(torch.stack([largest, right.double()]), sample["id"], task)
+
+
+def log_calibration(logging_outputs: list[dict[str, Any]]) -> None:
+    """Log the calibration error in percent over the whole set, from `place_confidence`."""
+    placed = [log["confidence"] for log in logging_outputs if "confidence" in log]
+    if placed:
+        confidence, right, seen = torch.cat(placed, dim=1)
+        metrics.log_concat_tensor("_confidence", confidence[seen > 0].cpu())
+        metrics.log_concat_tensor("_right", right[seen > 0].cpu())
+        metrics.log_derived("calibration_error", _calibration_error)
+
+
+def _calibration_error(meters: Any) -> float:
+    confidence, right = (meters[key].tensor.numpy() for key in ("_confidence", "_right"))
+    gaps = np.bincount(bins_of(confidence), right - confidence)
+    return safe_round(100 * np.abs(gaps).sum() / len(right), 1)  # type: ignore[no-any-return]
 
 
 def log_glue_metrics(logging_outputs: list[dict[str, Any]]) -> None:
