@@ -1,7 +1,7 @@
 """What a fine-tuned checkpoint predicts for the splits of a data folder."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +45,17 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     if name not in TASKS:
         raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def heads_of(weights: Iterable[str]) -> list[str]:
+    """Names of the classification heads among a checkpoint's weights."""
+    return sorted({name.split(".")[1] for name in weights if name.startswith("classification_heads.")})
+
+
+def without_head(name: str, there: Sequence[str]) -> str:
+    """What is wrong with a checkpoint that lacks the head that its criterion names."""
+    found = f"its heads are {', '.join(there)}" if there else "it holds none: it is not fine-tuned; train it first"
+    return f"has no classification head {name!r}; {found}"
 
 
 def read_ids(folder: Path, split: str) -> list[str]:
@@ -110,14 +121,15 @@ class Model:
             what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
             self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
         self._model = models[0]
+        self._heads = heads_of(state["model"])
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
         """The labels in the order of the head's outputs; none for regression."""
-        heads = getattr(self._model, "classification_heads", {})
-        if self._head not in heads:
-            self._refuse(f"has no classification head {self._head!r}: it is not fine-tuned; train it first")
-        outputs = heads[self._head].out_proj.out_features
+        # not what the model has: fairseq makes a head of random weights where the checkpoint holds none
+        if self._head not in self._heads:
+            self._refuse(without_head(self._head, self._heads))
+        outputs = self._model.classification_heads[self._head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
         if self.task.regression:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from data_samples import ROOT, make_anli, make_glue, make_gpt2_bpe, train, write
 
+from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.commands.preprocess import anli_main, glue_main
 from smart_fairseq.data import metrics
@@ -282,6 +283,29 @@ def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
     assert "--split is 'dev'; " in says(checkpoint(place, "RTE"), "--split", "dev")
     assert "--max-tokens is '0'" in says(checkpoint(place, "RTE"), "--max-tokens", "0")
     assert not (tmp_path / "out").exists()
+
+
+def with_head(source: str, name: str | None, target: Path) -> str:
+    """A copy of a checkpoint whose head bears another name, or that has none."""
+    state = torch.load(source)
+    for key in [key for key in state["model"] if key.startswith("classification_heads.")]:
+        tensor = state["model"].pop(key)
+        if name:
+            state["model"][key.replace("sentence_classification_head", name)] = tensor
+    torch.save(state, target)
+    return str(target)
+
+
+@pytest.mark.parametrize(("name", "what"), [(None, "it holds none: "), ("mine", "its heads are mine")])
+def test_a_checkpoint_without_its_head_is_not_scored_with_a_random_one(place, tmp_path, capsys, name, what):
+    model = with_head(checkpoint(place, "RTE"), name, tmp_path / "other.pt")
+    data = ["--data-dir", str(place / "bins" / "RTE-bin"), "--checkpoint", model, "--cpu"]
+    expected = f"other.pt: has no classification head 'sentence_classification_head'; {what}"
+    assert expected in refused(predict.main, capsys, *data, "--out", str(tmp_path / "out"))
+    assert expected in refused(evaluate.main, capsys, *data, "--split", "valid")
+    assert export.main([model, str(tmp_path / "plain.pt")]) == 2
+    assert expected in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
 
 
 def test_flags_that_do_not_fit(place, tmp_path, capsys):
