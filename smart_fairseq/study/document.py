@@ -22,7 +22,7 @@ __all__ = ["Arm", "Difference", "arms_of", "difference", "put_into", "write_repo
 
 SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
 # beside the task's own, in the short table
-SHORT = ("cross_entropy", "calibration_error")
+SHORT = ("cross_entropy", "cross_entropy_scaled", "calibration_error")
 LEFT_OUT_OF_PICTURES = ("temperature", "cross_entropy_half", "calibration_error_half")
 HELP = """Mean ± standard deviation over the seeds; differences to {baseline} over the same seeds, with their
 95 % t interval. Cross entropy in nats; `_half` and `_scaled`: on the half of the rows that the temperature was not
