@@ -268,5 +268,5 @@ def test_end_to_end_on_a_tiny_encoder(
     log = (out / "logs" / "movie-smart-seed1.log").read_text().splitlines()
     inner = [parsed[1] for parsed in map(runs.parse_line, log) if parsed and parsed[0] == "train_inner"]
     assert len(inner) == 12
-    assert all(line["smart_loss"] > 0 and line["smart_delta"] == 0.05 for line in inner)
+    assert all(line["smart_loss"] > 0 and line["smart_delta"] == 0.03 for line in inner)
     assert inner[-1]["bregman_loss"] > 0
