@@ -45,6 +45,11 @@ CASES = [
     (["--smart-epsilon", "0"], "--smart-epsilon is 0.0; it must be above 0"),
     (["--smart-epsilon=-1e-5"], "--smart-epsilon is -1e-05; it must be above 0"),
     (["--smart-epsilon", "nan"], "--smart-epsilon is nan; it must be above 0"),
+    (["--smart-recipe", "smart", "--smart-epsilon", "1.5"], "--smart-epsilon is 1.5; it must be at most 1, the size of"),
+    (["--smart-recipe", "smart", "--smart-epsilon", "0"], "--smart-epsilon is 0.0; it must be above 0"),
+    (["--mbpp-recipe", "smart", "--max-update", "0", "--max-epoch", "1"], "--mbpp-recipe is smart, whose teacher reme"),
+    (["--best-checkpoint-metric", "calibration_error"], "--best-checkpoint-metric is calibration_error, which needs --s"),
+    (["--regression-target", "--num-classes", "1", "--smart-report-calibration"], "--smart-report-calibration is set w"),
     (["--smart-noise-std", "0"], "--smart-noise-std is 0.0; it must be above 0"),
     (["--smart-step-size", "-1"], "--smart-step-size is -1.0; it must be above 0"),
     (["--smart-steps", "0"], "--smart-steps is 0; it must be 1 or more"),
@@ -77,7 +82,7 @@ def test_flags(flags: list[str], line: str, class_data: Path) -> None:
     assert library_refusal(command(class_data, *flags)).startswith(line)
 
 
-@pytest.mark.parametrize("index", [0, 21])
+@pytest.mark.parametrize("index", [0, 26])
 def test_the_program_prints_that_line_alone(index: int, class_data: Path) -> None:
     flags, line = CASES[index]
     assert refusal(command(class_data, *flags)).startswith("smart_fairseq: error: " + line)
@@ -86,6 +91,9 @@ def test_the_program_prints_that_line_alone(index: int, class_data: Path) -> Non
 @pytest.mark.parametrize(
     ("flag", "choices"),
     [
+        ("--smart-recipe", "'smart', 'paper', 'release', 'sift'"),
+        ("--mbpp-recipe", "'smart', 'paper'"),
+        ("--smart-epsilon-unit", "'relative', 'absolute'"),
         ("--smart-norm", "'inf', 'l2'"),
         ("--smart-norm-scope", "'example', 'token'"),
         ("--smart-projection", "'ball', 'normalize'"),
