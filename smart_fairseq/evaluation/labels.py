@@ -26,12 +26,11 @@ def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
     """The shares of annotators for each label, [N, K]; rows that none labelled are 0. Raises for other labels."""
     shares = np.zeros((len(rows), len(labels)))
     for place, row in enumerate(rows):
-        for vote in row.votes:
-            if vote not in labels:
-                raise located(
-                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
-                )
-            shares[place, labels.index(vote)] += 1 / len(row.votes)
+        strange = next((vote for vote in row.votes if vote not in labels), None)
+        if strange is not None:
+            message = f"annotator's label {shown(strange)} is not one of {', '.join(labels)}"
+            raise located(Path(row.file), row.line, message)
+        shares[place] = [row.votes.count(label) / max(len(row.votes), 1) for label in labels]
     return shares
 
 

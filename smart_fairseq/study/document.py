@@ -2,7 +2,6 @@
 
 import csv
 import io
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import NamedTuple
 from ..commands.predict import replace_file
 from ..data.metrics import METRICS
 from ..data.readers import located
-from ..files import whole_file
+from ..errors import UsageError
+from ..evaluation.report import pyplot, save
 from .lines import Line
 from .plan import Plan
 from .report import half_width
@@ -270,19 +270,15 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
     metrics = [name for name in _metrics(arms) if name not in LEFT_OUT_OF_PICTURES]
     if not compared:
         return False
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
-        import matplotlib
-    except ImportError:
+        plots = pyplot()
+    except UsageError:
         print("no picture: that needs matplotlib; install it with pip install matplotlib")
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(3, len(metrics))
     height = 0.9 + 0.28 * len(compared)
     rows = -(-len(metrics) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
+    figure, axes = plots.subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, metrics):
@@ -298,9 +294,7 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
         axis.tick_params(axis="x", labelsize="small")
         axis.locator_params(axis="x", nbins=4)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}), whole_file(path) as partial:
-        # the same bytes for the same numbers
-        figure.savefig(partial, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    # the same bytes for the same numbers
+    with plots.rc_context({"svg.hashsalt": path.stem}):
+        save(figure, path, metadata={"Date": None})
     return True
