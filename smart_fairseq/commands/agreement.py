@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
+from ..data.lines import Row, located, read_lines, shown
+from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
 from ..evaluation.labels import vote_shares

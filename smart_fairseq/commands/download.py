@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.readers import find_sources, located, shown
+from ..data.lines import located, shown
+from ..data.readers import find_sources
 from ..data.tasks import GLUE, SENTIMENT, TASKS
 from ..errors import UsageError
 from ..files import hidden_folder, sha256

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
+from ..data.lines import located, read_lines, shown
 from ..data.metrics import score
-from ..data.readers import find_sources, located, read_lines, read_source, shown
+from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
 from ..evaluation.full import evaluate_model

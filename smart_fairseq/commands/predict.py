@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.binarize import read_manifest
-from ..data.readers import find_sources, located, shown
+from ..data.lines import located, shown
+from ..data.readers import find_sources
 from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
 from ..files import finite, whole_file

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
+from ..data.lines import Report, Row, located, shown
 from ..data.pool import Pool
-from ..data.readers import Report, Row, find_sources, located, read_task, shown
+from ..data.readers import find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
 from ..progress import Progress

@@ -10,24 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from .lines import Report, Row, Skip, located, read_bytes, read_lines, shown, source_path
+from .lines import Report, Row, Skip, located, read_lines, shown, source_path
 from .sentiment import rated_rows
 from .tasks import Column, Source, Task
-
-__all__ = [
-    "Report",
-    "Row",
-    "available",
-    "find_sources",
-    "located",
-    "read_bytes",
-    "read_dev_ids",
-    "read_lines",
-    "read_source",
-    "read_task",
-    "shown",
-    "source_path",
-]
 
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:

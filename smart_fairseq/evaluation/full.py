@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles
-from ..data.readers import located
+from ..data.lines import located
 from ..data.tasks import Task
 from ..inference import Model
 from . import intervals

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.binarize import read_indexed
-from ..data.readers import Row, located, read_lines, shown
+from ..data.lines import Row, located, read_lines, shown
 from ..data.tasks import Task
 from ..inference import label_order, read_ids
 

@@ -9,16 +9,14 @@ from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 from ..commands.predict import replace_file
+from ..data.lines import located
 from ..data.metrics import METRICS
-from ..data.readers import located
 from ..errors import UsageError
 from ..evaluation.report import pyplot, save
 from .lines import Line
 from .plan import Plan
 from .report import half_width
 from .studying import lines_of
-
-__all__ = ["Arm", "Difference", "arms_of", "difference", "put_into", "write_report"]
 
 SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
 # beside the task's own, in the short table

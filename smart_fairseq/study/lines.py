@@ -16,11 +16,9 @@ import torch
 
 import smart_fairseq
 
-from ..data.readers import located
+from ..data.lines import located
 from ..errors import UsageError
 from ..files import finite, whole_file
-
-__all__ = ["Line", "alone", "facts", "read_lines", "write_lines"]
 
 Line = dict[str, Any]
 

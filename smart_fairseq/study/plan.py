@@ -9,15 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..data.lines import located, shown
 from ..data.metrics import METRICS
-from ..data.readers import located, shown
 from ..data.tasks import TASKS
 from ..errors import UsageError
 from . import recipe
 from .recipe import Flag
 from .rows import Draw, Source
-
-__all__ = ["Asked", "Plan", "Task", "read_plan"]
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train")

@@ -12,8 +12,6 @@ import smart_fairseq
 from ..commands.preprocess import training_flags
 from ..data.tasks import Task
 
-__all__ = ["BATCH", "COMMON", "METHODS", "Flag", "as_flags", "encoder_flags", "flags"]
-
 Flag = str | int | float | bool | None
 
 BATCH = 16

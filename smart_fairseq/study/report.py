@@ -10,8 +10,6 @@ from scipy.special import stdtrit
 from ..evaluation.report import aligned
 from .runs import Numbers, Result
 
-__all__ = ["Scores", "half_width", "in_words", "laid_out", "last_tenth", "rows", "scores", "term", "with_spread"]
-
 TERMS = ("task_loss", "smart_loss", "smart_delta", "bregman_loss")
 
 

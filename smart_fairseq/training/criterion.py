@@ -42,8 +42,6 @@ from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
 
-__all__ = ["RegularizedCriterion"]
-
 logger = logging.getLogger(__name__)
 
 
