@@ -150,7 +150,11 @@ class Model:
         wrong = int((~np.isfinite(scores)).any(1).sum())
         if wrong:
             self._refuse(f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged")
-        return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes, logits)
+        if self.task.regression:
+            labels = [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
+        else:
+            labels = [self.classes[place] for place in scores.argmax(1)]
+        return Predictions(self.task, split, ids, labels, scores, self.classes, logits)
 
     def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`."""
@@ -179,11 +183,6 @@ class Model:
         other._fairseq_task.cfg = copy.deepcopy(self._fairseq_task.cfg)
         other._fairseq_task.cfg.data = str(folder)
         return other
-
-    def _labels(self, scores: np.ndarray) -> list[str]:
-        if self.task.regression:
-            return [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
-        return [self.classes[place] for place in scores.argmax(1)]
 
 
 def _setting(state: dict[str, Any], name: str) -> Any:

@@ -86,7 +86,6 @@ def official_folder(task: Task, kind: str, target: Path, options: argparse.Names
         for split in splits:
             if split in rows:
                 folder.write(split, rows[split])
-                folder.write_ids(split, rows[split])
         folder.finish()
     return target
 

@@ -85,12 +85,8 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
     if task.regression:
         flags.append("--regression-target")
     metric = task.metrics[0]
-    if metric == "mcc":
-        flags.append("--report-mcc")
-    elif metric == "acc_and_f1":
-        flags.append("--report-acc-and-f1")
-    elif metric == "pearson_and_spearman":
-        flags.append("--report-pearson-and-spearman")
+    if metric in ("mcc", "acc_and_f1", "pearson_and_spearman"):
+        flags.append(f"--report-{metric.replace('_', '-')}")
     if "valid1" in rows:
         flags.append("--valid-subset valid,valid1")
     # fairseq's default of 8 silently leaves out the last batch, of the validation too, unless it has 8n rows
@@ -109,7 +105,6 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
     for split in [split for split in SPLIT_ORDER if split in rows]:
         progress = Progress(len(rows[split]), f"{data.task.name} {split}")
         folder.write(split, rows[split], progress.advance)
-        folder.write_ids(split, rows[split])
         progress.close(_note(data, folder, split))
     folder.finish(parts=data.parts, **facts)
     return folder

@@ -162,6 +162,7 @@ class Folder:
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) == len(rows):
             self._write_labels(self.path / "label" / split, labels)
+        self._write_ids(split, rows)
 
     def _write_labels(self, prefix: Path, labels: Sequence[str]) -> None:
         if self.task.regression:
@@ -171,7 +172,7 @@ class Folder:
         place = {label: number for number, (label, _) in enumerate(self.labels)}
         write_classes(prefix, [place[label] for label in labels])
 
-    def write_ids(self, split: str, rows: Sequence[Row]) -> None:
+    def _write_ids(self, split: str, rows: Sequence[Row]) -> None:
         """Which row of which file each example is: ids/SPLIT.tsv with the columns id, file, line.
 
         Of rated rows also what the raters said: annotators/SPLIT.tsv, in the same order.

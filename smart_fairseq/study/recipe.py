@@ -78,12 +78,7 @@ def bpe_of(folder: Path) -> str:
 
 
 def flags(task: Task, data: Path, imported: Path, method: str, seed: int, updates: int) -> list[str]:
-    """Every flag; the methods differ in criterion and optimizer alone.
-
-    Args:
-        data: the folder that `commands.preprocess` wrote.
-        imported: the encoder, as `import_hf` wrote it.
-    """
+    """Every flag; the methods differ in criterion and optimizer alone. ``imported``: the encoder, from `import_hf`."""
     # from `fairseq-train DATA --task ...`, what follows from the data
     task_flags = shlex.split(training_flags(task, bpe_of(imported), {}, data))[2:]
     return [

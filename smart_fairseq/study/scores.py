@@ -8,8 +8,8 @@ from ..data.metrics import score
 from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_temperature
 
 
-def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """In nats; percent; 0 to 2."""
+def measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Cross entropy in nats, calibration error in percent, Brier score from 0 to 2."""
     return {
         "cross_entropy": float(cross_entropy(logits, labels).mean()),
         "calibration_error": float(calibration_error(logits, labels)(np.ones((1, len(labels))))[0]),
@@ -20,14 +20,10 @@ def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def all_scores(
     logits: np.ndarray, labels: np.ndarray, metrics: Sequence[str], classes: Sequence[str], seed: int
 ) -> dict[str, float]:
-    """Everything that a report can show.
+    """Everything that a report can show: the ``metrics`` of `data.metrics` in percent, and more.
 
-    Args:
-        logits: [N, K]; [N, 1] for regression
-        labels: [N], class numbers; targets for regression
-        metrics: of `data.metrics`, in percent
-        classes: names in the order of the class numbers; none for regression
-        seed: draws the half of the rows that the temperature is fitted on; what follows it is of the other half
+    Logits [N, K] with labels [N], class numbers for the names of ``classes``; for regression [N, 1] with targets, and
+    no classes. ``seed`` draws the half of the rows that fits the temperature; what follows it is of the other half.
     """
     logits = logits.astype(np.float64)
     if not classes:
@@ -36,11 +32,11 @@ def all_scores(
         return {**found, "squared_error": float(((predicted - labels) ** 2).mean())}
     names = np.array(classes)
     found = score(metrics, list(names[logits.argmax(1)]), list(names[labels]), False)
-    found |= _of_classes(logits, labels)
+    found |= measures(logits, labels)
     order = np.random.default_rng(seed).permutation(len(labels))
     fitted_on, half = order[: len(order) // 2], order[len(order) // 2 :]
     found["temperature"] = fit_temperature(logits[fitted_on], labels[fitted_on])
-    before, after = (_of_classes(logits[half] / divisor, labels[half]) for divisor in (1, found["temperature"]))
+    before, after = (measures(logits[half] / divisor, labels[half]) for divisor in (1, found["temperature"]))
     for name in ("cross_entropy", "calibration_error"):
         found |= {f"{name}_half": before[name], f"{name}_scaled": after[name]}
     return found

@@ -216,8 +216,5 @@ class RegularizedCriterion(SentencePredictionCriterion):
 def _output_of(model: nn.Module) -> Iterator[list[Tensor]]:
     """The logits that the block's forward of ``model`` returns: `sentence_prediction` keeps them to itself."""
     logits: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, args, output: logits.append(output[0]))
-    try:
+    with model.register_forward_hook(lambda module, args, output: logits.append(output[0])):
         yield logits
-    finally:
-        handle.remove()
