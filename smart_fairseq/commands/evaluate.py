@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
-from ..data.lines import located, read_lines, shown
+from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
 from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
@@ -60,13 +60,9 @@ def read_predictions(path: Path, task: Task) -> dict[str, str]:
 
 def _checked(task: Task, label: str, path: Path, number: int) -> str:
     if task.regression:
-        try:
-            if math.isfinite(float(label)):
-                return label
-        except ValueError:
-            pass
-        raise located(path, number, f"prediction {shown(label)} is not a number")
-    if label not in task.labels:
+        if not math.isfinite(as_number(label)):
+            raise located(path, number, f"prediction {shown(label)} is not a number")
+    elif label not in task.labels:
         raise located(path, number, f"prediction {shown(label)} is not one of {', '.join(task.labels)}")
     return label
 
@@ -87,12 +83,11 @@ def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], g
 def summary(runs: Sequence[Scores]) -> dict[str, Scores]:
     """Mean, median and standard deviation (with n - 1) over the runs."""
     columns = {name: [run[name] for run in runs] for name in runs[0]}
+    deviation = {name: statistics.stdev(values) if len(values) > 1 else math.nan for name, values in columns.items()}
     return {
         "mean": {name: statistics.fmean(values) for name, values in columns.items()},
         "median": {name: statistics.median(values) for name, values in columns.items()},
-        "standard deviation": {
-            name: statistics.stdev(values) if len(values) > 1 else float("nan") for name, values in columns.items()
-        },
+        "standard deviation": deviation,
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
-from ..data.lines import Report, Row, located, shown
+from ..data.lines import Report, Row, as_number, located, shown
 from ..data.pool import Pool
 from ..data.readers import find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
@@ -36,10 +36,7 @@ def fractions(text: str) -> list[float]:
     """Parse ``0.001,0.01,1``. Raises `UsageError` for anything that is not in (0, 1]."""
     values = []
     for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = 0.0
+        value = as_number(part)
         if not 0.0 < value <= 1.0:
             raise UsageError(
                 f"--subsample is {shown(text)}; {shown(part)} must be above 0 and at most 1, as in 0.001,0.01,1"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from .lines import Report, Row, Skip, located, read_lines, shown, source_path
+from .lines import Report, Row, Skip, as_number, located, read_lines, shown, source_path
 from .sentiment import rated_rows
 from .tasks import Column, Source, Task
 
@@ -33,11 +33,7 @@ def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str 
     if word in source.hidden_labels:
         return None
     if task.regression:
-        try:
-            value = float(word)
-        except ValueError:
-            value = float("nan")
-        if not 0.0 <= value <= task.divisor:
+        if not 0.0 <= as_number(word) <= task.divisor:
             raise located(path, line, f"score {shown(word)} is not a number from 0 to {task.divisor:g}")
     elif word not in task.labels:
         allowed = ", ".join(dict.fromkeys([*source.label_words, *task.labels, *source.no_labels]))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
-from .lines import Row, Skip, located, read_lines, shown, source_path
+from .lines import Row, Skip, as_number, located, read_lines, shown, source_path
 from .tasks import Source, Task
 
 EXTREME = 4  # ratings lie in -EXTREME..EXTREME
@@ -100,11 +100,7 @@ def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, _Rated 
             continue
         text = html.unescape(html.unescape(cells[2])).strip()  # some news are escaped twice
         split = split_of(source.files[0], cells[0], text)
-        given = ratings.get(cells[0])
-        try:
-            mean = float(cells[1])
-        except ValueError:
-            mean = float("nan")
+        given, mean = ratings.get(cells[0]), as_number(cells[1])
         if isinstance(given, UsageError):
             yield split, given
         elif given is None:

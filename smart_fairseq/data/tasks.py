@@ -120,7 +120,7 @@ def _scitail(split: str) -> tuple[Source, ...]:
     words = {"entailment": "entails"}
     tsv, txt = f"scitail_1.0_{split}.tsv", f"scitail_1.0_{split}.txt"
     plain = [Source((file,), (0, 1), 2, None, "plain", columns=(3,)) for file in (tsv, f"tsv_format/{tsv}")]
-    objects = [(txt, "pairID"), (f"snli_format/{txt}", "pairID")]
+    objects: list[tuple[str, str | None]] = [(txt, "pairID"), (f"snli_format/{txt}", "pairID")]
     objects.append((f"predictor_format/scitail_1.0_structure_{split}.jsonl", None))
     return (*plain, *(_jsonl(file, _PAIR, "gold_label", id, label_words=words) for file, id in objects))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.binarize import read_indexed
-from ..data.lines import Row, located, read_lines, shown
+from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.tasks import Task
 from ..inference import label_order, read_ids
 
@@ -69,10 +69,7 @@ def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.nda
             raise located(
                 path, number, f"is about the row {shown(cells['id'])}, and {split} has {shown(identity)} here"
             )
-        try:
-            row[:] = [float(cells[name]) for name in classes]
-        except (KeyError, ValueError):
-            row[:] = np.nan
+        row[:] = [as_number(cells.get(name, "")) for name in classes]
         if not (row >= 0).all() or min(abs(row.sum() - 1), row.sum()) > 1e-3:
             raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
     return shares

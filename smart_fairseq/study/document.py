@@ -48,6 +48,10 @@ class Arm(NamedTuple):
         found = {seed: _value(line, metric) for seed, line in self.lines.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def numbers(self, metric: str) -> list[float]:
+        """The `values`, without the seeds."""
+        return list(self.values(metric).values())
+
     def difference(self, metric: str) -> Difference | None:
         """To the baseline; None without one, or without a seed that both have."""
         return None if self.baseline is None else difference(self.values(metric), self.baseline.values(metric))
@@ -105,24 +109,15 @@ def arms_of(plan: Plan) -> dict[str, list[Arm]]:
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
-def _digits(metric: str) -> int:
-    """Behind the point: metrics in percent have two."""
-    return 2 if metric in METRICS else 4
-
-
-def _spread(values: Sequence[float], metric: str) -> str:
-    digits = _digits(metric)
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _gain(found: Difference | None, metric: str) -> str:
-    if found is None:
-        return ""
-    digits = _digits(metric)
-    if math.isnan(found.half):
-        return f"{found.mean:+.{digits}f}"
-    low, high = found.mean - found.half, found.mean + found.half
-    return f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
+    """The median, the mean with its deviation, the difference with its interval; percents with two digits."""
+    values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if metric in METRICS else 4
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    gain = "" if found is None else f"{found.mean:+.{digits}f}"
+    if found is not None and not math.isnan(found.half):
+        low, high = found.mean - found.half, found.mean + found.half
+        gain += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{median(values):.{digits}f}", f"{fmean(values):.{digits}f}{spread}", gain
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:
@@ -149,9 +144,9 @@ def short_table(arms: Sequence[Arm]) -> str:
     for arm in arms:
         cells = [arm.name, str(len(arm.lines))]
         for name in metrics:
-            cells += [_spread(list(arm.values(name).values()), name), _gain(arm.difference(name), name)]
+            cells += _cells(arm, name)[1:]
         for name in shares:
-            values = list(arm.values(name).values())
+            values = arm.numbers(name)
             cells.append(f"{fmean(values):.2g}" if values else "")
         table.append([*cells, f"{arm.cost():.2f}"])
     return _markdown(table)
@@ -161,11 +156,7 @@ def long_table(arms: Sequence[Arm]) -> str:
     """Every metric of every arm, in Markdown."""
     table = [["metric", "method", "median", "mean ± deviation", "difference [95 %]"]]
     for name in (*_metrics(arms), *SECONDS):
-        for arm in arms:
-            values = list(arm.values(name).values())
-            if values:
-                middle = f"{median(values):.{_digits(name)}f}"
-                table.append([name, arm.name, middle, _spread(values, name), _gain(arm.difference(name), name)])
+        table += [[name, arm.name, *_cells(arm, name)] for arm in arms if arm.numbers(name)]
     return _markdown(table)
 
 
@@ -178,7 +169,7 @@ def as_csv(tasks: Mapping[str, Sequence[Arm]]) -> str:
     for task, arms in tasks.items():
         for arm in arms:
             for name in (*_metrics(arms), *_shares(arms), *SECONDS):
-                values = list(arm.values(name).values())
+                values = arm.numbers(name)
                 if not values:
                     continue
                 row = [task, arm.name, name, len(values), median(values), fmean(values)]
