@@ -14,7 +14,7 @@ from ..data.metrics import METRICS
 from ..errors import UsageError
 from ..evaluation.report import pyplot, save
 from .lines import Line
-from .plan import Plan
+from .plan import Asked, Plan, arm_of
 from .report import half_width
 from .studying import lines_of
 
@@ -85,24 +85,24 @@ def arms_of(plan: Plan) -> dict[str, list[Arm]]:
 
     Each is compared with the plan's first method, with the same values of the grid where that has them too.
     """
-    found: dict[tuple[str, str, str], tuple[Mapping[str, object], dict[int, Line]]] = {}
+    found: dict[tuple[str, str], tuple[Asked, dict[int, Line]]] = {}
     for asked in plan.runs():
-        found[asked.task.name, asked.method, asked.arm] = asked.variant, {}
+        found.setdefault((asked.task.name, asked.arm), (asked, {}))
     for line in lines_of(plan):
-        arm = " ".join([line["method"], *(f"{name}={value}" for name, value in line["variant"].items())])
-        found[line["task"], line["method"], arm][1][line["seed"]] = line
+        found[line["task"], arm_of(line["method"], line["variant"])][1][line["seed"]] = line
     first = next(iter(plan.methods))
     tasks: dict[str, list[Arm]] = {task.name: [] for task in plan.tasks}
-    baselines: dict[str, list[tuple[Mapping[str, object], Arm]]] = {name: [] for name in tasks}
-    for (task, method, name), (variant, lines) in found.items():
+    baselines: list[tuple[Asked, Arm]] = []
+    for asked, lines in found.values():
         if not lines:
             continue
-        if method == first:
-            baselines[task].append((variant, Arm(name, lines, None)))
-            tasks[task].append(baselines[task][-1][1])
-            continue
-        alike = (arm for values, arm in baselines[task] if values.items() <= variant.items())
-        tasks[task].append(Arm(name, lines, next(alike, None)))
+        arms, variant = tasks[asked.task.name], asked.variant.items()
+        if asked.method == first:
+            arms.append(Arm(asked.arm, lines, None))
+            baselines.append((asked, arms[-1]))
+        else:
+            alike = (arm for of, arm in baselines if of.task is asked.task and of.variant.items() <= variant)
+            arms.append(Arm(asked.arm, lines, next(alike, None)))
     return tasks
 
 

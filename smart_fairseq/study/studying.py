@@ -36,13 +36,8 @@ def check_flags(plan: Plan) -> None:
 
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    seen: set[str] = set()
     try:
-        for asked in plan.runs():
-            arm = f"{asked.task.name}, {asked.arm}"
-            if arm in seen:
-                continue
-            seen.add(arm)
+        for arm, asked in {f"{asked.task.name}, {asked.arm}": asked for asked in plan.runs()}.items():
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
