@@ -62,19 +62,14 @@ def _ratings(path: Path) -> dict[str, tuple[int, ...] | UsageError]:
             values = json.loads(cells[3])
         except (IndexError, ValueError):
             values = None
+        right = isinstance(values, list) and values and all(type(v) is int and abs(v) <= EXTREME for v in values)
         if cells[0] in found:
             found[cells[0]] = located(path, number, f"id {shown(cells[0])} was there already")
-        elif (
-            isinstance(values, list)
-            and values
-            and all(type(value) is int and abs(value) <= EXTREME for value in values)
-        ):
+        elif right:
             found[cells[0]] = tuple(values)
         else:
-            message = (
-                f"{shown(cells[-1])} is not a list of whole numbers from -{EXTREME} to {EXTREME}, in column 4 of 4"
-            )
-            found[cells[0]] = located(path, number, message)
+            allowed = f"a list of whole numbers from -{EXTREME} to {EXTREME}, in column 4 of 4"
+            found[cells[0]] = located(path, number, f"{shown(cells[-1])} is not {allowed}")
     return found
 
 
