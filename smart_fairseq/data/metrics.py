@@ -35,8 +35,8 @@ def acc_and_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
 
 def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Matthews' correlation, for any number of labels."""
-    labels, numbers = np.unique(np.stack([predicted, gold]), return_inverse=True)
-    return _of_all(intervals.matthews(*numbers.reshape(2, -1), len(labels)), len(gold))
+    labels, numbers = np.unique(np.concatenate([predicted, gold]), return_inverse=True)
+    return _of_all(intervals.matthews(*np.split(numbers, 2), classes=len(labels)), len(gold))
 
 
 def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
