@@ -15,16 +15,9 @@ from smart_fairseq.files import whole_file
 
 
 def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
-    """Write a checkpoint, or the teacher in it, for plain fairseq, completely or not at all.
+    """Write a checkpoint, or the teacher in it, for plain fairseq, completely or not at all; a line for the user.
 
-    Args:
-        checkpoint: file that fairseq-train or import_hf wrote.
-        out: file to write.
-        teacher: write the weights of the teacher that --optimizer mbpp keeps.
-    Returns:
-        A line for the user.
-    Raises:
-        UsageError: for what is no checkpoint of smart_bert or RoBERTa, and for impossible places.
+    Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, and for impossible places.
     """
     if out.is_dir() or not out.parent.is_dir():
         refuse(out, "cannot be written", "OUT.pt must be a file in an existing folder")

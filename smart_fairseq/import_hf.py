@@ -17,15 +17,8 @@ from smart_fairseq.errors import refuse
 def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Convert ``model_dir`` and write ``out_dir``, completely or not at all.
 
-    Args:
-        model_dir: folder with config.json, model.safetensors and the vocabulary.
-        out_dir: folder to write; made if missing.
-        overwrite: replace an import that is there.
-    Returns:
-        What import.json holds, and under "notes" the lines for the user.
-    Raises:
-        UsageError: for a folder that is not of the two families, is incomplete or contradicts itself, and for
-            an ``out_dir`` that holds a model.pt already.
+    Returns what import.json holds, and under "notes" the lines for the user. Raises `UsageError` for a folder that is
+    not of the two families, is incomplete or contradicts itself, and for an ``out_dir`` that holds a model.pt already.
     """
     if not model_dir.is_dir():
         refuse(model_dir, "no such folder", MODEL_DIR_HOLDS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import register
 from .data.binarize import MANIFEST, read_index, read_manifest
-from .data.readers import located, read_lines, shown
+from .data.lines import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
 from .errors import UsageError
 from .progress import Progress
@@ -77,7 +77,10 @@ def label_order(folder: Path, count: int) -> tuple[str, ...]:
 
 
 class Model:
-    """A checkpoint that `sentence_prediction` wrote, with the data of one folder."""
+    """A checkpoint that `sentence_prediction` wrote, with the data of one folder.
+
+    ``model``: fairseq's, in evaluation mode; ``head``: the name of its classification head.
+    """
 
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
         if not checkpoint.is_file():
@@ -89,12 +92,12 @@ class Model:
         register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
         trained_on = self._load()
-        self._head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
         self.classes = self._checked_classes(trained_on)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
-        self._model.to(self._device).eval()
+        self.model.to(self._device).eval()
         if fp16:
-            self._model.half()
+            self.model.half()
 
     def _refuse(self, message: str) -> NoReturn:
         raise located(self._path, 0, message)
@@ -120,16 +123,16 @@ class Model:
             reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
             what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
             self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
-        self._model = models[0]
+        self.model = models[0]
         self._heads = heads_of(state["model"])
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
         """The labels in the order of the head's outputs; none for regression."""
         # not what the model has: fairseq makes a head of random weights where the checkpoint holds none
-        if self._head not in self._heads:
-            self._refuse(without_head(self._head, self._heads))
-        outputs = self._model.classification_heads[self._head].out_proj.out_features
+        if self.head not in self._heads:
+            self._refuse(without_head(self.head, self._heads))
+        outputs = self.model.classification_heads[self.head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
         if self.task.regression:
@@ -151,7 +154,7 @@ class Model:
         progress = Progress(len(ids), f"{self.task.name} {split}")
         with self._torch.no_grad():
             for batch, sample in self.samples(split, max_tokens):
-                found = self._model(**sample["net_input"], features_only=True, classification_head_name=self._head)[0]
+                found = self.model(**sample["net_input"], features_only=True, classification_head_name=self.head)[0]
                 logits[batch] = found.float().cpu().numpy()
                 progress.advance(len(batch))
         progress.close(" predicted")
@@ -159,7 +162,11 @@ class Model:
         wrong = int((~np.isfinite(scores)).any(1).sum())
         if wrong:
             self._refuse(f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged")
-        return Predictions(self.task, split, ids, self._labels(scores), scores, self.classes, logits)
+        if self.task.regression:
+            labels = [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
+        else:
+            labels = [self.classes[place] for place in scores.argmax(1)]
+        return Predictions(self.task, split, ids, labels, scores, self.classes, logits)
 
     def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`."""
@@ -176,19 +183,9 @@ class Model:
             yield batch, {**sample, "net_input": inputs}
 
     @property
-    def model(self) -> Any:
-        """fairseq's model, in evaluation mode."""
-        return self._model
-
-    @property
-    def head(self) -> str:
-        """The name of its classification head."""
-        return str(self._head)
-
-    @property
     def max_positions(self) -> int:
         """The longest row that it takes, in tokens."""
-        return int(self._model.max_positions())
+        return int(self.model.max_positions())
 
     def on(self, folder: Path) -> "Model":
         """The same model for the rows of another folder, whose dictionaries and classes are those of this one."""
@@ -198,11 +195,6 @@ class Model:
         other._fairseq_task.cfg = copy.deepcopy(self._fairseq_task.cfg)
         other._fairseq_task.cfg.data = str(folder)
         return other
-
-    def _labels(self, scores: np.ndarray) -> list[str]:
-        if self.task.regression:
-            return [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
-        return [self.classes[place] for place in scores.argmax(1)]
 
 
 def _setting(state: dict[str, Any], name: str) -> Any:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from .errors import UsageError
 
-__all__ = ["only_file", "pip_download"]
-
 # pip asks a source distribution for its name and version, and would execute its setup.py to learn them: this answers
 # in the place of setuptools
 STAND_IN = """

@@ -6,8 +6,6 @@ second number KL; a divergence is the cross entropy less the annotators' own ent
 """
 
 import argparse
-import json
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.readers import Row, find_sources, located, read_lines, read_source, shown
+from ..data.lines import Row, located, read_lines, shown
+from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
-from ..files import whole_file
+from ..evaluation.labels import vote_shares
+from ..evaluation.report import pyplot, save
 from .evaluate import in_order
-from .predict import replace_file
+from .predict import write_json
 from .run import run
 
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
@@ -66,12 +66,7 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
 
     ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
     """
-    for row in rows:
-        for vote in row.votes:
-            if vote not in labels:
-                message = f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
-                raise located(Path(row.file), row.line, message)
-    annotators = np.array([[row.votes.count(label) / max(len(row.votes), 1) for label in labels] for row in rows])
+    annotators = vote_shares(rows, labels)
     cross = -(annotators * np.log(np.maximum(probabilities, 1e-12))).sum(1)
     own = -(annotators * np.log(np.where(annotators > 0, annotators, 1))).sum(1)
     right = np.array([labels[best] == row.label for best, row in zip(probabilities.argmax(1), rows)], dtype=bool)
@@ -144,20 +139,12 @@ def table(models: dict[str, dict[str, Group]], paper: dict[str, Points]) -> str:
 
 def draw(models: dict[str, dict[str, Group]], paper: dict[str, Points], path: Path) -> None:
     """The figure: accuracy and divergence by group, a bar for each model and for the paper's."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("--picture needs matplotlib; install it with pip install matplotlib") from None
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     bars = {
         name: {group: (found.accuracy, found.divergence) for group, found in groups.items()}
         for name, groups in models.items()
     } | paper
     names = (ALL, *GROUPS)
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4))
     width = 0.8 / len(bars)
     for number, (name, points) in enumerate(bars.items()):
         places = [names.index(group) + (number - (len(bars) - 1) / 2) * width for group in points]
@@ -170,10 +157,7 @@ def draw(models: dict[str, dict[str, Group]], paper: dict[str, Points], path: Pa
         axis.set_title(title)
     axes[1].legend(fontsize="small", loc="upper left")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:  # whose own name does not end in the format
-        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _named(texts: Sequence[str]) -> dict[str, Path]:
@@ -212,7 +196,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
         print(f"in no group: {listed}")
     if options.json:
         numbers = {name: {group: vars(found) for group, found in groups.items()} for name, groups in models.items()}
-        replace_file(Path(options.json), json.dumps(numbers, indent=1) + "\n")
+        write_json(Path(options.json), numbers)
     if options.picture:
         draw(models, paper, Path(options.picture))
         print(f"drew {options.picture}")

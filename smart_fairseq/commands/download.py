@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.readers import find_sources, located, shown
-from ..data.tasks import SENTIMENT, TASKS
+from ..data.lines import located, shown
+from ..data.readers import find_sources
+from ..data.tasks import GLUE, SENTIMENT, TASKS
 from ..errors import UsageError
 from ..files import hidden_folder, sha256
 from ..progress import Progress
@@ -48,76 +49,49 @@ class Resource:
         return self.target.rpartition("/")[2] or urllib.parse.urlparse(self.url).path.rpartition("/")[2]
 
 
-_GLUE = "https://dl.fbaipublicfiles.com/glue/data"
-_SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-_BPE = "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
-_ANLI = Resource(
-    "https://dl.fbaipublicfiles.com/anli/anli_v1.0.zip",
-    "e5c058f2bb4e6190b0651badca2c590e45db95248f8b28cde674615ee40820bf",
-)
-
-RESOURCES: dict[str, tuple[Resource, ...]] = {
-    "CoLA": (Resource(f"{_GLUE}/CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),),
-    "SST-2": (Resource(f"{_GLUE}/SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),),
-    "MRPC": (
-        Resource(
-            f"{_GLUE}/mrpc_dev_ids.tsv",
-            "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-            "MRPC/dev_ids.tsv",
-        ),
-        Resource(
-            f"{_SENTEVAL}/msr_paraphrase_train.txt",
-            "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-            "MRPC/msr_paraphrase_train.txt",
-        ),
-        Resource(
-            f"{_SENTEVAL}/msr_paraphrase_test.txt",
-            "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
-            "MRPC/msr_paraphrase_test.txt",
-        ),
-    ),
-    "STS-B": (Resource(f"{_GLUE}/STS-B.zip", "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),),
-    "QQP": (Resource(f"{_GLUE}/QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),),
-    "MNLI": (Resource(f"{_GLUE}/MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),),
-    "QNLI": (Resource(f"{_GLUE}/QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),),
-    "RTE": (Resource(f"{_GLUE}/RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),),
-    "WNLI": (Resource(f"{_GLUE}/WNLI.zip", "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),),
-    "AX": (
-        Resource(f"{_GLUE}/AX.tsv", "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd", "AX/AX.tsv"),
-    ),
-    "ANLI": (_ANLI,),
-    "SNLI": (
-        Resource(
-            "https://nlp.stanford.edu/projects/snli/snli_1.0.zip",
-            "afb3d70a5af5d8de0d9d81e2637e0fb8c22d1235c2749d83125ca43dab0dbd3e",
-        ),
-    ),
-    "SciTail": (
-        Resource(
-            "http://data.allenai.org.s3.amazonaws.com/downloads/SciTailV1.1.zip",
-            "3fccd37350a94ca280b75998568df85fc2fc62843a3198d644fcbf858e6943d5",
-        ),
-    ),
-    "FEVER": (Resource("https://www.dropbox.com/s/hylbuaovqwo2zav/nli_fever.zip?dl=1", None),),
-    "gpt2_bpe": (
-        Resource(
-            f"{_BPE}/encoder.json",
-            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-            "gpt2_bpe/encoder.json",
-        ),
-        Resource(
-            f"{_BPE}/vocab.bpe",
-            "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            "gpt2_bpe/vocab.bpe",
-        ),
-        Resource(
-            f"{_BPE}/dict.txt",
-            "2c31c5b236661067fe8626775eb995ef5fe808ac87d2ad4a6ddbef68550f5cc6",
-            "gpt2_bpe/dict.txt",
-        ),
-    ),
+_HOSTS = {
+    "facebook": "https://dl.fbaipublicfiles.com",
+    "senteval": "https://dl.fbaipublicfiles.com/senteval/senteval_data",
+    "stanford": "https://nlp.stanford.edu/projects",
+    "allen": "http://data.allenai.org.s3.amazonaws.com/downloads",
+    "dropbox": "https://www.dropbox.com/s",
 }
-GLUE_DEFAULT = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI", "AX", "gpt2_bpe")
+# SHA-256 where it is known, data set, host, path there, and the name in the data set's folder where that is another
+_FILES = """
+f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff CoLA facebook glue/data/CoLA.zip
+d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa SST-2 facebook glue/data/SST-2.zip
+971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7 MRPC facebook glue/data/mrpc_dev_ids.tsv dev_ids.tsv
+60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89 MRPC senteval msr_paraphrase_train.txt
+a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784 MRPC senteval msr_paraphrase_test.txt
+e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85 STS-B facebook glue/data/STS-B.zip
+40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0 QQP facebook glue/data/QQP-clean.zip
+e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633 MNLI facebook glue/data/MNLI.zip
+e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5 QNLI facebook glue/data/QNLIv2.zip
+6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee RTE facebook glue/data/RTE.zip
+ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46 WNLI facebook glue/data/WNLI.zip
+0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd AX facebook glue/data/AX.tsv
+e5c058f2bb4e6190b0651badca2c590e45db95248f8b28cde674615ee40820bf ANLI facebook anli/anli_v1.0.zip
+afb3d70a5af5d8de0d9d81e2637e0fb8c22d1235c2749d83125ca43dab0dbd3e SNLI stanford snli/snli_1.0.zip
+3fccd37350a94ca280b75998568df85fc2fc62843a3198d644fcbf858e6943d5 SciTail allen SciTailV1.1.zip
+-                                                                FEVER dropbox hylbuaovqwo2zav/nli_fever.zip?dl=1
+196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783 gpt2_bpe facebook fairseq/gpt2_bpe/encoder.json
+1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5 gpt2_bpe facebook fairseq/gpt2_bpe/vocab.bpe
+2c31c5b236661067fe8626775eb995ef5fe808ac87d2ad4a6ddbef68550f5cc6 gpt2_bpe facebook fairseq/gpt2_bpe/dict.txt
+"""
+
+
+def _resources() -> dict[str, tuple[Resource, ...]]:
+    found: dict[str, tuple[Resource, ...]] = {}
+    for line in _FILES.strip().splitlines():
+        digest, name, host, path, *own = line.split()
+        place = "" if ".zip" in path else f"{name}/{own[0] if own else Path(path).name}"
+        resource = Resource(f"{_HOSTS[host]}/{path}", None if digest == "-" else digest, place)
+        found[name] = (*found.get(name, ()), resource)
+    return found
+
+
+RESOURCES = _resources()
+GLUE_DEFAULT = (*GLUE, "gpt2_bpe")
 ANLI_DEFAULT = ("ANLI", "gpt2_bpe")
 NAMES = (*RESOURCES, *SENTIMENT)
 

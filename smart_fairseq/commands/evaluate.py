@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
+from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
-from ..data.readers import find_sources, located, read_lines, read_source, shown
+from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
-from ..evaluation.report import draw, for_json, notes, pyplot, write_arrays
-from ..evaluation.report import table as comparison
+from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
 from ..inference import Model, read_ids, task_of
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
-from .predict import LETTERS, replace_file
+from .predict import LETTERS, write_json
 from .run import run
 
 Scores = dict[str, float]
@@ -60,13 +60,9 @@ def read_predictions(path: Path, task: Task) -> dict[str, str]:
 
 def _checked(task: Task, label: str, path: Path, number: int) -> str:
     if task.regression:
-        try:
-            if math.isfinite(float(label)):
-                return label
-        except ValueError:
-            pass
-        raise located(path, number, f"prediction {shown(label)} is not a number")
-    if label not in task.labels:
+        if not math.isfinite(as_number(label)):
+            raise located(path, number, f"prediction {shown(label)} is not a number")
+    elif label not in task.labels:
         raise located(path, number, f"prediction {shown(label)} is not one of {', '.join(task.labels)}")
     return label
 
@@ -87,12 +83,11 @@ def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], g
 def summary(runs: Sequence[Scores]) -> dict[str, Scores]:
     """Mean, median and standard deviation (with n - 1) over the runs."""
     columns = {name: [run[name] for run in runs] for name in runs[0]}
+    deviation = {name: statistics.stdev(values) if len(values) > 1 else math.nan for name, values in columns.items()}
     return {
         "mean": {name: statistics.fmean(values) for name, values in columns.items()},
         "median": {name: statistics.median(values) for name, values in columns.items()},
-        "standard deviation": {
-            name: statistics.stdev(values) if len(values) > 1 else float("nan") for name, values in columns.items()
-        },
+        "standard deviation": deviation,
     }
 
 
@@ -101,14 +96,7 @@ def table(rows: Sequence[tuple[str, Scores]]) -> str:
     names = list(rows[0][1])
     cells = [["", *names]]
     cells += [[name, *("-" if math.isnan(s[metric]) else f"{s[metric]:.2f}" for metric in names)] for name, s in rows]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    )
+    return aligned(cells)
 
 
 def in_order(path: Path, found: Mapping[str, Found], ids: Sequence[str], holds: str) -> list[Found]:
@@ -247,8 +235,7 @@ def _show_fully(found: dict[str, dict[str, Any]], options: argparse.Namespace) -
             for path in draw(results, Path(f"{options.picture}-{split}")):
                 print(f"drew {path}")
     if options.json:
-        numbers = {split: for_json(results) for split, results in found.items()}
-        replace_file(Path(options.json), json.dumps(_finite(numbers), indent=1) + "\n")
+        write_json(Path(options.json), {split: for_json(results) for split, results in found.items()})
 
 
 def _main(argv: Sequence[str] | None, prog: str) -> None:
@@ -283,16 +270,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
         rows = list(found["runs"].items())
         print(table(rows + (list(found["summary"].items()) if len(rows) > 1 else [])))
     if options.json:
-        replace_file(Path(options.json), json.dumps(_finite(result), indent=1) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        write_json(Path(options.json), result)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:

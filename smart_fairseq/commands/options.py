@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..data.binarize import MANIFEST, Folder, read_manifest
 from ..data.bpe import BpeFiles, find_bpe
+from ..data.lines import located, shown
 from ..data.pool import Pool
-from ..data.readers import located, read_task, shown
+from ..data.readers import read_task
 from ..data.tasks import Task
 from ..errors import UsageError
 
@@ -85,7 +86,6 @@ def official_folder(task: Task, kind: str, target: Path, options: argparse.Names
         for split in splits:
             if split in rows:
                 folder.write(split, rows[split])
-                folder.write_ids(split, rows[split])
         folder.finish()
     return target
 

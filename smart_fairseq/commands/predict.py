@@ -7,12 +7,14 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data.binarize import read_manifest
-from ..data.readers import find_sources, located, shown
+from ..data.lines import located, shown
+from ..data.readers import find_sources
 from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
-from ..files import whole_file
+from ..files import finite, whole_file
 from ..inference import Model, Predictions
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
@@ -45,6 +47,11 @@ def replace_file(path: Path, text: str) -> None:
             partial.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise located(path, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the whole file or nothing."""
+    replace_file(path, json.dumps(finite(value), indent=1) + "\n")
 
 
 def _server_file(path: Path, rows: Iterable[tuple[int, str]]) -> Path:

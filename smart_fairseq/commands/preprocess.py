@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
+from ..data.lines import Report, Row, as_number, located, shown
 from ..data.pool import Pool
-from ..data.readers import Report, Row, find_sources, located, read_task, shown
+from ..data.readers import find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
 from ..progress import Progress
@@ -35,10 +36,7 @@ def fractions(text: str) -> list[float]:
     """Parse ``0.001,0.01,1``. Raises `UsageError` for anything that is not in (0, 1]."""
     values = []
     for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = 0.0
+        value = as_number(part)
         if not 0.0 < value <= 1.0:
             raise UsageError(
                 f"--subsample is {shown(text)}; {shown(part)} must be above 0 and at most 1, as in 0.001,0.01,1"
@@ -84,12 +82,8 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
     if task.regression:
         flags.append("--regression-target")
     metric = task.metrics[0]
-    if metric == "mcc":
-        flags.append("--report-mcc")
-    elif metric == "acc_and_f1":
-        flags.append("--report-acc-and-f1")
-    elif metric == "pearson_and_spearman":
-        flags.append("--report-pearson-and-spearman")
+    if metric in ("mcc", "acc_and_f1", "pearson_and_spearman"):
+        flags.append(f"--report-{metric.replace('_', '-')}")
     if "valid1" in rows:
         flags.append("--valid-subset valid,valid1")
     # fairseq's default of 8 silently leaves out the last batch, of the validation too, unless it has 8n rows
@@ -108,7 +102,6 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
     for split in [split for split in SPLIT_ORDER if split in rows]:
         progress = Progress(len(rows[split]), f"{data.task.name} {split}")
         folder.write(split, rows[split], progress.advance)
-        folder.write_ids(split, rows[split])
         progress.close(_note(data, folder, split))
     folder.finish(parts=data.parts, **facts)
     return folder

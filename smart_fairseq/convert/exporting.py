@@ -28,12 +28,7 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     """The model's state with the teacher's weights in the place of those that were trained.
 
     The teacher is a list without names, in the order of the model's parameters, or one flat tensor (--fp16).
-
-    Args:
-        path: where ``state`` is from, for messages.
-        state: as `load_checkpoint` returns it; not changed.
-    Raises:
-        UsageError: there is no teacher, or it does not fit the model's parameters.
+    ``state``, read from ``path``, is not changed. Raises `UsageError` where there is no teacher that fits the model.
     """
     teacher = ((state.get("last_optimizer_state") or {}).get("mbpp") or {}).get("teacher")
     if not teacher:
@@ -60,9 +55,8 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
 def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint as plain fairseq would have written it for `--arch roberta`; arguments as `teacher_weights`.
 
-    Raises:
-        UsageError: for other architectures, and for smart_bert with --encoder-normalize-before, whose residual
-            stream no LayerNorm rescales.
+    Raises `UsageError` for other architectures, and for smart_bert with --encoder-normalize-before, whose residual
+    stream no LayerNorm rescales.
     """
     config = plain(state["cfg"])
     arguments = config["model"]

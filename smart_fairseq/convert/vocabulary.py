@@ -55,18 +55,13 @@ def arrange(
 ) -> tuple[list[int], list[str]]:
     """Put the rows of the embedding table into fairseq's order and name them.
 
-    Rows without a token, or with one that dict.txt cannot hold, become fillers.
+    Rows without a token, or with one that dict.txt cannot hold, become fillers. Returns rows and symbols as in
+    `Vocabulary`; raises `UsageError` where a special token is missing, or an id is impossible or comes twice.
 
     Args:
-        path: the vocabulary's file, for messages.
         tokens: token to row.
         special_tokens: the tokens for FAIRSEQ_SPECIALS.
-        row_count: rows of the embedding table; at least as many as there are tokens.
         symbol_of: dictionary symbols of the tokens that are not called by their own name.
-    Returns:
-        Rows and symbols as in `Vocabulary`.
-    Raises:
-        UsageError: a special token is missing, or an id is impossible or comes twice.
     """
     for token in special_tokens:
         if token not in tokens:

@@ -14,12 +14,13 @@ from fairseq.criterions import register_criterion
 from fairseq.logging import metrics
 
 from ..encoder import Encoder, Forward
+from ..errors import require
 from ..method.adversary import Adversary
 from ..method.divergence import DIVERGENCES, squared_change, squared_change_of_classes, symmetric_kl_of_change
 from ..terms import Term
 from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, working_precision
 from ..terms.smoothness import Settings, smoothness
-from ..training.checks import check_adversary, check_every, check_model, check_weight, divergence_name
+from ..training.checks import check_adversary, check_model, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
 from ..training.flags import AdversaryFlags, ByRecipe, RegularizedConfig, with_recipe
 
@@ -47,8 +48,8 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
     def __init__(self, cfg: SmartSentencePredictionConfig, task: Any) -> None:
         cfg = with_recipe(cfg)
         weight = check_weight("--smart-weight", cfg.smart_weight)
-        every = check_every("--smart-every", cfg.smart_every)
-        super().__init__(cfg, task, weights={"smart": weight}, every={"smart": every})
+        require(cfg.smart_every >= 1, "--smart-every", cfg.smart_every, "a whole number from 1")
+        super().__init__(cfg, task, weights={"smart": weight}, every={"smart": cfg.smart_every})
         check_adversary(cfg, weight, cfg.regression_target)
         self.place = str(cfg.smart_embedding)
         if not cfg.regression_target:

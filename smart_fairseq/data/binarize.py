@@ -63,6 +63,13 @@ def indexed_writer(prefix: Path, typecode: str) -> Iterator[Callable[["array[int
     Path(f"{prefix}.idx").write_bytes(header + sizes.tobytes() + starts.tobytes())
 
 
+def write_classes(prefix: Path, classes: Sequence[int]) -> None:
+    """Write the class numbers of a split's rows, from 0, as fairseq has them: a symbol each, and an end symbol."""
+    with indexed_writer(prefix, "H") as add:
+        ids = [symbol for number in classes for symbol in (len(SPECIAL_SYMBOLS) + number, END)]
+        add(array("H", ids), [2] * len(classes))
+
+
 def read_indexed(prefix: Path) -> list[np.ndarray]:
     """The rows of PREFIX.bin as int64 arrays. Raises `UsageError` if the two files do not belong together."""
     kind, sizes = read_index(prefix)
@@ -155,17 +162,17 @@ class Folder:
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) == len(rows):
             self._write_labels(self.path / "label" / split, labels)
+        self._write_ids(split, rows)
 
     def _write_labels(self, prefix: Path, labels: Sequence[str]) -> None:
         if self.task.regression:
             lines = "".join(f"{regression_text(label, self.task.divisor)}\n" for label in labels)
             Path(f"{prefix}.label").write_text(lines, encoding="utf-8")
             return
-        place = {label: len(SPECIAL_SYMBOLS) + number for number, (label, _) in enumerate(self.labels)}
-        with indexed_writer(prefix, "H") as add:
-            add(array("H", [number for label in labels for number in (place[label], END)]), [2] * len(labels))
+        place = {label: number for number, (label, _) in enumerate(self.labels)}
+        write_classes(prefix, [place[label] for label in labels])
 
-    def write_ids(self, split: str, rows: Sequence[Row]) -> None:
+    def _write_ids(self, split: str, rows: Sequence[Row]) -> None:
         """Which row of which file each example is: ids/SPLIT.tsv with the columns id, file, line.
 
         Of rated rows also what the raters said: annotators/SPLIT.tsv, in the same order.

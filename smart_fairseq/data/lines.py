@@ -1,6 +1,7 @@
 """What all readers share: the lines of a file, a row, and errors that name file and line."""
 
 import gzip
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -41,6 +42,14 @@ def located(path: Path, line: int, message: str) -> UsageError:
 def shown(value: str, limit: int = 60) -> str:
     """The value in quotes, on one line, shortened."""
     return repr(value if len(value) <= limit else value[: limit - 3] + "...")
+
+
+def as_number(text: str) -> float:
+    """The number that stands there; nan for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def source_path(folder: Path, name: str) -> Path | None:

@@ -9,17 +9,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..evaluation import intervals
+from ..evaluation.intervals import Statistic
+
 
 def accuracy(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Percent of rows that are right."""
     return 100.0 * float(np.mean(predicted == gold))
 
 
+def _of_all(statistic: Statistic, rows: int) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(statistic(np.ones((1, rows)))[0])
+
+
 def f1(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Of the label "1"; arrays of strings."""
-    both = np.sum((predicted == "1") & (gold == "1"))
-    either = np.sum(predicted == "1") + np.sum(gold == "1")
-    return 200.0 * float(both) / float(either) if either else 0.0
+    return _of_all(intervals.f1(predicted == "1", gold == "1", True), len(gold))
 
 
 def acc_and_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
@@ -29,34 +35,18 @@ def acc_and_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
 
 def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Matthews' correlation, for any number of labels."""
-    labels = np.unique(np.concatenate([predicted, gold]))
-    chosen = (predicted[:, None] == labels).astype(float)
-    true = (gold[:, None] == labels).astype(float)
-    # covariances of the one-hot columns, summed over classes; scaled by the number of rows squared
-    count = len(gold)
-    hits, predictions, golds = (chosen * true).sum(), chosen.sum(0), true.sum(0)
-    covariance = hits * count - predictions @ golds
-    spread = (count**2 - predictions @ predictions) * (count**2 - golds @ golds)
-    return 100.0 * float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
+    labels, numbers = np.unique(np.concatenate([predicted, gold]), return_inverse=True)
+    return _of_all(intervals.matthews(*np.split(numbers, 2), classes=len(labels)), len(gold))
 
 
 def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Pearson's correlation of numbers; nan where one side is constant."""
-    first, second = predicted - predicted.mean(), gold - gold.mean()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return 100.0 * float(first @ second / np.sqrt((first @ first) * (second @ second)))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[place]
+    return _of_all(intervals.pearson(predicted, gold), len(gold))
 
 
 def spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Spearman's correlation: Pearson's of the ranks."""
-    return pearson(_ranks(predicted), _ranks(gold))
+    return _of_all(intervals.spearman(predicted, gold), len(gold))
 
 
 def pearson_and_spearman(predicted: np.ndarray, gold: np.ndarray) -> float:

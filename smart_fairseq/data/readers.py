@@ -10,24 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from .lines import Report, Row, Skip, located, read_bytes, read_lines, shown, source_path
+from .lines import Report, Row, Skip, as_number, located, read_lines, shown, source_path
 from .sentiment import rated_rows
 from .tasks import Column, Source, Task
-
-__all__ = [
-    "Report",
-    "Row",
-    "available",
-    "find_sources",
-    "located",
-    "read_bytes",
-    "read_dev_ids",
-    "read_lines",
-    "read_source",
-    "read_task",
-    "shown",
-    "source_path",
-]
 
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
@@ -48,11 +33,7 @@ def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str 
     if word in source.hidden_labels:
         return None
     if task.regression:
-        try:
-            value = float(word)
-        except ValueError:
-            value = float("nan")
-        if not 0.0 <= value <= task.divisor:
+        if not 0.0 <= as_number(word) <= task.divisor:
             raise located(path, line, f"score {shown(word)} is not a number from 0 to {task.divisor:g}")
     elif word not in task.labels:
         allowed = ", ".join(dict.fromkeys([*source.label_words, *task.labels, *source.no_labels]))
@@ -97,37 +78,36 @@ def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
 
 
 def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
-    keys = [key for key in (*source.texts, source.label) if key is not None]
     for number, line in read_lines(path):
-        if not line.strip():
-            yield Skip("blank line")
-            continue
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            yield located(path, number, f"not JSON ({error}); each line must be one object")
-            continue
-        if not isinstance(entry, dict):
-            yield located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
-            continue
-        wrong = [key for key in keys if not isinstance(entry.get(key), str)]
-        if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
-            wrong.remove(source.label)
-        if wrong:
-            found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
-            yield located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
-            continue
-        word = None if source.label is None else entry.get(source.label) or ""
-        cast: Sequence[str] = ()
-        for key in source.votes:
-            value = entry.get(key, [])
-            if not isinstance(value, list):
-                yield located(path, number, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed")
-                break
-            cast = tuple(str(vote) for vote in value if vote)
-        else:
-            identity = "" if source.id is None else str(entry.get(source.id, ""))
-            yield _raw_row(identity, [entry[key] for key in source.texts], word, cast, path, number)
+            yield _object_row(source, path, number, line) if line.strip() else Skip("blank line")
+        except UsageError as error:
+            yield error
+
+
+def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise located(path, number, f"not JSON ({error}); each line must be one object") from None
+    if not isinstance(entry, dict):
+        raise located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
+    keys = [key for key in (*source.texts, source.label) if key is not None]
+    wrong = [key for key in keys if not isinstance(entry.get(key), str)]
+    if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
+        wrong.remove(source.label)
+    if wrong:
+        found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
+        raise located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
+    votes: list[str] = []
+    for key in source.votes:
+        value = entry.get(key, [])
+        if not isinstance(value, list):
+            raise located(path, number, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed")
+        votes += [str(vote) for vote in value if vote]
+    word = None if source.label is None else entry.get(source.label) or ""
+    identity = "" if source.id is None else str(entry.get(source.id, ""))
+    return _raw_row(identity, [entry[key] for key in source.texts], word, votes, path, number)
 
 
 def _raw_row(

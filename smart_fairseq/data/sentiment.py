@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
-from .lines import Row, Skip, located, read_lines, shown, source_path
+from .lines import Row, Skip, as_number, located, read_lines, shown, source_path
 from .tasks import Source, Task
 
 EXTREME = 4  # ratings lie in -EXTREME..EXTREME
@@ -62,19 +62,14 @@ def _ratings(path: Path) -> dict[str, tuple[int, ...] | UsageError]:
             values = json.loads(cells[3])
         except (IndexError, ValueError):
             values = None
+        right = isinstance(values, list) and values and all(type(v) is int and abs(v) <= EXTREME for v in values)
         if cells[0] in found:
             found[cells[0]] = located(path, number, f"id {shown(cells[0])} was there already")
-        elif (
-            isinstance(values, list)
-            and values
-            and all(type(value) is int and abs(value) <= EXTREME for value in values)
-        ):
+        elif right:
             found[cells[0]] = tuple(values)
         else:
-            message = (
-                f"{shown(cells[-1])} is not a list of whole numbers from -{EXTREME} to {EXTREME}, in column 4 of 4"
-            )
-            found[cells[0]] = located(path, number, message)
+            allowed = f"a list of whole numbers from -{EXTREME} to {EXTREME}, in column 4 of 4"
+            found[cells[0]] = located(path, number, f"{shown(cells[-1])} is not {allowed}")
     return found
 
 
@@ -100,11 +95,7 @@ def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, _Rated 
             continue
         text = html.unescape(html.unescape(cells[2])).strip()  # some news are escaped twice
         split = split_of(source.files[0], cells[0], text)
-        given = ratings.get(cells[0])
-        try:
-            mean = float(cells[1])
-        except ValueError:
-            mean = float("nan")
+        given, mean = ratings.get(cells[0]), as_number(cells[1])
         if isinstance(given, UsageError):
             yield split, given
         elif given is None:

@@ -5,8 +5,9 @@ SNLI 1.0, MultiNLI 1.0, SciTail 1.1, the STS benchmark, CoLA 1.1 and the Microso
 official ones, before rows without a label are left out; sentiment.py says how its tasks are split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 SENTIMENT = ("movie", "product", "news", "tweet")  # each also as NAME-score
 
@@ -37,13 +38,17 @@ class Source:
     part: str = ""  # the split of the file, which goes by a hash (rated)
 
 
+# by fairseq's names, the forms in which each comes, the usual one first
+Splits = Mapping[str, tuple[Source, ...]]
+
+
 @dataclass(frozen=True)
 class Task:
-    """One data set. `splits` maps fairseq's split names to the forms in which they come, the usual one first."""
+    """One data set."""
 
     name: str
     folders: tuple[str, ...]
-    splits: Mapping[str, tuple[Source, ...]]
+    splits: Splits
     texts: int = 2
     labels: tuple[str, ...] = ()  # in the order of their integer ids; empty for regression
     divisor: float = 1.0  # regression: labels are divided by it, so that they lie in 0..1
@@ -68,108 +73,68 @@ class Task:
         return len(self.labels) or 1
 
 
-def _glue(files: str, texts: tuple[Column, ...], label: Column | None = "label", **more: object) -> Source:
-    return Source((files,), texts, label, **{"id": "index", **more})  # type: ignore[arg-type]
-
-
+_SPLITS = {"train": "train", "valid": "dev", "test": "test"}  # fairseq's names, and those of the files
 _PAIR = ("sentence1", "sentence2")
 _VOTES = ("label1", "label2", "label3", "label4", "label5")
 
 
-def _jsonl_nli(file: str, **more: object) -> Source:
-    return Source(
-        (file,),
-        _PAIR,
-        "gold_label",
-        "pairID",
-        "jsonl",
-        votes=("annotator_labels",),
-        no_labels=("-",),
-        **more,  # type: ignore[arg-type]
-    )
+def _glue(file: str, texts: tuple[Column, ...], label: Column | None = "label", **more: Any) -> Source:
+    return Source((file,), texts, label, **{"id": "index", **more})
 
 
-def _txt_nli(file: str) -> Source:
-    # the tab-separated release of SNLI and MultiNLI; annotators' cells may be empty
-    return Source((file,), _PAIR, "gold_label", "pairID", "tsv", votes=_VOTES, no_labels=("-",))
+def _glue_splits(texts: tuple[Column, ...] = _PAIR, label: str = "label", **more: Any) -> Splits:
+    """Labelled parts, for which ``more`` is said, and the test part without labels."""
+    labelled = {split: (_glue(f"{file}.tsv", texts, label, **more),) for split, file in _SPLITS.items()}
+    return {**labelled, "test": (_glue("test.tsv", texts, None, id=more.get("id") or "index"),)}
 
 
-def _mnli(split: str, label: bool) -> tuple[Source, ...]:
-    tsv = _glue(
-        f"{split}.tsv",
-        _PAIR,
-        "gold_label" if label else None,
-        votes=_VOTES if "dev" in split else (),
-        no_labels=("-",),
-    )
-    if not label:
-        return (tsv,)
-    return (tsv, _jsonl_nli(f"multinli_1.0_{split}.jsonl"), _txt_nli(f"multinli_1.0_{split}.txt"))
+def _three(make: Callable[[str], tuple[Source, ...]]) -> Splits:
+    return {split: make(file) for split, file in _SPLITS.items()}
+
+
+def _nli(file: str, **more: Any) -> Source:
+    """A file of SNLI's or MultiNLI's release, with all annotators' labels: tab-separated (.txt) or .jsonl."""
+    kind: dict[str, Any] = {"votes": _VOTES}
+    if file.endswith(".jsonl"):
+        kind = {"form": "jsonl", "votes": ("annotator_labels",)}
+    return Source((file,), _PAIR, "gold_label", "pairID", no_labels=("-",), **{**kind, **more})
+
+
+def _jsonl(file: str, texts: tuple[Column, ...], label: str, id: str | None, **more: Any) -> Source:
+    return Source((file,), texts, label, id, "jsonl", **more)
+
+
+def _mnli(split: str, label: bool = True) -> tuple[Source, ...]:
+    votes = _VOTES if "dev" in split else ()
+    tsv = _glue(f"{split}.tsv", _PAIR, "gold_label" if label else None, votes=votes, no_labels=("-",))
+    return (tsv, *(_nli(f"multinli_1.0_{split}.{end}") for end in ("jsonl", "txt") if label))
 
 
 def _snli(split: str) -> tuple[Source, ...]:
-    return (
-        _jsonl_nli(f"snli_1.0_{split}.jsonl"),
-        _txt_nli(f"snli_1.0_{split}.txt"),
-        # the copy in GLUE's collection
-        Source(
-            (f"{split}.tsv",),
-            _PAIR,
-            "gold_label",
-            "pairID",
-            votes=_VOTES if split != "train" else (),
-            no_labels=("-",),
-        ),
-    )
+    # the last is the copy in GLUE's collection
+    copy = _nli(f"{split}.tsv", votes=() if split == "train" else _VOTES)
+    return (_nli(f"snli_1.0_{split}.jsonl"), _nli(f"snli_1.0_{split}.txt"), copy)
 
 
 def _scitail(split: str) -> tuple[Source, ...]:
-    tsv = Source((f"scitail_1.0_{split}.tsv",), (0, 1), 2, None, "plain", columns=(3,))
     words = {"entailment": "entails"}
-    return (
-        tsv,
-        Source((f"tsv_format/{tsv.files[0]}",), (0, 1), 2, None, "plain", columns=(3,)),
-        Source((f"scitail_1.0_{split}.txt",), _PAIR, "gold_label", "pairID", "jsonl", label_words=words),
-        Source((f"snli_format/scitail_1.0_{split}.txt",), _PAIR, "gold_label", "pairID", "jsonl", label_words=words),
-        Source(
-            (f"predictor_format/scitail_1.0_structure_{split}.jsonl",),
-            _PAIR,
-            "gold_label",
-            None,
-            "jsonl",
-            label_words=words,
-        ),
-    )
+    tsv, txt = f"scitail_1.0_{split}.tsv", f"scitail_1.0_{split}.txt"
+    plain = [Source((file,), (0, 1), 2, None, "plain", columns=(3,)) for file in (tsv, f"tsv_format/{tsv}")]
+    objects: list[tuple[str, str | None]] = [(txt, "pairID"), (f"snli_format/{txt}", "pairID")]
+    objects.append((f"predictor_format/scitail_1.0_structure_{split}.jsonl", None))
+    return (*plain, *(_jsonl(file, _PAIR, "gold_label", id, label_words=words) for file, id in objects))
 
 
 def _anli(split: str) -> tuple[Source, ...]:
-    words = {"e": "entailment", "n": "neutral", "c": "contradiction"}
-    return (
-        Source(
-            (f"{split}.jsonl",),
-            ("context", "hypothesis"),
-            "label",
-            "uid",
-            "jsonl",
-            label_words=words,
-            hidden_labels=("h", "hidden", ""),
-        ),
-    )
+    words, hidden = {"e": "entailment", "n": "neutral", "c": "contradiction"}, ("h", "hidden", "")
+    texts = ("context", "hypothesis")
+    return (_jsonl(f"{split}.jsonl", texts, "label", "uid", label_words=words, hidden_labels=hidden),)
 
 
 def _fever(split: str) -> tuple[Source, ...]:
     words = {"SUPPORTS": "entailment", "NOT ENOUGH INFO": "neutral", "REFUTES": "contradiction"}
-    return (
-        Source(
-            (f"{split}_fitems.jsonl",),
-            ("context", "query"),
-            "label",
-            "fid",
-            "jsonl",
-            label_words=words,
-            hidden_labels=("hidden", ""),
-        ),
-    )
+    texts, hidden = ("context", "query"), ("hidden", "")
+    return (_jsonl(f"{split}_fitems.jsonl", texts, "label", "fid", label_words=words, hidden_labels=hidden),)
 
 
 def _mrpc(split: str) -> tuple[Source, ...]:
@@ -181,54 +146,33 @@ def _mrpc(split: str) -> tuple[Source, ...]:
     return (Source((f"{split}.tsv",), texts, "Quality"), released)
 
 
-def _three(make: object) -> dict[str, tuple[Source, ...]]:
-    return {"train": make("train"), "valid": make("dev"), "test": make("test")}  # type: ignore[operator]
-
-
-def _sentence_pairs(texts: tuple[Column, ...] = _PAIR) -> dict[str, tuple[Source, ...]]:
-    return {
-        "train": (_glue("train.tsv", texts),),
-        "valid": (_glue("dev.tsv", texts),),
-        "test": (_glue("test.tsv", texts, None),),
-    }
-
-
 def _cola(file: str, *released: str) -> tuple[Source, ...]:
-    plain = Source((file,), (3,), 1, None, "plain", columns=(4,))
-    return (plain, Source(tuple(f"raw/{name}" for name in released), (3,), 1, None, "plain", columns=(4,)))
+    raw = tuple(f"raw/{name}" for name in released)
+    return tuple(Source(files, (3,), 1, None, "plain", columns=(4,)) for files in ((file,), raw))
 
 
 def _stsb(split: str) -> tuple[Source, ...]:
-    glue = _glue(f"{split}.tsv", _PAIR, None if split == "test" else "score")
     # the STS benchmark's own files: some rows carry two more columns, the sentences' sources; GLUE has no test scores
-    score = None if split == "test" else 4
-    return (glue, Source((f"sts-{split}.csv",), (5, 6), score, None, "plain", columns=(7, 8, 9)))
-
-
-def _rated(domain: str) -> dict[str, tuple[Source, ...]]:
-    texts, ratings = f"{domain}_GroundTruth.txt", f"{domain}_anonDataRatings.txt"
-    return {
-        split: (Source((texts,), (2,), 1, 0, "rated", ratings=ratings, part=split),)
-        for split in ("train", "valid", "test")
-    }
+    label, score = ("score", 4) if split != "test" else (None, None)
+    own = Source((f"sts-{split}.csv",), (5, 6), score, None, "plain", columns=(7, 8, 9))
+    return (_glue(f"{split}.tsv", _PAIR, label), own)
 
 
 def _sentiment(name: str, domain: str, *rows: int) -> tuple[Task, Task]:
     """The sign of the mean rating, and the mean itself, from 0 (-4, extremely negative) to 8 (4)."""
+    texts, ratings = f"{domain}_GroundTruth.txt", f"{domain}_anonDataRatings.txt"
     sign = Task(
         name,
         ("vader_sentiment", "hutto_ICWSM_2014"),
-        _rated(domain),
+        {split: (Source((texts,), (2,), 1, 0, "rated", ratings=ratings, part=split),) for split in _SPLITS},
         texts=1,
         labels=("negative", "positive"),
         fairseq_recipe=False,
-        rows=dict(zip(("train", "valid", "test"), rows)),
+        rows=dict(zip(_SPLITS, rows)),
     )
     metrics = ("pearson_and_spearman", "pearson", "spearman")
     return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=metrics)
 
-
-_QQP_TEXTS = ("question1", "question2")
 
 _ROWS: tuple[Task, ...] = (
     Task(
@@ -248,11 +192,7 @@ _ROWS: tuple[Task, ...] = (
     Task(
         "SST-2",
         ("SST-2",),
-        {
-            "train": (_glue("train.tsv", ("sentence",), id=None),),
-            "valid": (_glue("dev.tsv", ("sentence",), id=None),),
-            "test": (_glue("test.tsv", ("sentence",), None),),
-        },
+        _glue_splits(("sentence",), id=None),
         texts=1,
         labels=("0", "1"),
         submission={"test": "SST-2.tsv"},
@@ -279,11 +219,7 @@ _ROWS: tuple[Task, ...] = (
     Task(
         "QQP",
         ("QQP",),
-        {
-            "train": (_glue("train.tsv", _QQP_TEXTS, "is_duplicate", id="id", loose=True),),
-            "valid": (_glue("dev.tsv", _QQP_TEXTS, "is_duplicate", id="id", loose=True),),
-            "test": (_glue("test.tsv", _QQP_TEXTS, None, id="id"),),
-        },
+        _glue_splits(("question1", "question2"), "is_duplicate", id="id", loose=True),
         labels=("0", "1"),
         metrics=("acc_and_f1", "accuracy", "f1"),
         submission={"test": "QQP.tsv"},
@@ -293,11 +229,11 @@ _ROWS: tuple[Task, ...] = (
         "MNLI",
         ("MNLI", "multinli_1.0"),
         {
-            "train": _mnli("train", True),
-            "valid": _mnli("dev_matched", True),
-            "valid1": _mnli("dev_mismatched", True),
-            "test": _mnli("test_matched", False),
-            "test1": _mnli("test_mismatched", False),
+            "train": _mnli("train"),
+            "valid": _mnli("dev_matched"),
+            "valid1": _mnli("dev_mismatched"),
+            "test": _mnli("test_matched", label=False),
+            "test1": _mnli("test_mismatched", label=False),
         },
         labels=NLI_LABELS,
         submission={"test": "MNLI-m.tsv", "test1": "MNLI-mm.tsv"},
@@ -306,7 +242,7 @@ _ROWS: tuple[Task, ...] = (
     Task(
         "QNLI",
         ("QNLI", "QNLIv2"),
-        _sentence_pairs(("question", "sentence")),
+        _glue_splits(("question", "sentence")),
         labels=("entailment", "not_entailment"),
         submission={"test": "QNLI.tsv"},
         rows={"train": 104743, "valid": 5463, "test": 5463},
@@ -314,7 +250,7 @@ _ROWS: tuple[Task, ...] = (
     Task(
         "RTE",
         ("RTE",),
-        _sentence_pairs(),
+        _glue_splits(),
         labels=("entailment", "not_entailment"),
         submission={"test": "RTE.tsv"},
         rows={"train": 2490, "valid": 277, "test": 3000},
@@ -322,7 +258,7 @@ _ROWS: tuple[Task, ...] = (
     Task(
         "WNLI",
         ("WNLI",),
-        _sentence_pairs(),
+        _glue_splits(),
         labels=("0", "1"),
         submission={"test": "WNLI.tsv"},
         fairseq_recipe=False,

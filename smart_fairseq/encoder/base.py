@@ -122,11 +122,8 @@ class Encoder:
             found.append(tensor)
             return tensor
 
-        handle = self.insides.places[place].register_forward_hook(note)
-        try:
+        with self.insides.places[place].register_forward_hook(note):
             yield found
-        finally:
-            handle.remove()
 
     def embeddings(self, place: str, net_input: dict[str, Any]) -> Tensor:
         """What is perturbed, [B, T, C], without dropout and gradients; the forward ends there."""
@@ -136,14 +133,9 @@ class Encoder:
             found.append(output)
             raise _Seen
 
-        handle = self.insides.places[place].register_forward_hook(stop)
-        try:
-            with torch.no_grad(), without_dropout(self.model):
-                self.model(**net_input, features_only=True)
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
+        hook = self.insides.places[place].register_forward_hook(stop)
+        with hook, contextlib.suppress(_Seen), torch.no_grad(), without_dropout(self.model):
+            self.model(**net_input, features_only=True)
         return found[0]
 
     @contextmanager
@@ -167,14 +159,11 @@ class Encoder:
             return rounded(output + perturbation, output.dtype)
 
         places = self.insides.places
-        handles = [places[place].register_forward_hook(add)]
-        if lookup is not None:  # before the sum
-            handles.append(places["token"].register_forward_hook(lambda *_: lookup, prepend=True))
-        try:
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(places[place].register_forward_hook(add))
+            if lookup is not None:  # before the sum
+                hooks.enter_context(places["token"].register_forward_hook(lambda *_: lookup, prepend=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         if calls != 1:
             raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
 

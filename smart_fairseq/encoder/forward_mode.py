@@ -176,12 +176,8 @@ def changed(
         changes.append(change)
         return (logits, *output[1:])
 
-    handles = [place.register_forward_hook(enter), model.register_forward_hook(leave)]
-    try:
+    with place.register_forward_hook(enter), model.register_forward_hook(leave):
         with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
             yield changes
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(changes) != 1 or changes[0] is None:
         raise RuntimeError("the direction did not reach the output of one forward")

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles
-from ..data.readers import located
+from ..data.lines import located
 from ..data.tasks import Task
 from ..inference import Model
 from . import intervals
@@ -82,7 +82,10 @@ def evaluate_model(
         if typos is not None:
             shared_vocabulary(folder, typos)  # before the work
         found = model.predict(split, max_tokens)
-        gold = np.array(labels, dtype=float) / task.divisor if task.regression else _places(labels, model.classes)
+        if task.regression:
+            gold = np.array(labels, dtype=float) / task.divisor
+        else:
+            gold = np.array([model.classes.index(label) for label in labels])
         arrays = {"gold": gold, "logits": found.logits, "probabilities": found.scores}
         half, temperature = np.random.default_rng(seed).permutation(len(gold)) < len(gold) // 2, 1.0
         metrics = _official(task, model.classes, found.logits, gold, read_manifest(folder).get("parts", {}).get(split))
@@ -129,10 +132,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _places(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    return np.array([classes.index(label) for label in labels])
 
 
 def _official(

@@ -74,7 +74,7 @@ def matthews(predicted: np.ndarray, gold: np.ndarray, classes: int) -> Statistic
         said, true = table.sum(2), table.sum(1)
         spread = (count**2 - (said**2).sum(1)) * (count**2 - (true**2).sum(1))
         covariance = hits * count - (said * true).sum(1)
-        return np.where(spread > 0, 100.0 * covariance / np.sqrt(np.maximum(spread, 1.0)), 0.0)
+        return np.where(spread > 0, 100.0 * (covariance / np.sqrt(np.maximum(spread, 1.0))), 0.0)
 
     return statistic
 

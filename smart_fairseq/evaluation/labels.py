@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.binarize import read_indexed
-from ..data.readers import Row, located, read_lines, shown
+from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.tasks import Task
 from ..inference import label_order, read_ids
 
@@ -26,12 +26,11 @@ def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
     """The shares of annotators for each label, [N, K]; rows that none labelled are 0. Raises for other labels."""
     shares = np.zeros((len(rows), len(labels)))
     for place, row in enumerate(rows):
-        for vote in row.votes:
-            if vote not in labels:
-                raise located(
-                    Path(row.file), row.line, f"annotator's label {shown(vote)} is not one of {', '.join(labels)}"
-                )
-            shares[place, labels.index(vote)] += 1 / len(row.votes)
+        strange = next((vote for vote in row.votes if vote not in labels), None)
+        if strange is not None:
+            message = f"annotator's label {shown(strange)} is not one of {', '.join(labels)}"
+            raise located(Path(row.file), row.line, message)
+        shares[place] = [row.votes.count(label) / max(len(row.votes), 1) for label in labels]
     return shares
 
 
@@ -70,10 +69,7 @@ def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.nda
             raise located(
                 path, number, f"is about the row {shown(cells['id'])}, and {split} has {shown(identity)} here"
             )
-        try:
-            row[:] = [float(cells[name]) for name in classes]
-        except (KeyError, ValueError):
-            row[:] = np.nan
+        row[:] = [as_number(cells.get(name, "")) for name in classes]
         if not (row >= 0).all() or min(abs(row.sum() - 1), row.sum()) > 1e-3:
             raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
     return shares

@@ -27,6 +27,13 @@ def number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4g}"
 
 
+def aligned(cells: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells in columns, so many of the first ones flush left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    places = [f"{{:{'<' if place < left else '>'}{width}}}" for place, width in enumerate(widths)]
+    return "\n".join("  ".join(places).format(*row).rstrip() for row in cells)
+
+
 def _with_interval(entry: Mapping[str, Any]) -> tuple[str, str]:
     return number(entry["value"]), "[{}, {}]".format(*map(number, entry["interval"]))
 
@@ -37,7 +44,7 @@ def difference(first: Result, other: Result) -> dict[str, dict[str, Any]]:
     return {name: {"value": float(values[0]), "interval": interval(values)} for name, values in shared.items()}
 
 
-def table(results: Sequence[Result]) -> str:
+def comparison(results: Sequence[Result]) -> str:
     """Aligned columns: metric, then value and interval of each model, and of its difference to the first."""
     names = [chr(ord("A") + place) for place in range(len(results))]
     columns: list[tuple[str, Mapping[str, Any]]] = []
@@ -49,9 +56,7 @@ def table(results: Sequence[Result]) -> str:
     for name, entry in results[0]["metrics"].items():
         unit = f" ({entry['unit']})" if entry["unit"] else ""
         cells.append([name + unit, *(text for _, found in columns for text in _with_interval(found[name]))])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
-    return "\n".join(lines)
+    return aligned(cells, left=len(cells[0]))
 
 
 def notes(result: Result) -> list[str]:
@@ -125,11 +130,11 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, **more: Any) -> None:
     """The whole picture or none, in the format of the name, else PNG; the figure is closed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:  # whose own name does not end in the format
-        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png", **more)
     pyplot().close(figure)
 
 

@@ -1,16 +1,17 @@
 """A data folder's rows as texts, and back with typing errors."""
 
 import shutil
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data.binarize import read_indexed, read_manifest
+from ..data.binarize import indexed_writer, read_indexed, read_manifest
 from ..data.bpe import END, SPECIAL_SYMBOLS, UNKNOWN, BpeFiles, Vocabulary, load_vocabulary
-from ..data.pool import Pool
-from ..data.readers import Row, located
+from ..data.lines import Row, located
+from ..data.pool import Pool, integer_typecode
 from ..inference import read_ids
 from .typos import SHARE, with_typos
 
@@ -74,21 +75,17 @@ def write_with_typos(
 
     ``longest``: tokens that the model takes; where ``folder`` has a lower limit, that counts.
     """
-    import torch
-    from fairseq.data.indexed_dataset import make_builder
-
     rows = decoded(folder, split, bpe)
     wrong = [row._replace(texts=tuple(with_typos(row.texts, row.id, share, seed))) for row in rows]
     limit = min(read_manifest(folder).get("max_tokens") or longest, longest)
     with Pool(bpe, 1, limit, len(rows[0].texts)) as pool:
         again, typed = _encoded(pool, rows), _encoded(pool, wrong)
-        size = pool.vocabulary.size
+        typecode = integer_typecode(pool.vocabulary.size)
     for place, column in enumerate(typed):
         (target / f"input{place}").mkdir(parents=True)
-        builder = make_builder(str(target / f"input{place}" / f"{split}.bin"), impl="mmap", vocab_size=size)
-        for row in column:
-            builder.add_item(torch.from_numpy(row.astype(np.int64)))
-        builder.finalize(str(target / f"input{place}" / f"{split}.idx"))
+        with indexed_writer(target / f"input{place}" / split, typecode) as add:
+            for row in column:
+                add(array(typecode, row.tolist()), [len(row)])
     (target / "ids").mkdir()
     shutil.copy(folder / "ids" / f"{split}.tsv", target / "ids")
     before = [read_indexed(folder / f"input{place}" / split) for place in range(len(typed))]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +9,14 @@ from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 from ..commands.predict import replace_file
+from ..data.lines import located
 from ..data.metrics import METRICS
-from ..data.readers import located
-from ..files import whole_file
+from ..errors import UsageError
+from ..evaluation.report import pyplot, save
 from .lines import Line
-from .plan import Plan
+from .plan import Asked, Plan, arm_of
 from .report import half_width
 from .studying import lines_of
-
-__all__ = ["Arm", "Difference", "arms_of", "difference", "put_into", "write_report"]
 
 SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
 # beside the task's own, in the short table
@@ -49,6 +47,10 @@ class Arm(NamedTuple):
         """By seed: a metric, seconds, or a term's share of the task loss (``smart_loss/task_loss``)."""
         found = {seed: _value(line, metric) for seed, line in self.lines.items()}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def numbers(self, metric: str) -> list[float]:
+        """The `values`, without the seeds."""
+        return list(self.values(metric).values())
 
     def difference(self, metric: str) -> Difference | None:
         """To the baseline; None without one, or without a seed that both have."""
@@ -83,48 +85,39 @@ def arms_of(plan: Plan) -> dict[str, list[Arm]]:
 
     Each is compared with the plan's first method, with the same values of the grid where that has them too.
     """
-    found: dict[tuple[str, str, str], tuple[Mapping[str, object], dict[int, Line]]] = {}
+    found: dict[tuple[str, str], tuple[Asked, dict[int, Line]]] = {}
     for asked in plan.runs():
-        found[asked.task.name, asked.method, asked.arm] = asked.variant, {}
+        found.setdefault((asked.task.name, asked.arm), (asked, {}))
     for line in lines_of(plan):
-        arm = " ".join([line["method"], *(f"{name}={value}" for name, value in line["variant"].items())])
-        found[line["task"], line["method"], arm][1][line["seed"]] = line
+        found[line["task"], arm_of(line["method"], line["variant"])][1][line["seed"]] = line
     first = next(iter(plan.methods))
     tasks: dict[str, list[Arm]] = {task.name: [] for task in plan.tasks}
-    baselines: dict[str, list[tuple[Mapping[str, object], Arm]]] = {name: [] for name in tasks}
-    for (task, method, name), (variant, lines) in found.items():
+    baselines: list[tuple[Asked, Arm]] = []
+    for asked, lines in found.values():
         if not lines:
             continue
-        if method == first:
-            baselines[task].append((variant, Arm(name, lines, None)))
-            tasks[task].append(baselines[task][-1][1])
-            continue
-        alike = (arm for values, arm in baselines[task] if values.items() <= variant.items())
-        tasks[task].append(Arm(name, lines, next(alike, None)))
+        arms, variant = tasks[asked.task.name], asked.variant.items()
+        if asked.method == first:
+            arms.append(Arm(asked.arm, lines, None))
+            baselines.append((asked, arms[-1]))
+        else:
+            alike = (arm for of, arm in baselines if of.task is asked.task and of.variant.items() <= variant)
+            arms.append(Arm(asked.arm, lines, next(alike, None)))
     return tasks
 
 
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
-def _digits(metric: str) -> int:
-    """Behind the point: metrics in percent have two."""
-    return 2 if metric in METRICS else 4
-
-
-def _spread(values: Sequence[float], metric: str) -> str:
-    digits = _digits(metric)
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _gain(found: Difference | None, metric: str) -> str:
-    if found is None:
-        return ""
-    digits = _digits(metric)
-    if math.isnan(found.half):
-        return f"{found.mean:+.{digits}f}"
-    low, high = found.mean - found.half, found.mean + found.half
-    return f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
+    """The median, the mean with its deviation, the difference with its interval; percents with two digits."""
+    values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if metric in METRICS else 4
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    gain = "" if found is None else f"{found.mean:+.{digits}f}"
+    if found is not None and not math.isnan(found.half):
+        low, high = found.mean - found.half, found.mean + found.half
+        gain += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{median(values):.{digits}f}", f"{fmean(values):.{digits}f}{spread}", gain
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:
@@ -151,9 +144,9 @@ def short_table(arms: Sequence[Arm]) -> str:
     for arm in arms:
         cells = [arm.name, str(len(arm.lines))]
         for name in metrics:
-            cells += [_spread(list(arm.values(name).values()), name), _gain(arm.difference(name), name)]
+            cells += _cells(arm, name)[1:]
         for name in shares:
-            values = list(arm.values(name).values())
+            values = arm.numbers(name)
             cells.append(f"{fmean(values):.2g}" if values else "")
         table.append([*cells, f"{arm.cost():.2f}"])
     return _markdown(table)
@@ -163,11 +156,7 @@ def long_table(arms: Sequence[Arm]) -> str:
     """Every metric of every arm, in Markdown."""
     table = [["metric", "method", "median", "mean ± deviation", "difference [95 %]"]]
     for name in (*_metrics(arms), *SECONDS):
-        for arm in arms:
-            values = list(arm.values(name).values())
-            if values:
-                middle = f"{median(values):.{_digits(name)}f}"
-                table.append([name, arm.name, middle, _spread(values, name), _gain(arm.difference(name), name)])
+        table += [[name, arm.name, *_cells(arm, name)] for arm in arms if arm.numbers(name)]
     return _markdown(table)
 
 
@@ -180,7 +169,7 @@ def as_csv(tasks: Mapping[str, Sequence[Arm]]) -> str:
     for task, arms in tasks.items():
         for arm in arms:
             for name in (*_metrics(arms), *_shares(arms), *SECONDS):
-                values = list(arm.values(name).values())
+                values = arm.numbers(name)
                 if not values:
                     continue
                 row = [task, arm.name, name, len(values), median(values), fmean(values)]
@@ -270,19 +259,15 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
     metrics = [name for name in _metrics(arms) if name not in LEFT_OUT_OF_PICTURES]
     if not compared:
         return False
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
-        import matplotlib
-    except ImportError:
+        plots = pyplot()
+    except UsageError:
         print("no picture: that needs matplotlib; install it with pip install matplotlib")
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(3, len(metrics))
     height = 0.9 + 0.28 * len(compared)
     rows = -(-len(metrics) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
+    figure, axes = plots.subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, metrics):
@@ -298,9 +283,7 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
         axis.tick_params(axis="x", labelsize="small")
         axis.locator_params(axis="x", nbins=4)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}), whole_file(path) as partial:
-        # the same bytes for the same numbers
-        figure.savefig(partial, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    # the same bytes for the same numbers
+    with plots.rc_context({"svg.hashsalt": path.stem}):
+        save(figure, path, metadata={"Date": None})
     return True

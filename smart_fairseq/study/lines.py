@@ -16,11 +16,9 @@ import torch
 
 import smart_fairseq
 
-from ..data.readers import located
+from ..data.lines import located
 from ..errors import UsageError
-from ..files import whole_file
-
-__all__ = ["Line", "alone", "facts", "read_lines", "write_lines"]
+from ..files import finite, whole_file
 
 Line = dict[str, Any]
 
@@ -43,14 +41,8 @@ def write_lines(path: Path, lines: Sequence[Line]) -> None:
     """Replace the file; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        text = "".join(json.dumps(_finite(line)) + "\n" for line in lines)
+        text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
         partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -9,15 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..data.lines import located, shown
 from ..data.metrics import METRICS
-from ..data.readers import located, shown
 from ..data.tasks import TASKS
 from ..errors import UsageError
 from . import recipe
 from .recipe import Flag
 from .rows import Draw, Source
-
-__all__ = ["Asked", "Plan", "Task", "read_plan"]
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train")
@@ -48,6 +46,11 @@ class Task:
         return self.draw.rows or self.source.train_rows
 
 
+def arm_of(method: str, variant: Mapping[str, Flag]) -> str:
+    """A method with the grid's values, as reports name it."""
+    return " ".join([method, *(f"{name}={value}" for name, value in variant.items())])
+
+
 @dataclass(frozen=True)
 class Asked:
     """One run that the plan asks for.
@@ -65,8 +68,7 @@ class Asked:
 
     @property
     def arm(self) -> str:
-        """The method with the grid's values."""
-        return " ".join([self.method, *(f"{name}={value}" for name, value in self.variant.items())])
+        return arm_of(self.method, self.variant)
 
     @property
     def name(self) -> str:
@@ -91,6 +93,10 @@ class Asked:
         }
 
 
+# of the grid: tasks, methods, values by flag
+Block = tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A whole study.
@@ -98,7 +104,7 @@ class Plan:
     checkpoint: that every run begins with; None for random weights.
     encoder_flags: the architecture's.
     bpe: of the encoder, where its folder says it.
-    axes: the grid: (tasks, methods, values by flag) for every block.
+    axes: the grid.
     """
 
     path: Path
@@ -111,7 +117,7 @@ class Plan:
     tasks: Sequence[Task]
     methods: Mapping[str, Mapping[str, Flag]]
     seeds: Sequence[int]
-    axes: Sequence[tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]]
+    axes: Sequence[Block]
     keep: bool
 
     def runs(self) -> list[Asked]:
@@ -318,11 +324,9 @@ def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
     return checkpoint, flags, ""
 
 
-def _axes(
-    path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]
-) -> list[tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]]:
+def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) -> list[Block]:
     """The grid's blocks; one that names no tasks or methods is for all."""
-    found: list[tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]] = []
+    found: list[Block] = []
     seen: set[tuple[str, str, str]] = set()
     for block in given if isinstance(given, list) else [given]:
         block = _mapping(path, "grid", block)

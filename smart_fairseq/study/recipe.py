@@ -12,8 +12,6 @@ import smart_fairseq
 from ..commands.preprocess import training_flags
 from ..data.tasks import Task
 
-__all__ = ["BATCH", "COMMON", "METHODS", "Flag", "as_flags", "encoder_flags", "flags"]
-
 Flag = str | int | float | bool | None
 
 BATCH = 16
@@ -80,12 +78,7 @@ def bpe_of(folder: Path) -> str:
 
 
 def flags(task: Task, data: Path, imported: Path, method: str, seed: int, updates: int) -> list[str]:
-    """Every flag; the methods differ in criterion and optimizer alone.
-
-    Args:
-        data: the folder that `commands.preprocess` wrote.
-        imported: the encoder, as `import_hf` wrote it.
-    """
+    """Every flag; the methods differ in criterion and optimizer alone. ``imported``: the encoder, from `import_hf`."""
     # from `fairseq-train DATA --task ...`, what follows from the data
     task_flags = shlex.split(training_flags(task, bpe_of(imported), {}, data))[2:]
     return [

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit
 
+from ..evaluation.report import aligned
 from .runs import Numbers, Result
-
-__all__ = ["Scores", "half_width", "in_words", "laid_out", "last_tenth", "rows", "scores", "term", "with_spread"]
 
 TERMS = ("task_loss", "smart_loss", "smart_delta", "bregman_loss")
 
@@ -89,12 +88,8 @@ def rows(results: Sequence[Result], metrics: Sequence[str], methods: Mapping[str
 
 def laid_out(table: Sequence[Sequence[str]]) -> str:
     """The cells in columns, a line under the header."""
-    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
-    lines = []
-    for title, *cells in table:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        lines.append("  ".join([title.ljust(widths[0]), *padded]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    header, *lines = aligned(table).splitlines()
+    return "\n".join([header, "-" * len(header), *lines])
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.binarize import MANIFEST, indexed_writer, read_indexed
-from ..data.bpe import END, SPECIAL_SYMBOLS
+from ..data.binarize import MANIFEST, indexed_writer, read_indexed, write_classes
+from ..data.bpe import SPECIAL_SYMBOLS
+from ..data.lines import located
 from ..data.pool import integer_typecode
-from ..data.readers import located
 from ..files import whole_folder
-
-__all__ = ["Draw", "Source", "cut_out"]
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,13 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
             found = np.array([labels[split][place] for split, place in rows])
             if part == "train" and draw.flip:
                 found = flipped(found, len(source.classes), draw.flip, seed)
-            _write_labels(folder / "label" / part, found, source.regression)
-            lines = ["id\tfile\tline", *(ids[split][place] for split, place in rows)]
-            (folder / "ids" / f"{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if source.regression:
+                lines = "".join(f"{label}\n" for label in found)
+                (folder / "label" / f"{part}.label").write_text(lines, encoding="utf-8")
+            else:
+                write_classes(folder / "label" / part, found.tolist())
+            known = ["id\tfile\tline", *(ids[split][place] for split, place in rows)]
+            (folder / "ids" / f"{part}.tsv").write_text("\n".join(known) + "\n", encoding="utf-8")
         if source.manifest:
             manifest = {**source.manifest, "rows": {part: len(rows) for part, rows in parts.items()}, "parts": {}}
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -181,14 +183,3 @@ def _write_input(
             for split, place in rows:
                 ids = np.searchsorted(words, texts[split][place])
                 add(array(typecode, ids.tolist()), [len(ids)])
-
-
-def _write_labels(prefix: Path, labels: np.ndarray, regression: bool) -> None:
-    if regression:
-        Path(f"{prefix}.label").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        return
-    with indexed_writer(prefix, "H") as add:
-        ids = array("H")
-        for label in labels:
-            ids.extend((int(label) + len(SPECIAL_SYMBOLS), END))
-        add(ids, [2] * len(labels))

@@ -18,8 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Numbers", "Result", "Run", "TrainingFailed", "minutes", "parse_line", "run_all"]
-
 LOG_LINE = re.compile(r"\| (train_inner|valid|scored) \| (\{.*\})\s*$")
 FAIRSEQ_TRAIN = (str(Path(sys.executable).parent / "fairseq-train"),)
 # of plain progress: at first, and after so many lines

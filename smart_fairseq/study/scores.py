@@ -7,36 +7,23 @@ import numpy as np
 from ..data.metrics import score
 from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_temperature
 
-__all__ = ["all_scores"]
 
-
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    return float(cross_entropy(logits, labels).mean())
-
-
-def _calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    return float(calibration_error(logits, labels)(np.ones((1, len(labels))))[0])
-
-
-def _brier(logits: np.ndarray, labels: np.ndarray) -> float:
-    return float(brier(logits, labels).mean())
-
-
-# nats; percent; 0 to 2
-MEASURES = {"cross_entropy": _cross_entropy, "calibration_error": _calibration_error, "brier": _brier}
+def measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Cross entropy in nats, calibration error in percent, Brier score from 0 to 2."""
+    return {
+        "cross_entropy": float(cross_entropy(logits, labels).mean()),
+        "calibration_error": float(calibration_error(logits, labels)(np.ones((1, len(labels))))[0]),
+        "brier": float(brier(logits, labels).mean()),
+    }
 
 
 def all_scores(
     logits: np.ndarray, labels: np.ndarray, metrics: Sequence[str], classes: Sequence[str], seed: int
 ) -> dict[str, float]:
-    """Everything that a report can show.
+    """Everything that a report can show: the ``metrics`` of `data.metrics` in percent, and more.
 
-    Args:
-        logits: [N, K]; [N, 1] for regression
-        labels: [N], class numbers; targets for regression
-        metrics: of `data.metrics`, in percent
-        classes: names in the order of the class numbers; none for regression
-        seed: draws the half of the rows that the temperature is fitted on; what follows it is of the other half
+    Logits [N, K] with labels [N], class numbers for the names of ``classes``; for regression [N, 1] with targets, and
+    no classes. ``seed`` draws the half of the rows that fits the temperature; what follows it is of the other half.
     """
     logits = logits.astype(np.float64)
     if not classes:
@@ -45,12 +32,11 @@ def all_scores(
         return {**found, "squared_error": float(((predicted - labels) ** 2).mean())}
     names = np.array(classes)
     found = score(metrics, list(names[logits.argmax(1)]), list(names[labels]), False)
-    for name, measure in MEASURES.items():
-        found[name] = measure(logits, labels)
+    found |= measures(logits, labels)
     order = np.random.default_rng(seed).permutation(len(labels))
     fitted_on, half = order[: len(order) // 2], order[len(order) // 2 :]
     found["temperature"] = fit_temperature(logits[fitted_on], labels[fitted_on])
+    before, after = (measures(logits[half] / divisor, labels[half]) for divisor in (1, found["temperature"]))
     for name in ("cross_entropy", "calibration_error"):
-        found[f"{name}_half"] = MEASURES[name](logits[half], labels[half])
-        found[f"{name}_scaled"] = MEASURES[name](logits[half] / found["temperature"], labels[half])
+        found |= {f"{name}_half": before[name], f"{name}_scaled": after[name]}
     return found

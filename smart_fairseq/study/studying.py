@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.readers import located
+from ..data.lines import located
 from ..errors import explain
 from ..files import sha256
 from .lines import Line, alone, facts, read_lines, write_lines
@@ -22,8 +22,6 @@ from .rows import cut_out
 from .runs import Result, Run, run_all
 from .scores import all_scores
 from .vocabulary import cut_checkpoint
-
-__all__ = ["Study", "check_flags", "lines_of"]
 
 THREADS = 1
 WORKER = (sys.executable, "-m", "smart_fairseq.study.worker")
@@ -38,13 +36,8 @@ def check_flags(plan: Plan) -> None:
 
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    seen: set[str] = set()
     try:
-        for asked in plan.runs():
-            arm = f"{asked.task.name}, {asked.arm}"
-            if arm in seen:
-                continue
-            seen.add(arm)
+        for arm, asked in {f"{asked.task.name}, {asked.arm}": asked for asked in plan.runs()}.items():
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):

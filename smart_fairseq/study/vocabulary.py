@@ -7,11 +7,9 @@ import torch
 
 from ..convert.checkpoint import EMBEDDINGS, LM_HEAD, load_checkpoint
 from ..data.bpe import SPECIAL_SYMBOLS
-from ..data.readers import located
+from ..data.lines import located
 from ..files import whole_file
 from .rows import Source
-
-__all__ = ["cut_checkpoint"]
 
 
 def cut_checkpoint(checkpoint: Path, source: Source, target: Path) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["Acting"]
-
 logger = logging.getLogger(__name__)
 
 # updates after the warm-up over which the terms are averaged

@@ -106,11 +106,6 @@ def check_weight(flag: str, weight: float) -> float:
     return weight
 
 
-def check_every(flag: str, every: int) -> int:
-    require(every >= 1, flag, every, "a whole number from 1")
-    return every
-
-
 def bregman_weight(cfg: RegularizedConfig) -> float:
     """The weight of the Bregman term, which depends on the optimizer where it is not set."""
     optimizer, weight = _optimizer_name(cfg), cfg.smart_bregman_weight

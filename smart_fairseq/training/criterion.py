@@ -42,8 +42,6 @@ from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
 
-__all__ = ["RegularizedCriterion"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -218,8 +216,5 @@ class RegularizedCriterion(SentencePredictionCriterion):
 def _output_of(model: nn.Module) -> Iterator[list[Tensor]]:
     """The logits that the block's forward of ``model`` returns: `sentence_prediction` keeps them to itself."""
     logits: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, args, output: logits.append(output[0]))
-    try:
+    with model.register_forward_hook(lambda module, args, output: logits.append(output[0])):
         yield logits
-    finally:
-        handle.remove()

@@ -154,12 +154,9 @@ class TrainingLink:
         return self._optimizer is not None
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The teacher's weights by parameter name, in the model's precision, without gradients.
+        """The teacher's weights by the bare model's parameter names, in its precision, without gradients.
 
-        Args:
-            model: the bare model.
-        Raises:
-            RuntimeError: no optimizer with a teacher was heard of, or it updates another model.
+        Raises RuntimeError where no optimizer with a teacher was heard of, or it updates another model.
         """
         mbpp = _unwrap(self._optimizer)
         if not isinstance(mbpp, MBPP):
