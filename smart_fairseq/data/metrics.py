@@ -36,7 +36,8 @@ def acc_and_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
 def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Matthews' correlation, for any number of labels."""
     labels, numbers = np.unique(np.concatenate([predicted, gold]), return_inverse=True)
-    return _of_all(intervals.matthews(*np.split(numbers, 2), classes=len(labels)), len(gold))
+    first, second = np.split(numbers, 2)
+    return _of_all(intervals.matthews(first, second, len(labels)), len(gold))
 
 
 def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
