@@ -72,7 +72,7 @@ def draw(path: Path, results: Sequence[Result], found: Found, methods: Mapping[s
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         training.plot(np.arange(len(smooth)) + window, smooth, label=title)
         metrics = next(iter(found.values()))[method]["metrics"]
-        points = [(0.0, metrics.get("accuracy"))] + [
+        points = [(0.0, metrics.get("accuracy, attacked rows before"))] + [
             (r, metrics.get(f"accuracy, attack at {100 * r:g} %")) for r in RADII
         ]
         known = [(100 * radius, entry) for radius, entry in points if entry]
