@@ -223,7 +223,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         "import sys\nif '2' == sys.argv[sys.argv.index('--seed') + 1]: sys.exit('broken')\n" + fake.read_text()
     )
     monkeypatch.setattr(studying, "WORKER", (sys.executable, str(fake)))
-    assert main([str(write_plan(tmp_path, write_data(tmp_path / "data"))), "--jobs", "2"]) == 1
+    assert main([str(write_plan(tmp_path, write_data(tmp_path / "data"))), "--jobs", "1"]) == 1
     said = capsys.readouterr()
     assert "letters-plain-seed2: fairseq-train ended with status 1; the whole log is " in said.out
     assert "; broken\n" in said.out and "study: error: 2 of the runs failed: letters-plain-seed2" in said.err
@@ -238,6 +238,8 @@ def test_a_killed_study_goes_on_to_the_same_lines(
     data = write_data(tmp_path / "data")
     whole, broken = (write_plan(tmp_path / name, data) for name in ("whole", "broken"))
     program = (
+        # a process that was started in the background ignores SIGINT
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from smart_fairseq.study import studying; from smart_fairseq.study.__main__ import main; "
         f"studying.WORKER = (sys.executable, {str(write_fake(tmp_path, sleep=0.3))!r}); "
         f"sys.exit(main([{str(broken)!r}, '--jobs', '1']))"
