@@ -32,15 +32,14 @@ TERMS = ("task_loss", "smart_loss", "bregman_loss")
 
 def planned(args: argparse.Namespace) -> list[Run]:
     """The runs of the chosen variants."""
-    data, imported = args.demo / "data" / "generated-bin", args.demo / "encoder" / "fairseq"
+    data, imported = args.demo / "data" / "movie-bin", args.demo / "encoder" / "fairseq"
     if not (data / "input0").is_dir() or not (imported / "model.pt").is_file():
         sys.exit(f"accuracy: error: --demo is {args.demo}, which holds no encoder and no data; run `make demo` first")
     runs = []
     for variant in args.variants:
         program = (sys.executable, __file__, "--train", variant)
         for seed in range(1, args.seeds + 1):
-            # the demo's own task has the form of RTE
-            line = recipe.flags(TASKS["RTE"], data, imported, "smart", seed, args.updates)
+            line = recipe.flags(TASKS["movie"], data, imported, "smart", seed, args.updates)
             line += ["--no-save", *VARIANTS[variant][0]]
             place = args.demo / "accuracy"
             runs.append(Run(f"{variant}-seed{seed}", variant, seed, line, place, args.updates, program=program))
