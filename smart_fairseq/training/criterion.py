@@ -121,10 +121,12 @@ class RegularizedCriterion(SentencePredictionCriterion):
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
         if not model.training or not any(self.weights.values()):
-            with _output_of(self.encoder_for(model).model) as output:
+            with contextlib.ExitStack() as around:
+                calibrated = self.cfg.smart_report_calibration and not model.training
+                output = around.enter_context(_output_of(self.encoder_for(model).model)) if calibrated else []
                 result: Result = super().forward(self._evaluated(model), sample, reduce)
             place_predictions(result[2], sample["id"], self.task)
-            if self.cfg.smart_report_calibration and not model.training:
+            if output:
                 place_confidence(result[2], output[0], sample, self.task)
             return result
 
