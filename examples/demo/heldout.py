@@ -12,7 +12,7 @@ import numpy as np
 
 from smart_fairseq.evaluation import report
 from smart_fairseq.evaluation.full import evaluate_model
-from smart_fairseq.study.report import laid_out
+from smart_fairseq.study.report import laid_out, logged
 from smart_fairseq.study.runs import Result
 
 ATTACKED_ROWS = 64
@@ -64,23 +64,19 @@ def table(found: Found, methods: Mapping[str, str]) -> str:
 
 def draw(path: Path, results: Sequence[Result], found: Found, methods: Mapping[str, str]) -> Path:
     """The task's loss while training, and accuracy against the radius of the attack."""
+    name, first = next(iter(found.items()))
     figure, (training, attack) = report.pyplot().subplots(1, 2, figsize=(10, 4))
     for method, title in methods.items():
-        inner = next(result.inner for result in results if result.run.method == method)
-        losses = np.array([line.get("task_loss", line["loss"] * np.log(2)) for line in inner])
+        losses = logged(next(result for result in results if result.run.method == method), "task_loss")
         window = min(SMOOTHED, len(losses))
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         training.plot(np.arange(len(smooth)) + window, smooth, label=title)
-        metrics = next(iter(found.values()))[method]["metrics"]
-        points = [(0.0, metrics.get("accuracy, attacked rows before"))] + [
-            (r, metrics.get(f"accuracy, attack at {100 * r:g} %")) for r in RADII
-        ]
-        known = [(100 * radius, entry) for radius, entry in points if entry]
-        middle, low, high = (np.array(v) for v in zip(*((e["value"], *e["interval"]) for _, e in known)))
-        radii = [radius for radius, _ in known]
-        attack.errorbar(radii, middle, (middle - low, high - middle), marker="o", capsize=3, label=title)
+        values, bars = report.under_attack(first[method], "attack")
+        radii = [0.0, *(100 * radius for radius in RADII)]
+        attack.errorbar(radii, values, bars, marker="o", capsize=3, label=title)
+    quality = report.quality_of(next(iter(first.values())), unit=True)
     training.set(xlabel="update", ylabel=f"task loss (nats, mean of {SMOOTHED} updates)", title="training")
-    attack.set(xlabel="radius of the attack (% of the embeddings)", ylabel="accuracy (%)", title=next(iter(found)))
+    attack.set(xlabel="radius of the attack (% of the embeddings)", ylabel=quality, title=name)
     for panel in (training, attack):
         panel.legend()
     figure.tight_layout()

@@ -168,25 +168,35 @@ def _reliability(results: Mapping[str, Result], path: Path) -> Path:
     return path
 
 
+def quality_of(result: Result, unit: bool = False) -> str:
+    """The metric that is followed from radius to radius."""
+    return f"accuracy{' (%)' if unit else ''}" if result["classes"] else "mean squared error"
+
+
+def under_attack(result: Result, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The quality before and at each radius, [1 + R], and the bars down and up to its intervals' ends, [2, 1 + R].
+
+    ``kind``: attack or random signs. A bar is 0 where a value lies beyond that end.
+    """
+    quality, radii = quality_of(result), result["attack"]["radii"]
+    names = ["attacked rows before", *(f"{kind} at {100 * radius:g} %" for radius in radii)]
+    entries = [result["metrics"][f"{quality}, {name}"] for name in names]
+    values = np.array([entry["value"] for entry in entries])
+    low, high = np.array([entry["interval"] for entry in entries]).T
+    return values, np.maximum(0, [values - low, high - values])
+
+
 def _radii(results: Mapping[str, Result], path: Path) -> Path:
     figure, axis = pyplot().subplots(figsize=(5, 4))
+    first = next(iter(results.values()))
+    ticks = ["0", *(f"{100 * radius:g} %" for radius in first["attack"]["radii"])]
     for place, (name, result) in enumerate(results.items()):
-        metrics, radii = result["metrics"], [f"{100 * radius:g} %" for radius in result["attack"]["radii"]]
-        quality = "accuracy" if result["classes"] else "mean squared error"
         for kind, style in (("attack", "-"), ("random signs", ":")):
-            entries = [
-                metrics[f"{quality}, attacked rows before"],
-                *(metrics[f"{quality}, {kind} at {radius}"] for radius in radii),
-            ]
-            values = np.array([entry["value"] for entry in entries])
-            low, high = np.array([entry["interval"] for entry in entries]).T
-            bars = np.maximum(0, [values - low, high - values])
-            axis.errorbar(
-                range(len(entries)), values, bars, label=f"{name}, {kind}", linestyle=style, color=f"C{place}"
-            )
-    axis.set_xticks(range(len(radii) + 1), ["0", *radii])
+            values, bars = under_attack(result, kind)
+            axis.errorbar(range(len(values)), values, bars, label=f"{name}, {kind}", linestyle=style, color=f"C{place}")
+    axis.set_xticks(range(len(ticks)), ticks)
     axis.set_xlabel("radius (share of the embeddings' rms)")
-    axis.set_ylabel(f"{quality} (%)" if quality == "accuracy" else quality)
+    axis.set_ylabel(quality_of(first, unit=True))
     axis.legend(fontsize="small")
     figure.tight_layout()
     save(figure, path)

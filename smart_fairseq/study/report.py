@@ -33,7 +33,7 @@ def scores(result: Result, metrics: Sequence[str]) -> Scores:
 
 def term(result: Result, name: str) -> tuple[float, float] | None:
     """A term at the first update, and its mean over the last tenth of them; None if the run does not have it."""
-    values = _values(result, name)
+    values = logged(result, name)
     return (values[0], mean(values[-max(1, len(values) // 10) :])) if values else None
 
 
@@ -43,7 +43,8 @@ def last_tenth(result: Result, name: str) -> float | None:
     return None if found is None else found[1]
 
 
-def _values(result: Result, name: str) -> list[float]:
+def logged(result: Result, name: str) -> list[float]:
+    """What the updates logged under a name, those that did."""
     return [value for value in (_term_of(line, name) for line in result.inner) if value is not None]
 
 
