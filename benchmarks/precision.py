@@ -12,11 +12,9 @@ epsilon times the median size of the entries that are perturbed.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import json
 import logging
 import math
@@ -34,11 +32,11 @@ from torch import Tensor, nn
 
 import smart_fairseq
 from smart_fairseq.commands import preprocess
-from smart_fairseq.data.bpe import find_bpe
 from smart_fairseq.data.readers import find_sources, read_task
 from smart_fairseq.data.tasks import TASKS, Task
 from smart_fairseq.encoder import Forward
 from smart_fairseq.method.noise import example_noise
+from smart_fairseq.study.recipe import imported_flags, prepare
 
 NOISE_STD = 1e-5
 ROWS, UPDATES, BATCH = 640, 240, 16
@@ -66,9 +64,7 @@ def write_data(kind: str, sources: list[Path], imported: Path, target: Path) -> 
     rows = (parts.get("train") or parts["valid"])[:ROWS]
     if task.labels and not read.labels:  # a score from 0 to 5, cut into as many classes
         rows = [row._replace(label=str(min(int(float(row.label or 0)), 4))) for row in rows]
-    settings = argparse.Namespace(workers=1, max_tokens=64, subsample=None, seed=1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        preprocess.process(preprocess.Data(task, {"train": rows}), target, find_bpe(None, imported), settings)
+    prepare(preprocess.Data(task, {"train": rows}), target, imported, max_tokens=64)
 
 
 def arguments(kind: str, data: Path, imported: Path, *flags: str) -> list[str]:
@@ -78,7 +74,7 @@ def arguments(kind: str, data: Path, imported: Path, *flags: str) -> list[str]:
         *(str(data), "--user-dir", str(Path(smart_fairseq.__file__).parent), "--task", "sentence_prediction"),
         *("--num-classes", str(task.num_classes), "--init-token", "0", "--required-batch-size-multiple", "1"),
         *(("--regression-target",) if task.regression else ()),
-        *json.loads((imported / "import.json").read_text())["flags"],
+        *imported_flags(imported),
         *("--optimizer", "adam", "--lr", "1e-4", "--lr-scheduler", "polynomial_decay", "--cpu", "--seed", "1"),
         *("--warmup-updates", str(UPDATES // 10), "--total-num-update", str(UPDATES), "--max-update", str(UPDATES)),
         *("--batch-size", str(BATCH), "--num-workers", "0", "--clip-norm", "1", *flags),
@@ -217,14 +213,13 @@ class Setting:
 
     def criterion(self, place: str, steps: int, radius: float, mode: str) -> Any:
         flags = {
-            **{
-                "smart-embedding": place,
-                "smart-steps": steps,
-                "smart-recipe": "paper",
-                "smart-epsilon": radius,
-                "smart-mode": mode,
-            },
-            **{"smart-step-size": 100 * radius, "smart-noise-std": NOISE_STD},
+            "smart-recipe": "paper",
+            "smart-embedding": place,
+            "smart-steps": steps,
+            "smart-mode": mode,
+            "smart-epsilon": radius,
+            "smart-step-size": 100 * radius,
+            "smart-noise-std": NOISE_STD,
         }
         cfg = self.configuration(*(part for name, value in flags.items() for part in (f"--{name}", str(value))))
         criterion = tasks.setup_task(cfg.task).build_criterion(cfg.criterion).train()

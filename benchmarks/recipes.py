@@ -9,7 +9,6 @@ after 60 updates, of which 6 warm up.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -25,9 +24,9 @@ from facts import ROOT, facts
 from omegaconf import OmegaConf
 
 from smart_fairseq.commands import preprocess
-from smart_fairseq.data.bpe import find_bpe
 from smart_fairseq.data.readers import Row, read_task
 from smart_fairseq.data.tasks import TASKS, Task
+from smart_fairseq.study.recipe import imported_flags, prepare
 
 UPDATES, WARMUP, BATCH = 60, 6, 4
 LEAST = 1e-3  # of the task loss
@@ -42,9 +41,7 @@ def write_data(like: Task, sentences: list[Row], imported: Path, target: Path) -
         label = str(draw.uniform(0, like.divisor)) if like.regression else draw.choice(like.labels)
         rows.append(sentences[number]._replace(texts=texts, label=label, votes=()))
     data = preprocess.Data(dataclasses.replace(like, rows={}), {"train": rows[:-4], "valid": rows[-4:]})
-    settings = argparse.Namespace(workers=1, max_tokens=128, subsample=None, seed=1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        preprocess.process(data, target, find_bpe(None, imported), settings)
+    prepare(data, target, imported, max_tokens=128)
 
 
 def task_of(recipe: Any) -> Task:
@@ -58,7 +55,7 @@ def task_of(recipe: Any) -> Task:
 
 def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]:
     """Start one recipe; means of its log's entries over the last 20 updates."""
-    flags = json.loads((imported / "import.json").read_text(encoding="utf-8"))["flags"]
+    flags = imported_flags(imported)
     model = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2])}
     arch = model.pop("arch")
     command = [

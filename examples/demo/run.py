@@ -7,7 +7,6 @@ All that is written stays in .demo/. Encoder and sentences are fetched once; eve
 """
 
 import argparse
-import contextlib
 import itertools
 import logging
 import os
@@ -27,7 +26,6 @@ import heldout  # noqa: E402
 from smart_fairseq.commands import preprocess, ratings  # noqa: E402
 from smart_fairseq.commands.options import whole_number  # noqa: E402
 from smart_fairseq.commands.run import run as run_command  # noqa: E402
-from smart_fairseq.data.bpe import find_bpe  # noqa: E402
 from smart_fairseq.data.readers import read_task  # noqa: E402
 from smart_fairseq.data.tasks import GLUE, TASKS, Task  # noqa: E402
 from smart_fairseq.errors import UsageError  # noqa: E402
@@ -86,10 +84,7 @@ def prepare(task: Task, source: Path, options: argparse.Namespace, imported: Pat
             order = preprocess.nested_order(rows[split], seed=1)
             rows[split] = [rows[split][place] for place in order[:most]]
     target = options.out / "data" / f"{task.name}-bin"
-    settings = argparse.Namespace(workers=1, max_tokens=MAX_TOKENS, subsample=None, seed=1)
-    # its closing line shows a command without the encoder and the plugin; ours is printed at the end
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        preprocess.process(preprocess.Data(task, rows, reports), target, find_bpe(None, imported), settings)
+    recipe.prepare(preprocess.Data(task, rows, reports), target, imported, MAX_TOKENS)
     used = rows if options.task or task.name == OWN else {"test": rows["test"]}
     print(f"data: {task.name}, {', '.join(f'{split} {len(rows[split])} rows' for split in used)}", flush=True)
     return target, len(rows["train"])

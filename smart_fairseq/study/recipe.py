@@ -1,5 +1,8 @@
 """fairseq-train's flags for a short fine-tuning of an imported encoder, plain or with SMART + MBPP."""
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -9,7 +12,8 @@ from typing import Any
 
 import smart_fairseq
 
-from ..commands.preprocess import training_flags
+from ..commands.preprocess import Data, process, training_flags
+from ..data.bpe import find_bpe
 from ..data.tasks import Task
 
 Flag = str | int | float | bool | None
@@ -75,6 +79,16 @@ def bpe_of(folder: Path) -> str:
     """The kind of byte pair encoding of an imported encoder's folder."""
     found: dict[str, Any] = json.loads((folder / "bpe.json").read_text(encoding="utf-8"))
     return str(found["bpe"])
+
+
+def prepare(data: Data, target: Path, imported: Path, max_tokens: int) -> None:
+    """Write a data folder for an encoder from `import_hf`, and print nothing.
+
+    What preprocess says at its end is a command without the encoder and the plugin.
+    """
+    settings = argparse.Namespace(workers=1, max_tokens=max_tokens, subsample=None, seed=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        process(data, target, find_bpe(None, imported), settings)
 
 
 def flags(task: Task, data: Path, imported: Path, method: str, seed: int, updates: int) -> list[str]:

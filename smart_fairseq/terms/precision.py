@@ -118,12 +118,11 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
             raise UsageError(f"--smart-mode is tangent, which {unknown}, or use --smart-mode auto")
         return first_order
     size, limit = _largest_size(flags)
-    # an l2 norm is spread over the entries that it is taken over
-    channels = encoder.table.shape[1]
-    spread = (channels if flags.smart_norm_scope == "token" else place.entries) if flags.smart_norm == "l2" else 1.0
-    unit = 1.0 / spread**0.5
-    if flags.smart_epsilon_unit == "relative":
-        unit = place.root_mean_square
+    unit = place.root_mean_square
+    if flags.smart_epsilon_unit == "absolute":
+        # an l2 norm is spread over the entries that it is taken over
+        taken_over = encoder.table.shape[1] if flags.smart_norm_scope == "token" else place.entries
+        unit = taken_over**-0.5 if flags.smart_norm == "l2" else 1.0
     an_entry = size * unit
     resolved = ROUNDINGS[dtype] * torch.finfo(dtype).eps * place.median
     if an_entry >= resolved:
