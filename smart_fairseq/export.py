@@ -1,6 +1,7 @@
 """The command export: `python -m smart_fairseq.export CHECKPOINT OUT.pt [--teacher]`.
 
 It turns a checkpoint of this plugin into one that plain fairseq loads, with the same predictions: convert/exporting.py.
+With ``--format huggingface`` it writes a folder for transformers instead: convert/hugging_face.py.
 With ``--teacher`` the weights are those of the teacher that --optimizer mbpp keeps, instead of the model's.
 """
 
@@ -13,13 +14,28 @@ from smart_fairseq.commands.run import run
 from smart_fairseq.errors import refuse
 from smart_fairseq.files import whole_file
 
+FORMATS = ("fairseq", "huggingface")
 
-def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
-    """Write a checkpoint, or the teacher in it, for plain fairseq, completely or not at all; a line for the user.
 
+def export(
+    checkpoint: Path,
+    out: Path,
+    teacher: bool = False,
+    format: str = "fairseq",
+    data_dir: Path | None = None,
+    bpe_dir: Path | None = None,
+) -> str:
+    """Write a checkpoint, or the teacher in it, in another format, completely or not at all; a line for the user.
+
+    ``data_dir`` and ``bpe_dir``, for huggingface alone, stand in for the folders that the checkpoint's run had.
     Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, and for impossible places.
     """
-    if out.is_dir() or not out.parent.is_dir():
+    if format == "huggingface":
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            refuse(out, "exists already", "OUT must be an empty folder or not exist")
+    elif data_dir or bpe_dir:
+        refuse("--data-dir and --bpe-dir", f"given with --format {format}", "they are for huggingface")
+    elif out.is_dir() or not out.parent.is_dir():
         refuse(out, "cannot be written", "OUT.pt must be a file in an existing folder")
     if not checkpoint.exists():
         refuse(checkpoint, "no such file", "CHECKPOINT must be a checkpoint written by fairseq-train")
@@ -31,26 +47,35 @@ def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
     from smart_fairseq import register
     from smart_fairseq.convert.checkpoint import load_checkpoint
     from smart_fairseq.convert.exporting import teacher_weights, to_plain_roberta
+    from smart_fairseq.convert.hugging_face import write_hugging_face
 
     register()
     state = load_checkpoint(checkpoint)
     if teacher:
         state["model"] = teacher_weights(checkpoint, state)
+    whose = "the teacher's weights, " if teacher else ""
+    if format == "huggingface":
+        write_hugging_face(checkpoint, state, out, data_dir, bpe_dir)
+        return f"wrote {out}: {whose}for AutoModelForSequenceClassification and AutoTokenizer of transformers"
     exported = to_plain_roberta(checkpoint, state)
     with whole_file(out) as partial:
         torch.save(exported, partial)
-    whose = "the teacher's weights, " if teacher else ""
     return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"
 
 
 def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
-        prog="export", description="turn a checkpoint of this plugin into one that plain fairseq loads"
+        prog="export", description="turn a checkpoint of this plugin into one that plain fairseq or transformers load"
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="written by fairseq-train or import_hf")
-    parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for huggingface the folder")
     help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
     parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
+    parser.add_argument("--format", choices=FORMATS, default="fairseq", help="plain fairseq's (default) or the folder")
+    data = "huggingface: the data folder, for label names (default: the one it was trained on)"
+    parser.add_argument("--data-dir", metavar="DIR", type=Path, help=data)
+    bpe = "huggingface: dict.txt and the encoder's files (default: beside the model that training started from)"
+    parser.add_argument("--bpe-dir", metavar="DIR", type=Path, help=bpe)
     print(f"export: {export(**vars(parser.parse_args(argv)))}")
 
 

@@ -138,3 +138,21 @@ def architecture_flags(settings: dict[str, Any]) -> list[str]:
     """fairseq-train's flags for these settings: {"encoder_layers": 6} gives ["--encoder-layers", "6"]."""
     pairs = [("--" + name.replace("_", "-"), [] if value is True else [str(value)]) for name, value in settings.items()]
     return [word for flag, values in pairs for word in (flag, *values)]
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    """The part of config.json that `read_config` reads."""
+    sizes = config.sizes
+    return {
+        "model_type": config.model_type,
+        "hidden_act": {ours: theirs for theirs, ours in reversed(ACTIVATIONS["bert"].items())}[config.activation],
+        "hidden_size": sizes.embed_dim,
+        "intermediate_size": sizes.ffn_dim,
+        "layer_norm_eps": config.layer_norm_eps,
+        "max_position_embeddings": sizes.position_rows,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.layers,
+        "pad_token_id": config.pad_token_id,
+        "type_vocab_size": sizes.token_types,
+        "vocab_size": sizes.vocabulary,
+    }

@@ -52,6 +52,15 @@ def teacher_weights(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: model[name] for name in state["model"]}
 
 
+def kind_of(path: Path, arguments: dict[str, Any]) -> type[RobertaModel]:
+    """The class of the model that a checkpoint's ``arguments`` name; `UsageError` for another than these two."""
+    name = arguments.get("_name") or arguments.get("arch")
+    kind: Any = ARCH_MODEL_REGISTRY.get(name)
+    if kind not in (SmartBertModel, RobertaModel):
+        refuse(path, f"its architecture is {name}", "allowed: those of smart_bert and roberta")
+    return kind  # type: ignore[no-any-return]
+
+
 def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint as plain fairseq would have written it for `--arch roberta`; arguments as `teacher_weights`.
 
@@ -60,10 +69,7 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """
     config = plain(state["cfg"])
     arguments = config["model"]
-    name = arguments.get("_name") or arguments.get("arch")
-    kind = ARCH_MODEL_REGISTRY.get(name)
-    if kind not in (SmartBertModel, RobertaModel):
-        refuse(path, f"its architecture is {name}", "allowed: those of smart_bert and roberta")
+    kind = kind_of(path, arguments)
 
     # halves could not hold what the factors lead to
     model = {k: v.float() if v.is_floating_point() else v for k, v in state["model"].items()}

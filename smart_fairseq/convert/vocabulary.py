@@ -129,6 +129,23 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     return Vocabulary(rows, symbols, files, {"bpe": "gpt2"}, notes)
 
 
+def gpt2_tokens(encoder: Path, symbols: Sequence[str]) -> dict[str, int]:
+    """RoBERTa's vocab.json, in fairseq's order: `read_gpt2_vocabulary` the other way round.
+
+    ``encoder``: encoder.json; ``symbols``: of dict.txt. Raises `UsageError` where dict.txt lacks one of its tokens,
+    which Hugging Face's BPE would not take for <unk>.
+    """
+    ids = read_json(encoder)
+    names = {str(number): token for token, number in ids.items()}
+    all_symbols = [*FAIRSEQ_SPECIALS[:4], *symbols, FAIRSEQ_SPECIALS[4]]
+    tokens = {names.get(symbol, symbol): row for row, symbol in enumerate(all_symbols)}
+    lacking = [token for token in ids if token not in tokens and token != END_OF_TEXT]
+    if lacking or len(tokens) < len(all_symbols):
+        what = f"{lacking[0]!r} is not in dict.txt" if lacking else "dict.txt names a token twice"
+        refuse(encoder, what, "Hugging Face's BPE needs each of its tokens, once")
+    return tokens
+
+
 def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     """BERT's WordPiece vocabulary; vocab.txt is handed on as it is."""
     path = model_dir / "vocab.txt"

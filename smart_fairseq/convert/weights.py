@@ -1,10 +1,9 @@
-"""The tensors of model.safetensors as the state of fairseq's RobertaModel."""
+"""The tensors of model.safetensors as the state of fairseq's RobertaModel, and back."""
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from ..errors import refuse
 from .checkpoint import EMBEDDINGS, LM_HEAD
-from .config import Config
+from .config import Config, Sizes
 
 LM_HEAD_SEED = 0
+ENCODER = "encoder.sentence_encoder."
 # the LM head's prefix, and in it its dense layer and LayerNorm
 LM_HEADS = {
     "bert": ("cls.predictions.", "transform.dense", "transform.LayerNorm"),
@@ -30,23 +30,33 @@ LAYER_MODULES = {  # Hugging Face's -> fairseq's, and which sizes its weight joi
     "output.dense": ("fc2", ("embed_dim", "ffn_dim")),
     "output.LayerNorm": ("final_layer_norm", ("embed_dim",)),
 }
+# fairseq's head of two layers as Hugging Face holds it: BERT's first one is its pooler
+CLASSIFIERS = {"bert": ("bert.pooler.dense", "classifier"), "roberta": ("classifier.dense", "classifier.out_proj")}
+
+
+def modules(sizes: Sizes) -> Iterator[tuple[str, str, list[int]]]:
+    """The encoder's modules of a weight and a bias: Hugging Face's name, fairseq's, the shape of the weight."""
+    yield "embeddings.LayerNorm", ENCODER + "layernorm_embedding", [sizes.embed_dim]
+    for layer in range(sizes.layers):
+        for source, (target, shape) in LAYER_MODULES.items():
+            numbers = [getattr(sizes, size) for size in shape]
+            yield f"encoder.layer.{layer}.{source}", f"{ENCODER}layers.{layer}.{target}", numbers
 
 
 class Weights:
-    """The tensors of a safetensors file under names without the model's prefix, each taken once.
+    """Named tensors of which each is taken once.
 
-    Raises `UsageError` from every method where the file does not hold what config.json promises.
+    Raises `UsageError` from every method where ``path`` does not hold what ``promise`` promises.
+
+    Args:
+        keys: what to call a tensor, and its name in the file.
+        get: the tensor of a name in the file.
     """
 
-    def __init__(self, path: Path, config: Config, file: Any):
+    def __init__(self, path: Path, promise: str, keys: dict[str, str], get: Callable[[str], Tensor]):
         self.path = path
-        self.config = config
-        self._file = file
-        self._keys: dict[str, str] = {}
-        for key in file.keys():
-            # TensorFlow's names, in BERT's own release
-            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix(config.model_type + "."))
-            self._keys[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)] = key
+        self._promise = f"{promise} promises"
+        self._keys, self._get = dict(keys), get
 
     def __contains__(self, name: str) -> bool:
         return name in self._keys
@@ -54,11 +64,10 @@ class Weights:
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor of that name as float32, [*shape]; it is no longer among the `rest`."""
         if name not in self._keys:
-            refuse(self.path, f"has no tensor {name}", f"{self.config.path.name} promises one of shape {list(shape)}")
-        tensor: Tensor = self._file.get_tensor(self._keys.pop(name))
+            refuse(self.path, f"has no tensor {name}", f"{self._promise} one of shape {list(shape)}")
+        tensor = self._get(self._keys.pop(name))
         if tuple(tensor.shape) != shape:
-            promise = f"{self.config.path.name} promises {list(shape)}"
-            refuse(self.path, f"{name} has shape {list(tensor.shape)}", promise)
+            refuse(self.path, f"{name} has shape {list(tensor.shape)}", f"{self._promise} {list(shape)}")
         if not tensor.is_floating_point():
             refuse(self.path, f"{name} is of type {tensor.dtype}", "allowed: floating point")
         return tensor.float().contiguous()
@@ -78,7 +87,11 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
         refuse(path, f"no such file{found}", "the weights must be in one file of that name")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            yield Weights(path, config, file)
+            # TensorFlow's names, in BERT's own release
+            keys = {key.removeprefix(config.model_type + "."): key for key in file.keys()}
+            for old, new in (("gamma", "weight"), ("beta", "bias")):
+                keys = {re.sub(rf"LayerNorm\.{old}$", f"LayerNorm.{new}", name): key for name, key in keys.items()}
+            yield Weights(path, config.path.name, keys, file.get_tensor)
     except (SafetensorError, OSError) as error:
         advice = "it may have been cut short: copy or download it again"
         refuse(path, f"not a readable safetensors file ({error})", advice)
@@ -92,8 +105,7 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
     """
     sizes = config.sizes
     order = torch.tensor(rows)
-    encoder = "encoder.sentence_encoder."
-    state = {encoder + "version": torch.tensor([3.0])}
+    state = {ENCODER + "version": torch.tensor([3.0])}
 
     words = weights.take("embeddings.word_embeddings.weight", sizes.vocabulary, sizes.embed_dim)
     types = weights.take("embeddings.token_type_embeddings.weight", sizes.token_types, sizes.embed_dim)
@@ -101,17 +113,14 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
     state[EMBEDDINGS] = (words + types[0])[order]
     if config.model_type == "bert":
         positions = torch.cat([positions.new_zeros(2, sizes.embed_dim), positions])
-    state[encoder + "embed_positions.weight"] = positions
+    state[ENCODER + "embed_positions.weight"] = positions
 
     def module(source: str, target: str, *shape: int) -> None:
         state[target + ".weight"] = weights.take(source + ".weight", *shape)
         state[target + ".bias"] = weights.take(source + ".bias", shape[0])
 
-    module("embeddings.LayerNorm", encoder + "layernorm_embedding", sizes.embed_dim)
-    for layer in range(sizes.layers):
-        for source, (target, shape) in LAYER_MODULES.items():
-            numbers = [getattr(sizes, size) for size in shape]
-            module(f"encoder.layer.{layer}.{source}", f"{encoder}layers.{layer}.{target}", *numbers)
+    for source, target, shape in modules(sizes):
+        module(source, target, *shape)
 
     head, dense, layer_norm = LM_HEADS[config.model_type]
     from_file = f"{head}{dense}.weight" in weights
@@ -140,3 +149,34 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
         refuse(weights.path, f"holds {surplus[0]}, which no layer of the model uses", limit)
     tied_copies = (head + "decoder.weight", head + "decoder.bias")
     return state, from_file, [name for name in rest if name not in tied_copies]
+
+
+def revert_weights(weights: Weights, config: Config, rows: Sequence[int], head: str, labels: int) -> dict[str, Tensor]:
+    """The tensors of model.safetensors for sequence classification from a state of fairseq's RobertaModel, all float32.
+
+    The token types are zeros, as type 0 is within the word embeddings; the LM head and all classification heads but
+    ``head``, of ``labels`` outputs, are left out; ``rows`` as in `convert_weights`. Raises `UsageError` for what
+    Hugging Face's model has no place for.
+    """
+    sizes, start = config.sizes, config.model_type + ".embeddings."
+    words = weights.take(EMBEDDINGS, sizes.vocabulary, sizes.embed_dim)
+    padding_rows = 2 if config.model_type == "bert" else 0  # BERT's positions begin at row 0
+    positions = weights.take(ENCODER + "embed_positions.weight", sizes.position_rows + padding_rows, sizes.embed_dim)
+    tensors = {
+        start + "word_embeddings.weight": torch.empty_like(words).index_copy_(0, torch.tensor(rows), words),
+        start + "position_embeddings.weight": positions[padding_rows:].contiguous(),
+        start + "token_type_embeddings.weight": torch.zeros(sizes.token_types, sizes.embed_dim),
+    }
+    dense, out = CLASSIFIERS[config.model_type]
+    pairs = [(f"{config.model_type}.{target}", source, shape) for target, source, shape in modules(sizes)]
+    pairs.append((dense, f"classification_heads.{head}.dense", [sizes.embed_dim, sizes.embed_dim]))
+    pairs.append((out, f"classification_heads.{head}.out_proj", [labels, sizes.embed_dim]))
+    for target, source, shape in pairs:
+        tensors[target + ".weight"] = weights.take(source + ".weight", *shape)
+        tensors[target + ".bias"] = weights.take(source + ".bias", shape[0])
+    left_out = ("encoder.lm_head.", "classification_heads.", ENCODER + "version")
+    surplus = [name for name in weights.rest() if not name.startswith(left_out)]
+    surplus += [name for name in weights.rest() if name.startswith(f"classification_heads.{head}.")]
+    if surplus:
+        refuse(weights.path, f"holds {surplus[0]}", f"Hugging Face's {config.model_type} has no place for it")
+    return tensors

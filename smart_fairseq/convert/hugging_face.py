@@ -1,0 +1,169 @@
+"""A fine-tuned checkpoint as a Hugging Face folder for sequence classification, with the same logits.
+
+The way back of importing.py, by the same tables. The folder receives
+
+    config.json             sizes, epsilon, dropout, label names; problem_type "regression" without labels
+    model.safetensors       the encoder and one classification head, float32; not the LM head
+    tokenizer_config.json   and vocab.json and merges.txt (gpt2) or vocab.txt (bert)
+
+The vocabulary says which family it is: byte-level BPE is RoBERTa's, WordPiece is BERT's. BERT's classifier is fairseq's
+head in two parts, whose first one is called the pooler. BERT's token types are zeros, both of them: a model that was
+trained without them does not heed them. Rows stand in the order of vocab.txt for BERT, and in fairseq's for RoBERTa,
+where positions begin behind a padding index of 1 on both sides.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fairseq.models import ARCH_CONFIG_REGISTRY
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..data.bpe import BpeFiles, find_bpe, load_vocabulary
+from ..errors import refuse
+from ..files import whole_folder
+from ..inference import heads_of, label_order, without_head
+from ..models.smart_bert import SmartBertModel
+from .checkpoint import plain
+from .config import ACTIVATIONS, FAIRSEQ_LAYER_NORM_EPS, FAIRSEQ_SPECIALS, Config, Sizes, config_json
+from .exporting import kind_of
+from .vocabulary import gpt2_tokens, read_bert_vocabulary
+from .weights import Weights, revert_weights
+
+# by kind of BPE: the family, its padding, token types, and what fairseq puts before the second text of a pair
+FAMILIES = {"gpt2": ("roberta", 1, 1, 2), "bert": ("bert", 0, 2, None)}
+# the settings that change what is computed, and what Hugging Face's models compute
+HELD = {
+    "activation_fn": tuple(ACTIVATIONS["bert"].values()),
+    "encoder_normalize_before": (False,),
+    "pooler_activation_fn": ("tanh",),
+    "no_scale_embedding": (True,),
+}
+
+
+class Folders(NamedTuple):
+    """Where the names of labels and symbols stand: a data folder, and the one that it was prepared with."""
+
+    data: Path
+    bpe: BpeFiles
+
+
+def find_folders(path: Path, config: dict[str, Any], data_dir: Path | None, bpe_dir: Path | None) -> Folders:
+    """The folders of a checkpoint's run where they are not given; `UsageError` where they are not there or do not fit.
+
+    ``config``: the checkpoint's, plain containers.
+    """
+    data = data_dir or Path(config["task"].get("data") or ".")
+    if not (data / "input0" / "dict.txt").is_file():
+        refuse(data, "holds no input0/dict.txt", "give the folder that the model was trained on by --data-dir")
+    start = config["checkpoint"].get("finetune_from_model") or config["checkpoint"].get("restore_file")
+    bpe = find_bpe(None, bpe_dir or Path(start or ".").parent)
+    if bpe.kind not in FAMILIES:
+        refuse(bpe.folder, f"is of --bpe {bpe.kind}", f"--format huggingface can write {' and '.join(FAMILIES)}")
+    if [*load_vocabulary(bpe.dictionary)] != [*load_vocabulary(data / "input0" / "dict.txt")]:
+        refuse(bpe.dictionary, f"is not {data / 'input0' / 'dict.txt'}", "give the data's own files by --bpe-dir")
+    _, _, _, separator = FAMILIES[bpe.kind]
+    wanted = {"init_token": 0, **({"separator_token": separator} if (data / "input1").is_dir() else {})}
+    for name, value in wanted.items():
+        found = config["task"].get(name)
+        if found != value:
+            flag = "--" + name.replace("_", "-")
+            refuse(path, f"was trained with {flag} {found}", f"the tokenizer of this family stands for {value}")
+    return Folders(data, bpe)
+
+
+def read_architecture(path: Path, config: dict[str, Any], folders: Folders) -> tuple[Config, argparse.Namespace]:
+    """What config.json says, and all of fairseq's settings; `UsageError` for what Hugging Face's models cannot hold."""
+    kind = kind_of(path, config["model"])
+    settings = argparse.Namespace(**config["model"])
+    ARCH_CONFIG_REGISTRY[config["model"].get("_name") or config["model"]["arch"]](settings)
+    for name, held in HELD.items():
+        value = getattr(settings, name)
+        if value not in held:
+            flag = "--" + name.replace("_", "-")
+            refuse(path, f"has {flag} {value}", f"Hugging Face can hold {', '.join(map(str, dict.fromkeys(held)))}")
+    family, padding, token_types, _ = FAMILIES[folders.bpe.kind]
+    sizes = Sizes(
+        layers=settings.encoder_layers,
+        embed_dim=settings.encoder_embed_dim,
+        ffn_dim=settings.encoder_ffn_embed_dim,
+        heads=settings.encoder_attention_heads,
+        vocabulary=load_vocabulary(folders.bpe.dictionary).size + 1,  # and <mask>, which the task adds
+        position_rows=settings.max_source_positions + (2 if family == "roberta" else 0),
+        token_types=token_types,
+    )
+    eps = settings.smart_layer_norm_eps if kind is SmartBertModel else FAIRSEQ_LAYER_NORM_EPS
+    return Config(path, family, sizes, settings.activation_fn, eps, padding, True), settings
+
+
+def labels_json(path: Path, config: dict[str, Any], data: Path, count: int) -> dict[str, Any]:
+    """config.json's entries about the outputs of the head, ``count`` of them."""
+    if config["task"].get("regression_target"):
+        return {"problem_type": "regression", "id2label": {str(place): f"LABEL_{place}" for place in range(count)}}
+    labels = label_order(data, count)
+    if len(labels) < count:
+        refuse(data / "label" / "dict.txt", f"holds {len(labels)} labels", f"the head of {path} has {count} outputs")
+    return {
+        "problem_type": "single_label_classification",
+        "id2label": {str(place): label for place, label in enumerate(labels)},
+        "label2id": {label: place for place, label in enumerate(labels)},
+    }
+
+
+def write_hugging_face(
+    path: Path, state: dict[str, Any], out: Path, data_dir: Path | None = None, bpe_dir: Path | None = None
+) -> None:
+    """Write ``state``, read from ``path``, to the folder ``out``, completely or not at all.
+
+    Raises `UsageError` for what Hugging Face's RoBERTa and BERT cannot hold, and where label names or vocabulary are
+    not to be found or belong to another model.
+    """
+    config = plain(state["cfg"])
+    kind_of(path, config["model"])
+    head = (config.get("criterion") or {}).get("classification_head_name") or "sentence_classification_head"
+    output = state["model"].get(f"classification_heads.{head}.out_proj.weight")
+    if output is None:
+        refuse(path, without_head(head, heads_of(state["model"])), "a fine-tuned checkpoint is needed")
+    folders = find_folders(path, config, data_dir, bpe_dir)
+    architecture, settings = read_architecture(path, config, folders)
+    family, bpe = architecture.model_type, Path(folders.bpe.folder)
+
+    symbols = [*load_vocabulary(folders.bpe.dictionary)][len(FAIRSEQ_SPECIALS) - 1 :]
+    tokenizer: dict[str, Any] = {"model_max_length": settings.max_source_positions}
+    if family == "bert":
+        vocabulary = read_bert_vocabulary(bpe, architecture)
+        if vocabulary.symbols != symbols:
+            refuse(folders.bpe.dictionary, "is not vocab.txt's", "the folder that import-hf wrote is needed")
+        rows, files = vocabulary.rows, vocabulary.files
+        tokenizer |= {"tokenizer_class": "BertTokenizer", "do_lower_case": folders.bpe.lowercase}
+    else:
+        tokens = gpt2_tokens(bpe / "encoder.json", symbols)
+        rows, merges = list(tokens.values()), (bpe / "vocab.bpe").read_bytes()
+        files = {"vocab.json": json.dumps(tokens, ensure_ascii=False).encode(), "merges.txt": merges}
+        tokenizer |= {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False}
+
+    model = state["model"]
+    weights = Weights(path, f"with {folders.bpe.dictionary}, its configuration", {k: k for k in model}, model.get)
+    tensors = revert_weights(weights, architecture, rows, head, len(output))
+    about = {
+        "architectures": [f"{ {'bert': 'Bert', 'roberta': 'Roberta'}[family] }ForSequenceClassification"],
+        **config_json(architecture),
+        **labels_json(path, config, folders.data, len(output)),
+        "hidden_dropout_prob": settings.dropout,
+        "attention_probs_dropout_prob": settings.attention_dropout,
+        "classifier_dropout": settings.pooler_dropout,
+    }
+    with whole_folder(out) as staging:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        for name, value in (("config.json", about), ("tokenizer_config.json", tokenizer)):
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (staging / name).write_text(text, encoding="utf-8")
+        try:
+            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+            shutil.copymode(staging / "config.json", staging / "model.safetensors")  # it is made for its owner alone
+        except SafetensorError as error:
+            refuse(out, f"cannot be written ({error})", "nothing was kept")
