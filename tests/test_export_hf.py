@@ -310,11 +310,7 @@ CANNOT_HOLD: list[tuple[str, dict[str, Any], str]] = [
     ("model", {"activation_fn": "tanh"}, "--activation-fn tanh; Hugging Face can hold gelu, gelu_accurate, relu"),
     ("task", {"init_token": None}, "was trained with --init-token None"),
     ("task", {"separator_token": None}, "was trained with --separator-token None"),
-    (
-        "task",
-        {"data": "gone"},
-        "gone: holds no input0/dict.txt; give the folder that the model was trained on by --data-d",
-    ),
+    ("task", {"data": "gone"}, "gone: holds no input0/dict.txt; give the folder that the model was trained on by --d"),
     ("checkpoint", {"restore_file": "gone/model.pt"}, "--bpe-dir"),
     ("weights", {"encoder.sentence_encoder.layer_norm.weight": torch.ones(16)}, "roberta has no place for it"),
     ("weights", {IN_HEAD + "out_proj.weight_orig": torch.ones(2, 16)}, "has no place for it"),

@@ -11,7 +11,7 @@ COMMANDS = {  # name to module, which is imported on demand, and what it does
     "predict": (".predict", "predictions of checkpoints, as files for the GLUE server or by id"),
     "evaluate": (".evaluate", "official metrics of checkpoints or prediction files"),
     "agreement": (".agreement", "accuracy and cross entropy by the annotators' agreement"),
-    "export": ("..export", "a checkpoint of this plugin to one that plain fairseq loads"),
+    "export": ("..export", "a checkpoint of this plugin to what plain fairseq or transformers load"),
     "import-hf": ("..import_hf", "a Hugging Face folder (BERT, RoBERTa) to a checkpoint for fairseq"),
 }
 
