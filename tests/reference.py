@@ -27,6 +27,8 @@ def as_function_of_embeddings(model: Any, tokens: Tensor, place: str) -> Callabl
         hidden = (x * ~padding[0][:, None]).unsqueeze(1)
         for layer in encoder.layers:
             hidden = layer(hidden, encoder_padding_mask=padding if padding.any() else None)
+        if encoder.layer_norm is not None:  # pre-norm
+            hidden = encoder.layer_norm(hidden)
         return head(hidden.transpose(0, 1))[0]
 
     return from_token_embeddings if place == "token" else from_layer_input

@@ -107,6 +107,12 @@ def test_more_classes_and_a_first_step_from_a_pass_of_its_own(
 
 
 @pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize(("steps", "norm"), [(1, "inf"), (2, "l2")])
+def test_a_pre_norm_encoder(steps: int, norm: str, place: str, class_data: Path) -> None:
+    check(class_data, "classes", steps, norm, "example", "ball", place, "--arch", "roberta_prenorm")
+
+
+@pytest.mark.parametrize("place", ["token", "input"])
 @pytest.mark.parametrize(("steps", "classes"), [(1, 2), (2, 3), (1, 5)])
 @pytest.mark.parametrize("scope", ["example", "token"])
 @pytest.mark.parametrize("norm", ["inf", "l2"])
