@@ -19,6 +19,7 @@ from ..encoder import Forward
 from ..method.adversary import ascent_step
 from ..method.dropout import RandomState
 from ..training.adversarial import AdversarialCriterion, Ball, ball_config
+from ..training.flags import RegularizedConfig
 from ..training.link import Result
 
 
@@ -38,6 +39,7 @@ RECIPES = {
     "sts_b": _authors(1e-1, 3, 1.6e-1, 2.8e-1),
     "rte": _authors(6e-2, 3, 1.6e-1, 1.4e-1),
 }
+FLAG_OF_RECIPE = "freelb_recipe"
 _HELP = "values of the flags that are not given: relative (the default), or the authors' for a task of GLUE, absolute"
 FreeLBConfig = ball_config(
     "FreeLBConfig",
@@ -45,7 +47,7 @@ FreeLBConfig = ball_config(
     __name__,
     None,
     "number of passes K, of which one more than of ascent steps",
-    [("freelb_recipe", ChoiceEnum(list(RECIPES)), field(default="relative", metadata={"help": _HELP}))],
+    [(FLAG_OF_RECIPE, ChoiceEnum(list(RECIPES)), field(default="relative", metadata={"help": _HELP}))],
 )
 
 
@@ -53,8 +55,9 @@ FreeLBConfig = ball_config(
 class FreeLBSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeLBConfig`."""
 
-    def __init__(self, cfg: Any, task: Any) -> None:
-        super().__init__(cfg, task, "freelb", Ball.of(cfg, "freelb", RECIPES[str(cfg.freelb_recipe)]))
+    def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
+        recipe = str(getattr(cfg, FLAG_OF_RECIPE))
+        super().__init__(cfg, task, "freelb", Ball.of(cfg, "freelb", RECIPES[recipe]))
         self.num_passes = self.ball.steps if self.adversarial else 1
         self.entering: Tensor | None = None  # what the pass that is next is perturbed by
 
