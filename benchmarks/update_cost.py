@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ VARIANTS = [
     ("SMART + MBPP, --smart-recompute", [*SMART, "--smart-recompute", "--optimizer", "mbpp"]),
     ("SMART + MBPP, the paper's radius", [*PAPER, "--optimizer", "mbpp"]),
     ("SMART + MBPP, the paper's radius, tangent", [*PAPER, "--smart-mode", "tangent", "--optimizer", "mbpp"]),
+    ("R3F", ["--criterion", "r3f_sentence_prediction", "--optimizer", "adam"]),
+    ("R-Drop", ["--criterion", "rdrop_sentence_prediction", "--optimizer", "adam"]),
+    ("PGD, 2 steps", ["--criterion", "pgd_sentence_prediction", "--optimizer", "adam"]),
+    ("FreeLB, 3 passes", ["--criterion", "freelb_sentence_prediction", "--optimizer", "adam"]),
+    ("FreeAT, one of its updates", ["--criterion", "freeat_sentence_prediction", "--optimizer", "adam"]),
 ]
 
 
@@ -98,12 +103,22 @@ class Variant:
         if self.has_teacher:
             self.criterion.teacher.connect(self.optimizer)
 
+    def losses(self, sample: dict[str, Any]) -> Iterable[torch.Tensor]:
+        """Of each backward pass; the next one is made when the last one's backward has run."""
+        if hasattr(self.criterion, "passes"):
+            return (result[0] for result in self.criterion.passes(self.model, sample))
+        return [self.loss(sample)]
+
     def loss(self, sample: dict[str, Any]) -> torch.Tensor:
         return self.criterion(self.model, sample)[0]
 
+    def backward(self, sample: dict[str, Any]) -> None:
+        for loss in self.losses(sample):
+            (loss / len(sample["id"])).backward()
+
     def update(self, sample: dict[str, Any]) -> None:
         self.optimizer.zero_grad()
-        (self.loss(sample) / len(sample["id"])).backward()
+        self.backward(sample)
         self.optimizer.step()
 
 
@@ -195,17 +210,14 @@ def peak_activations(variant: Variant, sample: dict[str, Any], device: str) -> f
     if variant.has_teacher:
         variant.criterion.teacher.weights(variant.model)  # in half precision its copy, made once per update
 
-    def passes() -> None:
-        (variant.loss(sample) / len(sample["id"])).backward()
-
     if device == "cpu":
         with PeakMemory() as memory:
-            passes()
+            variant.backward(sample)
         return memory.peak / 2**30
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    passes()
+    variant.backward(sample)
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 

@@ -11,7 +11,14 @@ __version__ = "0.1.0"
 @functools.cache
 def register() -> None:
     """Make the components known to fairseq, and mend there what they need (`patches`)."""
-    from .criterions import smart_sentence_prediction  # noqa: F401
+    from .criterions import (  # noqa: F401
+        freeat_sentence_prediction,
+        freelb_sentence_prediction,
+        pgd_sentence_prediction,
+        r3f_sentence_prediction,
+        rdrop_sentence_prediction,
+        smart_sentence_prediction,
+    )
     from .models import smart_bert  # noqa: F401
     from .optim import mbpp  # noqa: F401
     from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, forget_removed_flags

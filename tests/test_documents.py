@@ -11,14 +11,32 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 from fairseq.optim.adam import FairseqAdamConfig
 from toolkit import ROOT, parse
 
+from smart_fairseq.criterions.freeat_sentence_prediction import FreeATConfig
+from smart_fairseq.criterions.freelb_sentence_prediction import RECIPES as FREELB_RECIPES
+from smart_fairseq.criterions.freelb_sentence_prediction import FreeLBConfig
+from smart_fairseq.criterions.pgd_sentence_prediction import PGDConfig
+from smart_fairseq.criterions.r3f_sentence_prediction import R3FConfig
+from smart_fairseq.criterions.rdrop_sentence_prediction import RDropConfig
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.optim.mbpp import MBPPConfig
+from smart_fairseq.training.flags import RegularizedConfig
 from smart_fairseq.training.recipes import RECIPES
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *DOCS, *sorted((ROOT / "examples").rglob("*.md"))]
 FLAGS = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+# by the prefix of a configuration's flags: it, and the one whose flags it inherits
+CONFIGS = {
+    "smart-": (SmartSentencePredictionConfig, SentencePredictionConfig),
+    "mbpp-": (MBPPConfig, FairseqAdamConfig),
+    "pgd-": (PGDConfig, RegularizedConfig),
+    "freelb-": (FreeLBConfig, RegularizedConfig),
+    "freeat-": (FreeATConfig, RegularizedConfig),
+    "r3f-": (R3FConfig, RegularizedConfig),
+    "rdrop-": (RDropConfig, RegularizedConfig),
+}
 # named to say that they went
 REMOVED = {"--smart-reuse", "--smart-bregman-every", "--smart-search-layers"}
 
@@ -31,19 +49,16 @@ def own_fields(config: Any, base: Any) -> dict[str, Any]:
 
 def table(prefix: str) -> list[list[str]]:
     """Rows of the table of flags whose first cell is a flag with this prefix."""
-    tables = FLAGS.split("## Recipes")[0]
-    rows = [line for line in tables.splitlines() if line.startswith(f"| `--{prefix}")]
+    tables = FLAGS.split("## Recipes")[0] + METHODS
+    rows = [line for line in tables.splitlines() if line.startswith(f"| `--{prefix}") and line.count(" | ") == 2]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("prefix", "config", "base"),
-    [("smart-", SmartSentencePredictionConfig, SentencePredictionConfig), ("mbpp-", MBPPConfig, FairseqAdamConfig)],
-)
-def test_flag_tables(prefix: str, config: Any, base: Any) -> None:
+@pytest.mark.parametrize("prefix", CONFIGS)
+def test_flag_tables(prefix: str) -> None:
     """Every flag with its default, in the dataclass's order, and its help text."""
     found = [row for row in table(prefix) if row[0] != "`--smart-layer-norm-eps`"]
-    expected = own_fields(config, base)
+    expected = own_fields(*CONFIGS[prefix])
     assert [row[0] for row in found] == [f"`--{name.replace('_', '-')}`" for name in expected]
     for row, field in zip(found, expected.values()):
         value = field.default
@@ -62,23 +77,32 @@ def test_the_table_of_recipes() -> None:
         assert row[1:] == [f"{value:g}" if isinstance(value, float) else value for value in values], flag
 
 
-@pytest.mark.parametrize("config", [SmartSentencePredictionConfig, MBPPConfig])
-def test_every_field_has_help_or_is_an_interpolation(config: Any) -> None:
-    base = SentencePredictionConfig if config is SmartSentencePredictionConfig else FairseqAdamConfig
+def test_the_table_of_freelbs_recipes() -> None:
+    rows = [line.strip("| ").split(" | ") for line in METHODS.splitlines() if line.count(" | ") == len(FREELB_RECIPES)]
+    assert rows[0] == [f"`{name}`" for name in FREELB_RECIPES]
+    for row in rows[2:]:
+        key = row[0].strip("`").removeprefix("--freelb-").replace("-", "_")
+        assert row[1:] == [f"{getattr(ball, key):g}" for ball in FREELB_RECIPES.values()]
+    assert len(rows) == 6
+
+
+@pytest.mark.parametrize("prefix", CONFIGS)
+def test_every_field_has_help_or_is_an_interpolation(prefix: str) -> None:
+    config, base = CONFIGS[prefix]
     inherited = {field.name for field in fields(base)}
     for field in fields(config):
         if field.name not in inherited:
-            assert field.name.startswith(("smart_", "mbpp_"))
+            assert field.name.startswith(prefix.replace("-", "_"))
             assert field.metadata.get("help") or str(field.default).startswith("${"), field.name
             assert field.default is not True
 
 
 def test_plugin_flags_named_anywhere_exist() -> None:
-    known = {f"--{name.replace('_', '-')}" for c in (SmartSentencePredictionConfig, MBPPConfig) for name in
-             (field.name for field in fields(c))} | {"--smart-layer-norm-eps"}  # fmt: skip
+    names = {field.name for config, _ in CONFIGS.values() for field in fields(config)}
+    known = {f"--{name.replace('_', '-')}" for name in names} | {"--smart-layer-norm-eps"}
+    flag = rf"--(?:{'|'.join(CONFIGS)})[a-z0-9-]*[a-z0-9]"
     for document in DOCUMENTS:
-        named = set(re.findall(r"--(?:smart|mbpp)-[a-z0-9-]*[a-z0-9]", document.read_text(encoding="utf-8")))
-        assert named - REMOVED <= known, document
+        assert set(re.findall(flag, document.read_text(encoding="utf-8"))) - REMOVED <= known, document
 
 
 def commands(document: Path) -> list[list[str]]:

@@ -12,9 +12,9 @@ from processes import assert_same_run, finish, start
 from toolkit import (
     CRITERIA,
     DEVICE,
-    FIXED,
     KINDS,
     NO_DROPOUT,
+    STEADY,
     Regularised,
     assert_close,
     assert_equal,
@@ -25,6 +25,7 @@ from toolkit import (
     count_forwards,
     set_up,
     step,
+    take_passes,
     train,
     write_data,
 )
@@ -106,7 +107,7 @@ def test_padding_changes_nothing(way: Regularised, class_data: Path) -> None:
     tokens = wider["net_input"]["src_tokens"]
     wider["net_input"]["src_tokens"] = torch.cat([tokens, tokens.new_full((4, 5), 1)], dim=1)
     ours, padded = step(model, criterion, sample), step(model, criterion, wider)
-    for term in way.terms:
+    for term in way.still:
         assert ours.log[f"{term}_loss"] > 1e-4
         assert_close(padded.log[f"{term}_loss"], ours.log[f"{term}_loss"])
     assert_same_gradients(padded, ours, rtol=1e-4, atol=1e-5)
@@ -118,12 +119,11 @@ def test_accumulated_batches_equal_one_large_batch(way: Regularised, class_data:
     large = step(model, criterion, batch(task, 8))
     model.zero_grad()
     torch.manual_seed(3)
-    parts = [criterion(model, batch(task, 4, start)) for start in (0, 4)]
-    sum(part[0] for part in parts).backward()
-    logged = [key for key in large.log if key.endswith(("_loss", "_delta"))]
+    parts = [take_passes(model, criterion, batch(task, 4, start)) for start in (0, 4)]
+    logged = [key for key in large.log if key.endswith(("_loss", "_delta", "_rise"))]
     assert {"task_loss", "bregman_loss", *(f"{term}_loss" for term in way.terms)} <= set(logged)
     for key in logged:
-        assert_close(sum(part[2][key] for part in parts), large.log[key], atol=1e-6)
+        assert_close(sum(log[key] for _, log in parts), large.log[key], atol=1e-6)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same_gradients(large._replace(gradients=gradients), large, rtol=1e-4, atol=1e-6)
 
@@ -141,7 +141,7 @@ def test_update_freq_2_with_batch_4_equals_batch_8(way: Regularised, class_data:
         states.append(torch.load(tmp_path / size / "checkpoint_last.pt"))
     assert len(logs[0]) == 3 and logs[0][2]["bregman_loss"] > 1e-6
     for large, accumulated in zip(*logs):
-        for key in ("loss", "task_loss", "bregman_loss", "gnorm", *(f"{term}_loss" for term in way.terms)):
+        for key in ("loss", "task_loss", "bregman_loss", "gnorm", *(f"{term}_loss" for term in way.still)):
             # the log shows three digits
             assert accumulated[key] == pytest.approx(large[key], rel=6e-3, abs=1e-6), key
     for name, weight in states[0]["model"].items():
@@ -192,25 +192,25 @@ def test_two_workers_equal_one(way: Regularised, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     processes = []
     for name, workers in (("one", 1), ("two", 2)):
-        flags = [*FIXED, *way.flags, "--mbpp-warmup-ratio", "0.5", "--batch-size", str(8 // workers)]
+        flags = [*STEADY, *way.flags, "--mbpp-warmup-ratio", "0.5", "--batch-size", str(8 // workers)]
         arguments = command(data, *flags, criterion=way.criterion, save_dir=tmp_path / name, max_update=6)
         processes += start(arguments, tmp_path / name, workers)
     finish(processes, tmp_path / "two")
-    assert_same_run(tmp_path, ["one", "two"], count=6, terms=way.terms)
+    assert_same_run(tmp_path, ["one", "two"], count=6, terms=way.still)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision(precision: str, way: Regularised, class_data: Path) -> None:
     """Six updates: losses and terms are float32's to 5 %, and none is dropped."""
     flags = [*NO_DROPOUT, *way.flags, "--mbpp-warmup-momentum", "0.5", "--mbpp-warmup-ratio", "1"]
-    flags += ["--smart-epsilon", "5e-2", "--curriculum", "9", "--fp16-init-scale", "4"]
+    flags += [*way.in_half, "--curriculum", "9", "--fp16-init-scale", "4"]
     half = {precision: True, "fp16_no_flatten_grads": DEVICE == "cpu"}
     runs = [
         train(command(class_data, *flags, criterion=way.criterion), **common)["train_inner"] for common in ({}, half)
     ]
     assert len(runs[0]) == len(runs[1]) == 6
     for exact, ours in zip(*runs):
-        for key in ("loss", "task_loss", *(f"{term}_loss" for term in way.terms)):
+        for key in ("loss", "task_loss", *(f"{term}_loss" for term in way.still)):
             assert math.isfinite(ours[key]) and ours[key] == pytest.approx(exact[key], rel=0.05), key
         assert not any(key.endswith("_dropped") for key in ours)
         # next to nothing at these updates; against float64 in test_precision.py

@@ -60,8 +60,9 @@ LIKE_ROBERTA = ["--encoder-layers", "8", "--encoder-embed-dim", "64", "--encoder
 # float16 as a CPU can train it, and a loss scale at which tiny models do not overflow
 HALF = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"]
 # the same examples in the same order, and an epsilon of Adam's that does not blow rounding up
-FIXED = [*NO_DROPOUT, *BOLD, "--curriculum", "9", "--required-batch-size-multiple", "1", "--adam-eps", "1e-4"]
-FIXED += ["--ddp-backend", "legacy_ddp"]
+STEADY = [*NO_DROPOUT, "--curriculum", "9", "--required-batch-size-multiple", "1", "--adam-eps", "1e-4"]
+STEADY += ["--ddp-backend", "legacy_ddp"]
+FIXED = [*STEADY, *BOLD]
 HEAD = "sentence_classification_head"
 
 
@@ -71,20 +72,39 @@ class Regularised(NamedTuple):
     flags: with which every term is large enough to be seen.
     off: flags that switch off the criterion's own terms.
     terms: their names.
+    still: those of them that act without dropout.
+    in_half: flags with which half precision resolves the terms.
     """
 
     criterion: str
     flags: list[str]
     off: list[str]
     terms: list[str]
+    still: list[str]
+    in_half: list[str]
 
 
+def _smart(*flags: str) -> Regularised:
+    off, in_half = ["--smart-weight", "0"], ["--smart-epsilon", "5e-2"]
+    return Regularised("smart_sentence_prediction", [*BOLD, *flags], off, ["smart"], ["smart"], in_half)
+
+
+def _adversarial(name: str, *off: str) -> Regularised:
+    flags = [f"--{name}-epsilon", "0.5", f"--{name}-step-size", "0.3", f"--{name}-start", "0.1"]
+    return Regularised(f"{name}_sentence_prediction", flags, [f"--{name}-epsilon", "0", *off], [], [], [])
+
+
+_R3F = ["--r3f-epsilon", "0.3", "--r3f-epsilon-unit", "relative", "--r3f-dropout", "shared"]
+_LOUD = ["--r3f-epsilon", "3"]
 # what every criterion must hold is tested with each of these (test_every_criterion.py); a new one is a line here
 CRITERIA = {
-    "smart": Regularised("smart_sentence_prediction", BOLD, ["--smart-weight", "0"], ["smart"]),
-    "smart, tangent": Regularised(
-        "smart_sentence_prediction", [*BOLD, "--smart-mode", "tangent"], ["--smart-weight", "0"], ["smart"]
-    ),
+    "smart": _smart(),
+    "smart, tangent": _smart("--smart-mode", "tangent"),
+    "pgd": _adversarial("pgd"),
+    "freelb": _adversarial("freelb"),
+    "freeat": _adversarial("freeat", "--freeat-steps", "1"),
+    "r3f": Regularised("r3f_sentence_prediction", _R3F, ["--r3f-weight", "0"], ["r3f"], ["r3f"], _LOUD),
+    "rdrop": Regularised("rdrop_sentence_prediction", [], ["--rdrop-weight", "0"], ["rdrop"], [], []),
 }
 KINDS = ["classes", "regression"]
 
@@ -264,13 +284,23 @@ def count_forwards(model: Any) -> list[int]:
     return passes
 
 
+def take_passes(model: Any, criterion: Any, sample: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """All backward passes of a batch, as the task's train_step drives them; the loss and the last pass's log."""
+    getattr(criterion, "held", {}).clear()  # FreeAT: the batch is a new one
+    passes = criterion.passes(model, sample) if hasattr(criterion, "passes") else [criterion(model, sample)]
+    total = torch.zeros(())
+    for loss, _, entries in passes:
+        loss.backward()
+        total, log = total + loss.detach(), entries
+    return total, log
+
+
 def step(model: Any, criterion: Any, sample: Any, seed: int = 3) -> Step:
     model.zero_grad()
     torch.manual_seed(seed)
-    loss, _, log = criterion(model, sample)
-    loss.backward()
+    loss, log = take_passes(model, criterion, sample)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return Step(loss.detach(), log, gradients)
+    return Step(loss, log, gradients)
 
 
 def assert_same_gradients(actual: Step, expected: Step, **tolerance: float) -> None:

@@ -27,6 +27,7 @@ from ..encoder import Forward, encoder_of
 from ..inference import Model
 from ..method.adversary import Adversary, LogitsFn, ascend, gradient_of
 from ..method.divergence import Divergence, squared_error, symmetric_kl
+from ..method.loss import task_loss
 from ..method.noise import example_noise
 from ..method.relative import unit_of
 from ..progress import Progress
@@ -113,9 +114,7 @@ def attack(
         return forward(weights, scale * point).float()
 
     def loss(outputs: Tensor, _: Tensor) -> Tensor:
-        if gold.dim() == 2:
-            return squared_error(outputs, gold)
-        return torch.nn.functional.cross_entropy(outputs / temperature, gold, reduction="none")
+        return task_loss(outputs if gold.is_floating_point() else outputs / temperature, gold)
 
     def divergence(outputs: Tensor, reference: Tensor) -> Tensor:
         if gold.dim() == 2:

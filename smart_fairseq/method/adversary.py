@@ -31,6 +31,7 @@ __all__ = [
     "GradientFn",
     "LogitsFn",
     "ascend",
+    "ascent_step",
     "find_perturbation",
     "gradient_of",
     "gradient_to_first_order",
@@ -56,6 +57,7 @@ class Adversary:
     norm: "inf" or "l2".
     scope: "example" (over T x C) or "token" (over C).
     projection: "ball" (Algorithm 1) or "normalize" (the authors' release).
+    signed: with the norm "inf", a step follows the gradient's sign (Madry et al. 2018, section 2.1), not the gradient.
 
     >>> Adversary(radius=0.1).size, Adversary(radius=0.1, projection="normalize").size
     (0.1, 1.0)
@@ -67,6 +69,7 @@ class Adversary:
     norm: str = "inf"
     scope: str = "example"
     projection: str = "ball"
+    signed: bool = False
 
     @property
     def size(self) -> float:
@@ -100,7 +103,11 @@ def normalize(tensor: Tensor, adversary: Adversary) -> Tensor:
 
     >>> normalize(torch.tensor([[[3.0, -4.0]]]), Adversary(norm="l2"))
     tensor([[[ 0.6000, -0.8000]]])
+    >>> normalize(torch.tensor([[[3.0, -4.0]]]), Adversary(signed=True))
+    tensor([[[ 1., -1.]]])
     """
+    if adversary.signed and adversary.norm == "inf":
+        return tensor.sign()
     return tensor / norm(tensor, adversary).clamp_min(torch.finfo(tensor.dtype).tiny)
 
 
@@ -121,6 +128,16 @@ def project(perturbation: Tensor, adversary: Adversary) -> Tensor:
         return perturbation.clamp(-adversary.radius, adversary.radius)
     size = norm(perturbation, adversary).clamp_min(torch.finfo(perturbation.dtype).tiny)
     return perturbation * (adversary.radius / size).clamp_max(1.0)
+
+
+def ascent_step(perturbation: Tensor, gradient: Tensor, mask: Tensor, adversary: Adversary) -> Tensor:
+    """One projected step along the normalised gradient; arguments and result as for `ascend`.
+
+    >>> gradient, mask = torch.tensor([[[4.0, 2.0]]]), torch.ones(1, 1, 1)
+    >>> ascent_step(torch.tensor([[[0.1, 0.0]]]), gradient, mask, Adversary(radius=1.0, step_size=0.5))
+    tensor([[[0.6000, 0.2500]]])
+    """
+    return project(perturbation + adversary.step_size * normalize(gradient * mask, adversary), adversary)
 
 
 def ascend(
@@ -151,7 +168,7 @@ def ascend(
     for step in range(adversary.steps):
         known = first_gradient if step == 0 else None
         gradient = (gradient_fn(perturbation) if known is None else known).to(noise.dtype)
-        perturbation = project(perturbation + adversary.step_size * normalize(gradient * mask, adversary), adversary)
+        perturbation = ascent_step(perturbation, gradient, mask, adversary)
     return perturbation
 
 

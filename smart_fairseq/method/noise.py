@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["example_noise"]
+__all__ = ["example_noise", "uniform_noise"]
 
 
 def _signed(value: int) -> int:
@@ -41,6 +41,25 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
+def _streams(example_ids: Tensor, length: int, channels: int, seed: int) -> Tensor:
+    """64 random bits for every entry, [B, T C] int64: one stream for each (seed, example)."""
+    streams = _mix(_mix(torch.full_like(example_ids, _signed(seed)) + _GAMMA) ^ (example_ids * _GAMMA))
+    counter = torch.arange(1, length * channels + 1, device=example_ids.device)
+    return _mix(streams[:, None] + counter * _GAMMA)
+
+
+def uniform_noise(example_ids: Tensor, length: int, channels: int, *, seed: int) -> Tensor:
+    """Noise from the uniform distribution on (-1, 1); arguments and result as for `example_noise`.
+
+    >>> noise = uniform_noise(torch.arange(100), length=10, channels=10, seed=1)
+    >>> noise.shape, bool(noise.abs().max() < 1), round(noise.square().mean().item(), 2)  # 1 / 3
+    (torch.Size([100, 10, 10]), True, 0.33)
+    """
+    bits = _streams(example_ids, length, channels, seed)
+    # 23 bits and a half: the middle of one of 2^23 intervals, which float32 holds
+    return ((_shift_right(bits, 41).float() + 0.5) * 2.0**-22 - 1).view(-1, length, channels)
+
+
 def example_noise(example_ids: Tensor, length: int, channels: int, *, seed: int) -> Tensor:
     """Standard normal noise for each example of a batch.
 
@@ -57,9 +76,7 @@ def example_noise(example_ids: Tensor, length: int, channels: int, *, seed: int)
     >>> two.shape, torch.equal(two[1:, :2], alone)
     (torch.Size([2, 3, 2]), True)
     """
-    streams = _mix(_mix(torch.full_like(example_ids, _signed(seed)) + _GAMMA) ^ (example_ids * _GAMMA))
-    counter = torch.arange(1, length * channels + 1, device=example_ids.device)
-    bits = _mix(streams[:, None] + counter * _GAMMA)
+    bits = _streams(example_ids, length, channels, seed)
     # two uniform numbers of 24 bits each, the first in (0, 1] because its logarithm is taken
     radius = ((_shift_right(bits, 40) + 1).float() * 2.0**-24).log().mul(-2).sqrt()
     angle = (bits & 0xFFFFFF).float() * (2 * math.pi * 2.0**-24)

@@ -26,7 +26,7 @@ from .vocabulary import cut_checkpoint
 THREADS = 1
 WORKER = (sys.executable, "-m", "smart_fairseq.study.worker")
 # how the names end of what a criterion logs of its terms
-TERMS = ("_loss", "_delta", "_dropped")
+TERMS = ("_loss", "_delta", "_rise", "_dropped")
 
 
 def check_flags(plan: Plan) -> None:

@@ -24,11 +24,13 @@ class TermValue(NamedTuple):
     value: summed over the batch, unweighted, float32 or wider, differentiable.
     size: of the perturbation, its norms summed over the batch; None for a term without one.
     perturbation: [B, T, C], float32 or wider, detached.
+    beside: added to the loss without a weight, like the value a sum over the batch; None for nothing.
     """
 
     value: Tensor
     size: Tensor | None = None
     perturbation: Tensor | None = None
+    beside: Tensor | None = None
 
 
 Term = AbstractContextManager[Callable[[Tensor], TermValue]]

@@ -17,16 +17,21 @@ from . import TermValue
 __all__ = ["bregman", "teacher_output"]
 
 
-def teacher_output(forward: Forward, weights: dict[str, Tensor]) -> Tensor:
+def teacher_output(forward: Forward, weights: dict[str, Tensor], perturbation: Tensor | None = None) -> Tensor:
     """The teacher's logits [B, K], without dropout and without gradients."""
     with torch.no_grad(), without_dropout(forward.encoder.model):
-        return forward(weights)
+        return forward(weights, perturbation)
 
 
 @contextmanager
 def bregman(
-    forward: Forward, weights: dict[str, Tensor], divergence: Divergence
+    forward: Forward, weights: dict[str, Tensor], divergence: Divergence, perturbation: Tensor | None = None
 ) -> Iterator[Callable[[Tensor], TermValue]]:
-    """D_Breg of one batch, as a `Term`; ``weights``: the teacher's, by parameter name."""
-    target = teacher_output(forward, weights)
+    """D_Breg of one batch, as a `Term`.
+
+    Args:
+        weights: the teacher's, by parameter name.
+        perturbation: [B, T, C], where the task loss is taken at a perturbed point: there the outputs are compared.
+    """
+    target = teacher_output(forward, weights, perturbation)
     yield lambda clean: TermValue(divergence(clean, target).sum())

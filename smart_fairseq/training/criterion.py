@@ -51,6 +51,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
     Args:
         weights: the criterion's own terms by name; one with weight 0 is never computed.
         every: a term here is taken at every n-th update alone, n times as heavy.
+        adversarial: the task loss is taken at a point of the criterion's choice, `perturbation`.
     """
 
     place = "token"  # that `term`'s forward perturbs
@@ -61,13 +62,15 @@ class RegularizedCriterion(SentencePredictionCriterion):
         task: Any,
         weights: Mapping[str, float],
         every: Mapping[str, int] | None = None,
+        adversarial: bool = False,
     ) -> None:
         super().__init__(cfg, task)
         self.cfg = cfg
+        self.adversarial = adversarial
         self.weights = {**weights, "bregman": checks.bregman_weight(cfg)}
         self.every = every or {}
         self.divergence: Divergence = squared_error if cfg.regression_target else symmetric_kl  # l_s
-        checks.check_surroundings(cfg, task.cfg.num_classes, any(self.weights.values()))
+        checks.check_surroundings(cfg, task.cfg.num_classes, self.regularized)
         self._encoder: Encoder | None = None
         self._checked = self._warned = False
         self.teacher = TrainingLink(on_epoch=self._check_before_training)
@@ -81,9 +84,18 @@ class RegularizedCriterion(SentencePredictionCriterion):
         """The term ``name`` of ``weights`` for one batch."""
         raise NotImplementedError
 
+    def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
+        """With ``adversarial``: what is added to the embeddings for the task loss of one batch, [B, T, C] float32."""
+        raise NotImplementedError
+
     def prepare(self, encoder: Encoder) -> str:
         """Look at the model before training; raise `UsageError` or return what the start of the log says."""
         return ""
+
+    @property
+    def regularized(self) -> bool:
+        """Whether training differs from that of `sentence_prediction`."""
+        return self.adversarial or any(self.weights.values())
 
     # --- before training --------------------------------------------------------------------------
 
@@ -120,7 +132,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
-        if not model.training or not any(self.weights.values()):
+        if not model.training or not self.regularized:
             with contextlib.ExitStack() as around:
                 calibrated = self.cfg.smart_report_calibration and not model.training
                 output = around.enter_context(_output_of(self.encoder_for(model).model)) if calibrated else []
@@ -130,15 +142,18 @@ class RegularizedCriterion(SentencePredictionCriterion):
                 place_confidence(result[2], output[0], sample, self.task)
             return result
 
-        encoder = self.encoder_for(model)
-        forward = Forward(encoder, model, sample["net_input"], self.classification_head_name, self.place)
+        forward = self.forward_of(model, sample)
+        encoder = forward.encoder
         weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
+        perturbation = self.perturbation(forward, sample) if self.adversarial else None
         with contextlib.ExitStack() as around:
             # what needs nothing of the clean pass comes before it; the teacher leaves no graph behind
             values = {
-                name: around.enter_context(self._term(name, forward, sample))
+                name: around.enter_context(self._term(name, forward, sample, perturbation))
                 for name in sorted(weights, key=lambda name: name != "bregman")
             }
+            if perturbation is not None:
+                around.enter_context(encoder.perturbed(perturbation, self.place))
             output = around.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         log["task_loss"] = log["loss"]
@@ -150,14 +165,19 @@ class RegularizedCriterion(SentencePredictionCriterion):
         log["loss"] = loss.detach()
         return loss, sample_size, log
 
+    def forward_of(self, model: Any, sample: dict[str, Any]) -> Forward:
+        """The classification forward of a batch."""
+        head = self.classification_head_name
+        return Forward(self.encoder_for(model), model, sample["net_input"], head, self.place)
+
     def weight_now(self, name: str) -> float:
         """The term's weight at this update."""
         every = self.every.get(name, 1)
         return self.weights[name] * every if self.teacher.update_num % every == 0 else 0.0
 
-    def _term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Term:
+    def _term(self, name: str, forward: Forward, sample: dict[str, Any], perturbation: Tensor | None) -> Term:
         if name == "bregman":
-            return bregman(forward, self.teacher.weights(forward.encoder.model), self.divergence)
+            return bregman(forward, self.teacher.weights(forward.encoder.model), self.divergence, perturbation)
         return self.term(name, forward, sample)
 
     def _add(
@@ -183,6 +203,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
                 log[f"{name}_delta"] = term.size
             if good:
                 loss = loss + weights[name] * term.value
+                if term.beside is not None:
+                    loss = loss + term.beside
             elif dtype == torch.float16:
                 logger.warning(f"{name}_loss is not finite: its pass overflowed in float16, so this update is skipped")
                 loss = loss * math.nan

@@ -145,6 +145,7 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_train_subset: str = II("dataset.train_subset")
+    smart_update_freq: Any = II("optimization.update_freq")
     smart_save_dir: str = II("checkpoint.save_dir")
     smart_amp: Any = II("common.amp")  # of the type bool, fairseq would take the interpolation itself for true
     smart_ddp_backend: str = II("distributed_training.ddp_backend")

@@ -101,19 +101,21 @@ def log_terms(logging_outputs: list[dict[str, Any]]) -> None:
     """Log the task loss and each term in nats per example, unweighted, and the size of its perturbation.
 
     What a criterion puts into its log for a term NAME, as sums over the batch: ``NAME_loss``, ``NAME_delta`` for a
-    term with a perturbation, and ``NAME_dropped``, the number of batches whose term was not finite.
+    term with a perturbation, and ``NAME_dropped``, the number of batches whose term was not finite. Adversarial
+    training has ``NAME_delta`` and ``NAME_rise``, by how much its perturbation raises the task loss.
     """
     sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
     logged = logging_outputs[0] if logging_outputs else {}
-    names = [key.removesuffix("_dropped") for key in logged if key.endswith("_dropped")]
-    for key in ("task_loss", *(f"{name}_{what}" for name in names for what in ("loss", "delta"))):
+    endings = ("_dropped", "_delta")
+    names = list(dict.fromkeys(key[: key.rindex("_")] for key in logged if key.endswith(endings)))
+    for key in ("task_loss", *(f"{name}_{what}" for name in names for what in ("loss", "delta", "rise"))):
         if key in logged:
             total = sum(log.get(key, 0) for log in logging_outputs)
             # the meter that is saved and averaged is hidden; what is printed keeps significant digits
             metrics.log_scalar("_" + key, total / sample_size, sample_size)
             metrics.log_derived(key, lambda meters, key=key: _significant(meters["_" + key].avg))
     for name in names:
-        if f"{name}_delta" in logged:
+        if f"{name}_delta" in logged and f"{name}_loss" in logged:
             metrics.log_derived(f"{name}_sensitivity", functools.partial(_sensitivity, name))
         dropped = sum(log.get(f"{name}_dropped", 0) for log in logging_outputs)
         if dropped:

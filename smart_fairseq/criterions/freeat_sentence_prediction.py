@@ -1,0 +1,63 @@
+"""`freeat_sentence_prediction`: m updates on each batch, whose backward passes move the perturbation on the way.
+
+Paper: Shafahi et al. (2019), algorithm 1, on the embedding lookup. An update's cost is plain fine-tuning's; an epoch
+has m times as many, so the authors train for 1 / m of the epochs. There a perturbation goes on to the next batch; here
+sentences differ in length, and each batch begins at a random start, as in Zhu et al. (2020).
+
+The perturbations are not in a checkpoint: a run that is resumed between two updates on a batch starts its ascent anew.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fairseq.criterions import register_criterion
+from torch import Tensor
+
+from ..encoder import Forward
+from ..method.adversary import ascent_step
+from ..training.adversarial import AdversarialCriterion, Ball, Start, ball_config
+from ..training.flags import RegularizedConfig
+from ..training.repeat import repeat_batches
+
+DEFAULTS = Ball(epsilon=0.05, epsilon_unit="relative", step_size=0.03, steps=3, start=0.02, norm="l2")
+FreeATConfig = ball_config(
+    "FreeATConfig", "freeat", __name__, DEFAULTS, "number of updates m on each batch, an ascent step between two"
+)
+
+
+@dataclass
+class _Held:
+    """The perturbation of a batch that is not yet through."""
+
+    start: Start
+    entering: Tensor  # a leaf, whose gradient an update's backward leaves
+    update: int
+    taken: int = 1  # updates
+
+
+@register_criterion("freeat_sentence_prediction", dataclass=FreeATConfig)
+class FreeATSentencePrediction(AdversarialCriterion):
+    """The criterion; its flags are `FreeATConfig`."""
+
+    def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
+        super().__init__(cfg, task, "freeat", Ball.of(cfg, "freeat"))
+        self.held: dict[tuple[int, ...], _Held] = {}  # by the examples' numbers: the batches of one update
+        if self.ball.steps > 1:
+            repeat_batches(task, cfg.smart_train_subset, self.ball.steps, cfg.smart_update_freq)
+
+    def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
+        key, update = tuple(sample["id"].tolist()), self.teacher.update_num
+        held = self.held.get(key)
+        if held is None or held.taken == self.ball.steps:
+            self.held = {k: other for k, other in self.held.items() if other.update == update}
+            start = self.start(forward, sample)
+            entering = (start.point * start.unit).detach().requires_grad_()
+            held = self.held[key] = _Held(start, entering, update)
+        else:
+            # of an update that overflowed in float16 nothing is learned
+            gradient = cast(Tensor, held.entering.grad).nan_to_num(0, 0, 0)
+            point = ascent_step(held.entering.detach() / held.start.unit, gradient, held.start.mask, self.adversary)
+            held.entering = (point * held.start.unit).detach().requires_grad_()
+            held.taken += 1
+        self.delta = self.norms(held.entering)
+        return held.entering

@@ -1,0 +1,47 @@
+"""`pgd_sentence_prediction`: adversarial training, the task loss at the worst point of a ball around the embeddings.
+
+Paper: Madry et al. (2018), equation 2.1, min_theta E[max_{|d| <= epsilon} L(theta, x + d, y)], the inner maximum by K
+steps of projected gradient ascent (section 2.1), on the embedding lookup as Zhu et al. (2020) have it.
+"""
+
+from typing import Any
+
+from fairseq.criterions import register_criterion
+from torch import Tensor
+
+from ..encoder import Forward
+from ..method.adversary import ascend, gradient_of
+from ..method.dropout import RandomState
+from ..method.loss import task_loss
+from ..training.adversarial import AdversarialCriterion, Ball, ball_config
+from ..training.flags import RegularizedConfig
+
+DEFAULTS = Ball(epsilon=0.05, epsilon_unit="relative", step_size=0.03, steps=2, start=0.02, norm="l2")
+PGDConfig = ball_config("PGDConfig", "pgd", __name__, DEFAULTS, "number of ascent steps K")
+
+
+@register_criterion("pgd_sentence_prediction", dataclass=PGDConfig)
+class PGDSentencePrediction(AdversarialCriterion):
+    """The criterion; its flags are `PGDConfig`."""
+
+    def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
+        super().__init__(cfg, task, "pgd", Ball.of(cfg, "pgd"))
+
+    def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
+        start, weights = self.start(forward, sample), forward.encoder.frozen_weights()
+        masks, targets = RandomState(start.mask.device), sample["target"].view(-1)
+        seen: list[Tensor] = []
+
+        def logits_fn(point: Tensor) -> Tensor:
+            with masks.replayed():
+                return forward(weights, point * start.unit)
+
+        def loss(outputs: Tensor, _: Tensor) -> Tensor:
+            losses = task_loss(outputs, targets)
+            seen.append(losses.detach().sum())
+            return losses
+
+        gradient = gradient_of(logits_fn, start.mask[:, :, 0], loss)  # no reference: the mask stands in for one
+        found = ascend(gradient, start.point, start.mask, self.adversary) * start.unit
+        self.delta, self.before = self.norms(found), seen[0]
+        return found

@@ -1,0 +1,83 @@
+"""`r3f_sentence_prediction`: noise on the embeddings must not change the output. R4F is the same with
+
+--spectral-norm-classification-head, which holds the head's largest singular value at 1.
+
+Paper: Aghajanyan et al. (2020), equation 4: L + lambda * KL_S(f(x) || f(x + z)), z normal or uniform, KL_S the sum of
+both KL, each pass with dropout masks of its own as in the authors' code (fairseq, examples/rxf), whose noise does not
+reach a RoBERTa. For a regression, which that code leaves out, the squared difference.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.dataclass import ChoiceEnum
+from torch import Tensor
+
+from ..encoder import Encoder, Forward
+from ..errors import require
+from ..method.adversary import Adversary, norm
+from ..method.dropout import RandomState
+from ..method.noise import example_noise, uniform_noise
+from ..method.relative import unit_of
+from ..terms import TermValue
+from ..training.checks import check_model, check_weight
+from ..training.criterion import RegularizedCriterion
+from ..training.flags import RegularizedConfig
+
+NOISE = {"normal": example_noise, "uniform": uniform_noise}
+
+
+# fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
+@dataclass
+class R3FConfig(RegularizedConfig):
+    r3f_weight: float = field(default=1.0, metadata={"help": "the paper's lambda; 0 switches the term off"})
+    r3f_epsilon: float = field(
+        default=1e-5, metadata={"help": "standard deviation of normal noise, largest entry of uniform noise"}
+    )
+    r3f_epsilon_unit: ChoiceEnum(["absolute", "relative"]) = field(  # type: ignore[valid-type]
+        default="absolute",
+        metadata={"help": "unit of the noise: relative, the root mean square of an example's embeddings"},
+    )
+    r3f_noise: ChoiceEnum(list(NOISE)) = field(  # type: ignore[valid-type]
+        default="uniform", metadata={"help": "distribution of the noise"}
+    )
+    r3f_dropout: ChoiceEnum(["independent", "shared"]) = field(  # type: ignore[valid-type]
+        default="independent", metadata={"help": "dropout masks of the noisy pass: fresh ones, or the clean pass's"}
+    )
+
+
+@register_criterion("r3f_sentence_prediction", dataclass=R3FConfig)
+class R3FSentencePrediction(RegularizedCriterion):
+    """The criterion; its flags are `R3FConfig`."""
+
+    def __init__(self, cfg: R3FConfig, task: Any) -> None:
+        super().__init__(cfg, task, weights={"r3f": check_weight("--r3f-weight", cfg.r3f_weight)})
+        require(cfg.r3f_epsilon > 0, "--r3f-epsilon", cfg.r3f_epsilon, "above 0 (--r3f-weight 0 switches the term off)")
+        self.flags = cfg
+
+    def prepare(self, encoder: Encoder) -> str:
+        if self.weights["r3f"]:
+            check_model(encoder)
+        return f"R3F: {self.flags.r3f_noise} noise of {self.flags.r3f_epsilon:g} {self.flags.r3f_epsilon_unit}, "
+
+    @contextmanager
+    def term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Iterator[Callable[[Tensor], TermValue]]:
+        encoder, tokens = forward.encoder, sample["net_input"]["src_tokens"]
+        mask, masks = encoder.mask(tokens), RandomState(tokens.device)
+        draw = NOISE[str(self.flags.r3f_noise)]
+        noise = draw(sample["id"], tokens.shape[1], encoder.table.shape[1], seed=torch.initial_seed())
+        noise = self.flags.r3f_epsilon * mask * noise.to(torch.promote_types(encoder.table.dtype, torch.float32))
+        if self.flags.r3f_epsilon_unit == "relative":
+            noise = noise * unit_of(encoder.embeddings(forward.place, sample["net_input"]), mask, Adversary())
+
+        def value(clean: Tensor) -> TermValue:
+            with masks.replayed() if self.flags.r3f_dropout == "shared" else nullcontext():
+                noisy = forward(perturbation=noise, lookup=looked_up[0])  # the clean pass's embeddings
+            return TermValue(self.divergence(noisy, clean).sum(), norm(noise, Adversary()).sum(), noise)
+
+        with encoder.captured("token") as looked_up:
+            yield value

@@ -1,0 +1,65 @@
+"""`rdrop_sentence_prediction`: two dropout masks must give the same output.
+
+Paper: Liang et al. (2021), equations 1 to 4 and algorithm 1, divided by 2 so that a single mask gives plain
+fine-tuning: the mean of both passes' task losses + alpha / 2 * (KL(P1, P2) + KL(P2, P1)) / 2. For a regression, which
+the paper leaves open, the squared difference in the place of the mean of both KL.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from torch import Tensor
+
+from ..encoder import Encoder, Forward
+from ..method.loss import task_loss
+from ..terms import TermValue
+from ..training.checks import check_model, check_weight
+from ..training.criterion import RegularizedCriterion
+from ..training.flags import RegularizedConfig
+
+logger = logging.getLogger(__name__)
+
+
+# fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
+@dataclass
+class RDropConfig(RegularizedConfig):
+    rdrop_weight: float = field(
+        default=1.0,
+        metadata={"help": "the paper's alpha, 1 to 5 there; 0 switches the second pass off as well"},
+    )
+
+
+@register_criterion("rdrop_sentence_prediction", dataclass=RDropConfig)
+class RDropSentencePrediction(RegularizedCriterion):
+    """The criterion; its flags are `RDropConfig`."""
+
+    def __init__(self, cfg: RDropConfig, task: Any) -> None:
+        super().__init__(cfg, task, weights={"rdrop": check_weight("--rdrop-weight", cfg.rdrop_weight) / 2})
+
+    def prepare(self, encoder: Encoder) -> str:
+        if self.weights["rdrop"]:
+            check_model(encoder)
+            if not encoder.has_dropout:
+                logger.warning("R-Drop: every dropout rate is 0, so both passes are the same and the term is 0")
+        return "R-Drop: "
+
+    @contextmanager
+    def term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Iterator[Callable[[Tensor], TermValue]]:
+        targets, tokens = sample["target"].view(-1), sample["net_input"]["src_tokens"]
+        nothing = torch.zeros(*tokens.shape, forward.encoder.table.shape[1], device=tokens.device)
+
+        def value(clean: Tensor) -> TermValue:
+            # the clean pass's embeddings: the gradient of the table is made once
+            second = forward(perturbation=nothing, lookup=looked_up[0])
+            change = self.divergence(clean, second).sum()
+            mean = change if self.regression_target else change / 2
+            beside = (task_loss(second, targets) - task_loss(clean, targets)).sum() / 2
+            return TermValue(mean, beside=beside)
+
+        with forward.encoder.captured("token") as looked_up:
+            yield value

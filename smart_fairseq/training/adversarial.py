@@ -1,0 +1,154 @@
+"""A base for adversarial training: the task loss at a perturbed point of the embeddings, in the place of the clean one.
+
+| source | criterion | what it does with the ball |
+| --- | --- | --- |
+| Madry et al. (2018), equation 2.1 | pgd | K ascent steps before the update |
+| Shafahi et al. (2019), algorithm 1 | freeat | an ascent step by each of m updates on a batch |
+| Zhu et al. (2020), algorithm 1 | freelb | K passes, an ascent step between two, the mean of their gradients |
+
+Common to them is a `Ball` around the embedding lookup, with a random start, and one step: along the gradient over its
+l2 norm, or with the norm inf along its sign, then back onto the ball. Padding is never perturbed; dropout masks are
+the same in all passes over a batch, so that they climb one function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import field, make_dataclass
+from typing import Any, NamedTuple, Optional
+
+import torch
+from fairseq.dataclass import ChoiceEnum
+from torch import Tensor
+
+from ..encoder import Encoder, Forward
+from ..errors import require
+from ..method.adversary import Adversary, norm
+from ..method.noise import uniform_noise
+from ..method.relative import noise_in_units, unit_of
+from .checks import check_model
+from .criterion import RegularizedCriterion
+from .flags import RegularizedConfig
+from .link import Result
+
+__all__ = ["AdversarialCriterion", "Ball", "Start", "ball_config"]
+
+
+class Ball(NamedTuple):
+    """The values of a criterion's flags, by their names without its prefix."""
+
+    epsilon: float
+    epsilon_unit: str
+    step_size: float
+    steps: int
+    start: float
+    norm: str
+
+    @classmethod
+    def of(cls, cfg: RegularizedConfig, prefix: str, recipe: "Ball | None" = None) -> "Ball":
+        """The flags' values; those of ``recipe`` where a flag is not given."""
+        given = {key: getattr(cfg, f"{prefix}_{key}") for key in cls._fields}
+        return cls(**{key: getattr(recipe, key) if value is None else value for key, value in given.items()})
+
+
+_HELP = {
+    "epsilon": "radius of the ball around the embeddings; 0: the task loss at the embeddings themselves",
+    "epsilon_unit": "what radius, step and start are measured in: relative, in the length of the example's embeddings "
+    "(norm inf: their root mean square); absolute, in their own units",
+    "step_size": "length of an ascent step",
+    "start": "size of the random start (uniform; norm l2: over the root of the number of entries); 0: the embeddings",
+    "norm": "norm of the ball; l2 steps along the gradient, inf along its sign",
+}
+
+
+def ball_config(name: str, prefix: str, module: str, values: Ball | None, steps: str, more: Sequence[Any] = ()) -> Any:
+    """The dataclass of a criterion whose flags begin with ``prefix``.
+
+    Args:
+        module: where it is kept under its ``name``.
+        values: defaults; None: by a recipe.
+        steps: what the flag of that name counts.
+        more: other fields, as `dataclasses.make_dataclass` takes them.
+    """
+    types: dict[str, Any] = dict.fromkeys(Ball._fields, float)
+    types |= {"epsilon_unit": ChoiceEnum(["relative", "absolute"]), "norm": ChoiceEnum(["l2", "inf"]), "steps": int}
+    fields = []
+    for key in Ball._fields:
+        filled = field(default=getattr(values, key, None), metadata={"help": {**_HELP, "steps": steps}[key]})
+        fields.append((f"{prefix}_{key}", Optional[types[key]], filled))  # noqa: UP045  (fairseq knows no other)
+    config = make_dataclass(name, [*fields, *more], bases=(RegularizedConfig,))
+    config.__module__ = module  # so that it can be pickled
+    return config
+
+
+class Start(NamedTuple):
+    """Where the ascent of one batch begins.
+
+    point: [B, T, C] float32 or wider, in the unit.
+    unit: [B, 1, 1], what a point is multiplied with to become a perturbation.
+    mask: [B, T, 1], 1 at real tokens.
+    """
+
+    point: Tensor
+    unit: Tensor
+    mask: Tensor
+
+
+class AdversarialCriterion(RegularizedCriterion):
+    """What the adversarial criteria share; a subclass has `perturbation`, which sets ``delta`` and ``before``.
+
+    Args:
+        name: of the method, with which its flags and its entries in the log begin.
+        ball: values of its flags; errors are `UsageError`s.
+
+    Attributes:
+        delta: size of the batch's perturbations, a sum of norms.
+        before: task loss of the batch where the ascent began, a sum; None where that is not known.
+    """
+
+    def __init__(self, cfg: RegularizedConfig, task: Any, name: str, ball: Ball) -> None:
+        super().__init__(cfg, task, weights={}, adversarial=ball.epsilon > 0)
+        self.name, self.ball = name, ball
+        self.delta: Tensor | None = None
+        self.before: Tensor | None = None
+        for key in ("epsilon", "start"):
+            require(getattr(ball, key) >= 0, f"--{name}-{key}", getattr(ball, key), "0 or above")
+        if ball.epsilon_unit == "relative":
+            allowed = f"at most 1, the size of the embeddings themselves; or with --{name}-epsilon-unit absolute"
+            require(ball.epsilon <= 1, f"--{name}-epsilon", ball.epsilon, allowed)
+        require(
+            ball.step_size > 0, f"--{name}-step-size", ball.step_size, f"above 0 (--{name}-epsilon 0: no adversary)"
+        )
+        require(ball.steps >= 1, f"--{name}-steps", ball.steps, "1 or more")
+        self.adversary = Adversary(ball.epsilon, ball.step_size, int(ball.steps), norm=str(ball.norm), signed=True)
+
+    def prepare(self, encoder: Encoder) -> str:
+        if self.adversarial:
+            check_model(encoder)
+        return (
+            f"{self.name}: the task loss is taken at {'a perturbed point' if self.adversarial else 'the embeddings'}, "
+        )
+
+    def start(self, forward: Forward, sample: dict[str, Any]) -> Start:
+        """A random point of the ball, which belongs to the example and the update."""
+        encoder, tokens = forward.encoder, sample["net_input"]["src_tokens"]
+        mask, table = encoder.mask(tokens), encoder.table
+        # seeded as fairseq seeds torch on every worker: with its --seed plus the update's number
+        noise = uniform_noise(sample["id"], tokens.shape[1], table.shape[1], seed=torch.initial_seed())
+        noise = noise.to(torch.promote_types(table.dtype, torch.float32))
+        unit = noise.new_ones(1, 1, 1)
+        if self.ball.epsilon_unit == "relative":
+            embeddings = encoder.embeddings(forward.place, sample["net_input"])
+            unit = unit_of(embeddings, mask, self.adversary).to(noise.dtype)
+        # Zhu et al. (2020), algorithm 1, line 4: over the root of the number of entries in the norm l2
+        return Start(self.ball.start * noise_in_units(noise, mask, self.adversary) * mask, unit, mask)
+
+    def norms(self, perturbation: Tensor) -> Tensor:
+        """The sum over a batch, in the embeddings' own units."""
+        return norm(perturbation.detach(), self.adversary).sum()
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
+        loss, size, log = super().forward(model, sample, reduce)
+        if model.training and self.adversarial:
+            log[f"{self.name}_delta"] = self.delta
+            if self.before is not None:
+                log[f"{self.name}_rise"] = log["task_loss"].detach() - self.before
+        return loss, size, log
