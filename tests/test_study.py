@@ -188,7 +188,7 @@ def test_methods_begin_alike_and_a_report_is_written(tmp_path: Path, capsys: pyt
     assert lines[0]["metrics"] == lines[1]["metrics"]
     assert not list((tmp_path / "work" / "checkpoints").rglob("*.pt"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"runs.jsonl", "report.md", "report.csv", "letters.svg"}
+    assert written == {"runs.jsonl", "report.md", "report.csv", "letters.svg", "letters-cost.svg"}
     capsys.readouterr()
     assert main([str(plan), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"letters-{m}-seed1: 6 updates, done" for m in ("plain", "smart")]

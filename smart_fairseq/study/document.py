@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..commands.predict import replace_file
 from ..data.lines import located
@@ -214,10 +214,13 @@ def write_report(plan: Plan) -> list[Path]:
     for name, arms in tasks.items():
         lines = [line for arm in arms for line in arm.lines.values()]
         parts += [f"## {name}", _made_with(lines), short_table(arms)]
-        picture = plan.out / f"{name}.svg"
-        if draw(arms, picture):
-            parts.append(f"![Differences to {first}, with their 95 % intervals]({picture.name})")
-            written.append(picture)
+        for picture, drawn, title in (
+            (plan.out / f"{name}.svg", draw, f"Differences to {first}, with their 95 % intervals"),
+            (plan.out / f"{name}-cost.svg", draw_against_cost, f"Differences to {first} against the cost of an update"),
+        ):
+            if drawn(arms, picture):
+                parts.append(f"![{title}]({picture.name})")
+                written.append(picture)
         parts += [f"### {name}: every metric", long_table(arms)]
     replace_file(written[0], "\n\n".join(parts) + "\n")
     replace_file(written[1], as_csv(tasks))
@@ -253,16 +256,29 @@ def put_into(plan: Plan, document: Path) -> list[str]:
     return done
 
 
+def _plots() -> Any:
+    """pyplot, or None with a word where matplotlib is not installed."""
+    try:
+        return pyplot()
+    except UsageError:
+        print("no picture: that needs matplotlib; install it with pip install matplotlib")
+        return None
+
+
+def _save(figure: Any, path: Path) -> bool:
+    figure.tight_layout()
+    # the same bytes for the same numbers
+    with pyplot().rc_context({"svg.hashsalt": path.stem}):
+        save(figure, path, metadata={"Date": None})
+    return True
+
+
 def draw(arms: Sequence[Arm], path: Path) -> bool:
     """Dots with intervals: each arm's difference to its baseline, a panel for each metric. False if there is none."""
     compared = [arm for arm in arms if arm.baseline is not None]
     metrics = [name for name in _metrics(arms) if name not in LEFT_OUT_OF_PICTURES]
-    if not compared:
-        return False
-    try:
-        plots = pyplot()
-    except UsageError:
-        print("no picture: that needs matplotlib; install it with pip install matplotlib")
+    plots = _plots() if compared else None
+    if plots is None:
         return False
     columns = min(3, len(metrics))
     height = 0.9 + 0.28 * len(compared)
@@ -282,8 +298,27 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
         axis.set_ylim(len(compared) - 0.5, -0.5)
         axis.tick_params(axis="x", labelsize="small")
         axis.locator_params(axis="x", nbins=4)
-    figure.tight_layout()
-    # the same bytes for the same numbers
-    with plots.rc_context({"svg.hashsalt": path.stem}):
-        save(figure, path, metadata={"Date": None})
-    return True
+    return _save(figure, path)
+
+
+def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
+    """Each arm's difference to its baseline over its cost, for the task's first metric and the scaled cross entropy."""
+    compared = [arm for arm in arms if arm.baseline is not None]
+    metrics = [name for i, name in enumerate(_metrics(arms)) if i == 0 or name == "cross_entropy_scaled"]
+    plots = _plots() if compared else None
+    if plots is None:
+        return False
+    figure, axes = plots.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False)
+    for axis, name in zip(axes.flat, metrics):
+        axis.axhline(0, color="grey", linewidth=0.8)
+        for arm in compared:
+            found = arm.difference(name)
+            if found is not None:
+                axis.plot(arm.cost(), found.mean, "o", color="C0", markersize=4)
+                offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": "x-small"}
+                axis.annotate(arm.name, (arm.cost(), found.mean), **offset)
+        axis.set_title(name.replace("_", " "), fontsize="medium")
+        axis.set_xlabel("processor time of an update, plain = 1", fontsize="small")
+        axis.tick_params(labelsize="small")
+        axis.margins(x=0.2, y=0.15)
+    return _save(figure, path)
