@@ -97,9 +97,18 @@ class Encoder:
         """The model under other weights, for a pass of the ordinary criterion."""
         return Substitute(self.model, weights)
 
-    def recomputed(self) -> AbstractContextManager[None]:
-        """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken."""
-        return memory.recomputed(self.insides.layers)
+    def attention_written_out(self) -> AbstractContextManager[None]:
+        """Within the block, forwards draw the dropout masks that one with `Forward.products` or `changed` draws."""
+        return forward_mode.attention_written_out(self.model)
+
+    def recomputed(self, written_out: bool = False) -> AbstractContextManager[None]:
+        """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken.
+
+        Args:
+            written_out: the block is also one of `attention_written_out`.
+        """
+        again = forward_mode.attention_written_out if written_out else contextlib.nullcontext
+        return memory.recomputed(self.insides.layers, again)
 
     def without_gelu_outputs(self) -> AbstractContextManager[None]:
         return memory.without_gelu_outputs(self.model)

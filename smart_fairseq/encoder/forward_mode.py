@@ -11,7 +11,7 @@ LayerNorm, softmax and gelu, keeps its inputs alone for the gradient and is comp
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
-from .memory import gelus, replaced
+from .memory import Replacement, gelus, replaced
 
-__all__ = ["changed"]
+__all__ = ["attention_written_out", "changed"]
 
 # (value, change, ...) -> (result, its change)
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -77,6 +77,11 @@ def _normalized(layer_norm: Callable[..., Tensor], module: Any, x: Tensor) -> Te
     return layer_norm(x, module.weight, module.bias, module)
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    # autocast's is in float32, and dropout's masks depend on the precision of what they fall on
+    return torch.softmax(scores, dim=-1).to(scores.dtype)
+
+
 def _softmax_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     shares = torch.softmax(wide, dim=-1)
@@ -119,6 +124,25 @@ def _self_attention(
     return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
 
 
+def _attention(module: MultiheadAttention, softmax: Callable[..., Tensor]) -> Replacement:
+    """For `replaced`: the module's attention written out; raises `UsageError` for one that is not known here."""
+    if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
+        raise UsageError(
+            "--arch: this model's attention (xformers, a bias or zeros added to its keys) has no forward-mode "
+            "form here, which --smart-mode tangent, more than four classes and half precision need"
+        )
+    return module, "forward", functools.partial(_self_attention, module, softmax)
+
+
+def attention_written_out(model: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, forwards draw the dropout masks that one within `changed` draws.
+
+    A fused kernel draws other masks from the same state of the generator.
+    """
+    modules = (module for module in model.modules() if isinstance(module, MultiheadAttention))
+    return replaced([_attention(module, _softmax) for module in modules if module.dropout_module.p > 0])
+
+
 @contextmanager
 def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
     """Run a block with every module whose change torch does not give written out.
@@ -126,16 +150,11 @@ def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
     Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
     """
     layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
-    softmax = _dual(_softmax_change, functools.partial(torch.softmax, dim=-1), differentiable)
+    softmax = _dual(_softmax_change, _softmax, differentiable)
     replacements = gelus(model, _dual(_gelu_change, gelu, differentiable))
     for module in model.modules():
         if isinstance(module, MultiheadAttention):
-            if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
-                raise UsageError(
-                    "--arch: this model's attention (xformers, a bias or zeros added to its keys) has no forward-mode "
-                    "form here, which --smart-mode tangent, more than four classes and half precision need"
-                )
-            replacements.append((module, "forward", functools.partial(_self_attention, module, softmax)))
+            replacements.append(_attention(module, softmax))
         elif type(module) is nn.Linear:
             replacements.append((module, "forward", functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,11 +33,21 @@ def replaced(replacements: list[Replacement]) -> Iterator[None]:
                 setattr(module, name, own)
 
 
-def recomputed(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken."""
-    return replaced(
-        [(layer, "forward", functools.partial(checkpoint, layer.forward, use_reentrant=False)) for layer in layers]
-    )
+def recomputed(
+    layers: Iterable[nn.Module], again: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+) -> AbstractContextManager[None]:
+    """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken.
+
+    Args:
+        again: layer -> the context of that second run, when the block is over.
+    """
+
+    def forward(layer: nn.Module) -> Callable[..., Any]:
+        return functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again(layer))
+        )
+
+    return replaced([(layer, "forward", forward(layer)) for layer in layers])
 
 
 def gelus(model: nn.Module, function: Callable[[Tensor], Tensor]) -> list[Replacement]:

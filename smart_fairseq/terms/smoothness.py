@@ -80,13 +80,28 @@ class _Batch:
             embeddings = self.encoder.embeddings(forward.place, sample["net_input"])
             self.unit = unit_of(embeddings, self.mask, settings.adversary).to(self.noise.dtype)
             self.noise = noise_in_units(self.noise, self.mask, settings.adversary)
+        # the search by products with the Jacobian: the forward of a pass of its own counts as one more
+        self.by_products = form.search is Search.OWN_PASS and not few_outputs(settings.num_classes + 1)
+        # carrying a change needs attention written out, and a fused kernel draws other masks: all passes of the term
+        # have the one or the other
+        carries = self.by_products or form.term is FormOfTerm.FIRST_ORDER
+        self.written_out = carries and settings.dropout == "shared"
         self.largest_unit = self.unit.amax(dim=1, keepdim=True).clamp_min(torch.finfo(self.unit.dtype).tiny)
 
-    def dropout(self) -> AbstractContextManager[None]:
+    def attention(self) -> AbstractContextManager[None]:
+        """The attention of all passes of this term."""
+        return self.encoder.attention_written_out() if self.written_out else nullcontext()
+
+    @contextmanager
+    def dropout(self) -> Iterator[None]:
         """The dropout of a pass of this term, as ``--smart-dropout`` says."""
+        dropout: AbstractContextManager[None] = nullcontext()
         if self.settings.dropout == "shared":
-            return self.masks.replayed()
-        return without_dropout(self.encoder.model) if self.settings.dropout == "off" else nullcontext()
+            dropout = self.masks.replayed()
+        elif self.settings.dropout == "off":
+            dropout = without_dropout(self.encoder.model)
+        with dropout, self.attention():
+            yield
 
     def first_order_gradient(self) -> GradientFn:
         """The gradient to first order at the clean point, from a pass of its own."""
@@ -96,8 +111,7 @@ class _Batch:
             with self.dropout():
                 return forward.products(weights, self.carried(direction))
 
-        # the forward of a pass of its own counts as one more
-        if not few_outputs(settings.num_classes + 1):
+        if self.by_products:
             return gradient_to_first_order(products, settings.divergence_of_change)
         with self.dropout(), self.encoder.captured(forward.place, leaf=True) as entered:
             outputs = forward(weights)
@@ -166,8 +180,8 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
             adversarial = forward(perturbation=perturbation * batch.unit, lookup=looked_up[0])
         return batch.result(settings.divergence(adversarial, clean).sum(), perturbation)
 
-    saving = encoder.recomputed() if settings.recompute else encoder.without_gelu_outputs()
-    with saving, encoder.captured("token") as looked_up, entering() as entered:
+    saving = encoder.recomputed(batch.written_out) if settings.recompute else encoder.without_gelu_outputs()
+    with batch.attention(), saving, encoder.captured("token") as looked_up, entering() as entered:
         yield value
 
 

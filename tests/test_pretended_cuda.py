@@ -1,0 +1,170 @@
+"""On a GPU that is not there: no mixed devices, no wait beyond the known, no launch too many, the same draws.
+
+`pretended_cuda.py` takes an update in each form and counts; results are not seen.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toolkit import BOLD, ROOT
+
+TORCH = "2.13.0+cpu"
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="compiles a device guard with g++"),
+    pytest.mark.skipif(torch.__version__ != TORCH, reason=f"counts and guard are those of torch {TORCH}"),
+]
+
+RELATIVE = ["--smart-recipe", "smart"]  # 3 % of the embeddings, two forwards in every precision
+TWO_FORWARDS = [*BOLD, "--smart-mode", "finite"]
+TANGENT = ["--smart-mode", "tangent"]
+Form = dict[str, Any]
+
+FORMS: dict[str, Form] = {
+    "plain": {"flags": [], "criterion": "sentence_prediction", "optimizer": "adam"},
+    "MBPP alone": {"flags": ["--smart-weight", "0"]},
+    "SMART alone": {"flags": RELATIVE, "optimizer": "adam"},
+    "default": {"flags": RELATIVE},
+    "release": {"flags": ["--smart-recipe", "release"]},
+    "two steps": {"flags": [*RELATIVE, "--smart-steps", "2"]},
+    "two steps, linear": {"flags": [*RELATIVE, "--smart-steps", "2", "--smart-linear-search"]},
+    "l2, token, two steps": {
+        "flags": [*RELATIVE, "--smart-norm", "l2", "--smart-norm-scope", "token", "--smart-steps", "2"]
+    },
+    "own pass": {"flags": TWO_FORWARDS, "num_classes": 5},
+    "recompute": {"flags": [*RELATIVE, "--smart-recompute"]},
+    "recompute, 4 classes": {"flags": [*RELATIVE, "--smart-recompute"], "num_classes": 4},
+    "dropout off": {"flags": [*RELATIVE, "--smart-dropout", "off"]},
+    "dropout independent": {"flags": [*RELATIVE, "--smart-dropout", "independent"]},
+    "input": {"flags": [*RELATIVE, "--smart-embedding", "input"]},
+    "kl": {"flags": [*RELATIVE, "--smart-divergence", "kl"]},
+    "js": {"flags": [*RELATIVE, "--smart-divergence", "js"]},
+    "squared": {"flags": [*RELATIVE, "--smart-divergence", "squared"]},
+    "regression": {"flags": [*RELATIVE, "--regression-target"], "num_classes": 1},
+    "tangent": {"flags": TANGENT},
+    "tangent, 4 classes": {"flags": TANGENT, "num_classes": 4},
+    "radam": {"flags": [*RELATIVE, "--mbpp-base", "radam"]},
+}
+PRECISIONS = ["fp32", "bf16", "fp16", "fp16 flat", "amp"]
+MAIN = [
+    "plain, bf16",
+    "default, fp32",
+    "default, bf16",
+    "default, amp",
+    "tangent, fp16 flat",
+    "tangent, 4 classes, amp",
+]
+# at most so many launches, of forward and backward in bfloat16 and under --amp, two layers
+LAUNCHES = {
+    "plain": (80, 110, 120, 150),
+    "MBPP alone": (220, 130, 250, 170),
+    "SMART alone": (400, 290, 460, 350),
+    "default": (530, 310, 580, 370),
+    "release": (580, 310, 660, 370),
+    "two steps": (730, 310, 820, 370),
+    "two steps, linear": (590, 310, 640, 370),
+    "l2, token, two steps": (780, 310, 860, 370),
+    "own pass": (990, 320, 1070, 370),
+    "recompute": (600, 350, 680, 440),
+    "recompute, 4 classes": (1000, 360, 1080, 450),
+    "dropout off": (590, 440, 650, 520),
+    "dropout independent": (590, 310, 660, 370),
+    "input": (540, 310, 590, 370),
+    "kl": (500, 280, 550, 330),
+    "js": (530, 300, 580, 360),
+    "squared": (500, 280, 550, 340),
+    "regression": (480, 270, 530, 330),
+    "tangent": (930, 710, 1000, 710),
+    "tangent, 4 classes": (1310, 710, 1380, 710),
+    "radam": (530, 310, 580, 370),
+}
+# and of the step with fairseq's adam
+OF_A_STEP = {"fp32": 370, "bf16": 500, "fp16": 500, "fp16 flat": 110, "amp": 460}
+# known waits, and how many: the check of the terms' values, and the layers' questions whether there is padding
+WAITS = {
+    "forward, read: smart_fairseq/training/criterion.py _add": 1,
+    "forward, read: fairseq/models/transformer/transformer_encoder.py forward_scriptable": 8,
+    # what --fp16 and --amp ask of the gradients
+    "step, read: fairseq/optim/fp16_optimizer.py clip_grad_norm": 1,
+    "step, read: fairseq/optim/dynamic_loss_scaler.py check_overflow": 2,
+    "step, read: fairseq/optim/amp_optimizer.py step": 1,
+    # each tensor's norm goes to the CPU where torch was built without CUDA, and only there
+    "step, copy: fairseq/utils.py <listcomp>": 45,
+}
+
+
+def run(folder: Path, data: Path, forms: dict[str, Form]) -> dict[str, Any]:
+    """What `pretended_cuda.py` counts for each of the forms."""
+    shutil.copytree(data, folder / "data")
+    program = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "pretended_cuda.py"), str(folder / "data")],
+        input=json.dumps(forms),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert program.returncode == 0, program.stderr[-3000:]
+    found: dict[str, Any] = json.loads(program.stdout)
+    return found
+
+
+def faults(form: str, precision: str, counts: dict[str, Any]) -> list[str]:
+    """What is wrong with the counts of a form; nothing where all is right."""
+    if "error" in counts:
+        return [counts["error"]]
+    found = [f"{number} waits at {where}" for where, number in counts["waits"].items() if number > WAITS.get(where, 0)]
+    bounds = LAUNCHES[form][2:] if precision == "amp" else LAUNCHES[form][:2]
+    for phase, bound in zip(("forward", "backward", "step"), (*bounds, OF_A_STEP[precision])):
+        number = counts["launches"][phase]
+        if number > bound:
+            found.append(f"{phase} launches {number} kernels, at most {bound} are expected")
+    if len({tuple(draws) for draws in counts["draws"]}) > 1:
+        found.append("passes draw different masks")
+    return found
+
+
+def in_precision(name: str) -> tuple[str, str]:
+    """ "tangent, 4 classes, amp" -> ("tangent, 4 classes", "amp")"""
+    form, precision = name.rsplit(", ", 1)
+    return form, precision
+
+
+# what is done to a form's smoothness term, and what must be seen of it
+CHANGES = {
+    "float()": "1 waits at forward, read: tests/",
+    "CPU tensor": "Expected all tensors to be on the same device",
+    "copied CPU tensor": "1 waits at forward, copy: tests/",
+    "ten launches": "forward launches",
+}
+
+
+@pytest.fixture(scope="module")
+def main_forms(class_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    forms = {name: {**FORMS[form], "precision": precision} for name in MAIN for form, precision in [in_precision(name)]}
+    forms |= {change: {**FORMS["SMART alone"], "precision": "bf16", "change": change} for change in CHANGES}
+    return run(tmp_path_factory.mktemp("main"), class_data, forms)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_main_forms(name: str, main_forms: dict[str, Any]) -> None:
+    assert not faults(*in_precision(name), main_forms[name])
+
+
+@pytest.mark.parametrize(("change", "seen"), CHANGES.items())
+def test_a_fault_is_seen(change: str, seen: str, main_forms: dict[str, Any]) -> None:
+    assert any(seen in fault for fault in faults("SMART alone", "bf16", main_forms[change]))
+
+
+@pytest.mark.slow
+def test_every_form_in_every_precision(class_data: Path, tmp_path: Path) -> None:
+    names = [f"{form}, {precision}" for form in FORMS for precision in PRECISIONS]
+    forms = {name: {**FORMS[in_precision(name)[0]], "precision": in_precision(name)[1]} for name in names}
+    found = {name: faults(*in_precision(name), counts) for name, counts in run(tmp_path, class_data, forms).items()}
+    assert not {name: wrong for name, wrong in found.items() if wrong}
+    assert len(found) == len(FORMS) * len(PRECISIONS)
