@@ -1,7 +1,7 @@
 """What a fine-tuned checkpoint predicts for the splits of a data folder."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,17 +47,6 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     return TASKS[name]
 
 
-def heads_of(weights: Iterable[str]) -> list[str]:
-    """Names of the classification heads among a checkpoint's weights."""
-    return sorted({name.split(".")[1] for name in weights if name.startswith("classification_heads.")})
-
-
-def without_head(name: str, there: Sequence[str]) -> str:
-    """What is wrong with a checkpoint that lacks the head that its criterion names."""
-    found = f"its heads are {', '.join(there)}" if there else "it holds none: it is not fine-tuned; train it first"
-    return f"has no classification head {name!r}; {found}"
-
-
 def read_ids(folder: Path, split: str) -> list[str]:
     """The ids of a split's rows, from ids/SPLIT.tsv."""
     path = folder / "ids" / f"{split}.tsv"
@@ -92,7 +81,6 @@ class Model:
         register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
         trained_on = self._load()
-        self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
         self.classes = self._checked_classes(trained_on)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
         self.model.to(self._device).eval()
@@ -105,6 +93,8 @@ class Model:
     def _load(self) -> Path:
         """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
+
+        from .convert.checkpoint import check_head
 
         path = str(self._path)
         try:
@@ -124,14 +114,12 @@ class Model:
             what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
             self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
         self.model = models[0]
-        self._heads = heads_of(state["model"])
+        self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        check_head(self._path, state["model"], self.head)
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
         """The labels in the order of the head's outputs; none for regression."""
-        # not what the model has: fairseq makes a head of random weights where the checkpoint holds none
-        if self.head not in self._heads:
-            self._refuse(without_head(self.head, self._heads))
         outputs = self.model.classification_heads[self.head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")

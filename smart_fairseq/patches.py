@@ -7,6 +7,7 @@
   disk or a killed process would leave half a file where the only whole one was (`copy_checkpoints_whole`).
 - fairseq-validate builds the criterion from the flags that the checkpoint names, and refuses one that it does not know:
   those that were removed from the plugin are taken out when the file is read (`forget_removed_flags`).
+- At evaluation fairseq draws a random classification head where the checkpoint holds none (`demand_heads`).
 - From the last batch of a split it drops all examples when their number is no multiple of
   ``--required-batch-size-multiple``, which is 8 unless changed: RTE would be judged on 272 of its 277 examples in
   batches of 16 (`cover_validation_sets`).
@@ -86,6 +87,27 @@ def forget_removed_flags() -> None:
         return state
 
     checkpoint_utils.load_checkpoint_to_cpu = load_and_forget
+
+
+def demand_heads() -> None:
+    """Let fairseq evaluate a fine-tuned checkpoint only with the whole classification head that it names."""
+    from fairseq import checkpoint_utils
+
+    from .convert.checkpoint import check_head
+
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(load)
+    def load_with_head(path: str, arg_overrides: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        state = load(path, arg_overrides, *args, **kwargs)
+        if arg_overrides is not None:  # training, which may begin without, overrides nothing
+            settings = (state.get("cfg") or {}).get("criterion") or state.get("args")
+            head = getattr(settings, "classification_head_name", None)
+            if head:
+                check_head(Path(path), state["model"], head)
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_with_head
 
 
 def cover_validation_sets(task: Any, train_subset: str) -> None:

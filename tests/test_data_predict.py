@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toolkit
 import torch
 from data_samples import ROOT, make_anli, make_glue, make_gpt2_bpe, train, write
+from fairseq import checkpoint_utils
 
 from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.commands.preprocess import anli_main, glue_main
 from smart_fairseq.data import metrics
 from smart_fairseq.data.tasks import GLUE, NLI_LABELS, TASKS
+from smart_fairseq.errors import UsageError
 from smart_fairseq.inference import Model, Predictions, batches
 
 
@@ -285,26 +288,31 @@ def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def with_head(source: str, name: str | None, target: Path) -> str:
-    """A copy of a checkpoint whose head bears another name, or that has none."""
-    state = torch.load(source)
+HEADS = {  # what becomes of the names of the head's weights, "" where they go, and what must be said
+    "none": (r".*", "", "has no classification head {}; it holds none: "),
+    "another name": (r"{}", "mine", "has no classification head {}; its heads are mine"),
+    "half of it": (r".*dense\.bias", "", "has no dense.bias of its classification head {}; "),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_checkpoint_without_its_head_is_not_scored_with_a_random_one(place, tmp_path, capsys, kind):
+    pattern, name, what = HEADS[kind]
+    state = torch.load(checkpoint(place, "RTE"))
     for key in [key for key in state["model"] if key.startswith("classification_heads.")]:
-        tensor = state["model"].pop(key)
-        if name:
-            state["model"][key.replace("sentence_classification_head", name)] = tensor
-    torch.save(state, target)
-    return str(target)
-
-
-@pytest.mark.parametrize(("name", "what"), [(None, "it holds none: "), ("mine", "its heads are mine")])
-def test_a_checkpoint_without_its_head_is_not_scored_with_a_random_one(place, tmp_path, capsys, name, what):
-    model = with_head(checkpoint(place, "RTE"), name, tmp_path / "other.pt")
+        tensor, key = state["model"].pop(key), re.sub(pattern.format(toolkit.HEAD), name, key, count=1)
+        if key:
+            state["model"][key] = tensor
+    model = str(tmp_path / "other.pt")
+    torch.save(state, model)
     data = ["--data-dir", str(place / "bins" / "RTE-bin"), "--checkpoint", model, "--cpu"]
-    expected = f"other.pt: has no classification head 'sentence_classification_head'; {what}"
+    expected = f"other.pt: {what.format(repr(toolkit.HEAD))}"
     assert expected in refused(predict.main, capsys, *data, "--out", str(tmp_path / "out"))
     assert expected in refused(evaluate.main, capsys, *data, "--split", "valid")
     assert export.main([model, str(tmp_path / "plain.pt")]) == 2
     assert expected in capsys.readouterr().err
+    with pytest.raises(UsageError, match=re.escape(expected)):  # fairseq-validate
+        checkpoint_utils.load_model_ensemble_and_task([model], {"data": str(place / "bins" / "RTE-bin")})
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of plain containers and tensors, as fairseq-train writes them."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..errors import refuse
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+HEAD_PARTS = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
 
 
 def tied(model: dict[str, Tensor]) -> bool:
@@ -28,6 +30,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
         refuse(path, "holds no model or no configuration", "a checkpoint written by fairseq-train is needed")
     return state
+
+
+def check_head(path: Path, weights: Iterable[str], head: str) -> None:
+    """Raise `UsageError` where a checkpoint's weights lack a classification head or a part of it.
+
+    fairseq would take random numbers for them, without a word.
+    """
+    found: dict[str, set[str]] = {}
+    for name in weights:
+        if name.startswith("classification_heads."):
+            _, owner, part = name.split(".", 2)
+            found.setdefault(owner, set()).add(part.removesuffix("_orig"))  # --spectral-norm-classification-head
+    if head not in found:
+        there = f"its heads are {', '.join(sorted(found))}" if found else "it holds none: it is not fine-tuned"
+        refuse(path, f"has no classification head {head!r}", f"{there}; a whole, fine-tuned checkpoint is needed")
+    missing = HEAD_PARTS - found[head]
+    if missing:
+        refuse(path, f"has no {min(missing)} of its classification head {head!r}", "a whole checkpoint is needed")
 
 
 def plain(value: Any) -> Any:
