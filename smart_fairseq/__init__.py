@@ -25,6 +25,6 @@ def register() -> None:
 install_excepthook()
 # for `python -m smart_fairseq.commands`, Python imports this package while it looks for the program, which registers
 # when it comes to need fairseq: its help and its errors do not wait for that
-PROGRAMS = ("commands", "export", "import_hf")
+PROGRAMS = ("commands", "export", "import_hf", "study")
 if not (sys.argv[:1] == ["-m"] and any(f"{__name__}.{program}" in sys.orig_argv for program in PROGRAMS)):
     register()
