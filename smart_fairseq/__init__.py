@@ -14,12 +14,11 @@ def register() -> None:
     from .criterions import smart_sentence_prediction  # noqa: F401
     from .models import smart_bert  # noqa: F401
     from .optim import mbpp  # noqa: F401
-    from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, demand_heads, forget_removed_flags
+    from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, read_checkpoints_with_care
 
     allow_fairseq_checkpoints()
     copy_checkpoints_whole()
-    forget_removed_flags()
-    demand_heads()
+    read_checkpoints_with_care()
 
 
 install_excepthook()

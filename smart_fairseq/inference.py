@@ -12,7 +12,7 @@ from . import register
 from .data.binarize import MANIFEST, read_index, read_manifest
 from .data.lines import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
-from .errors import UsageError
+from .errors import UsageError, unfit
 from .progress import Progress
 
 
@@ -107,12 +107,9 @@ class Model:
         except UsageError:
             raise
         except Exception as error:
-            # whatever torch or fairseq says about a file that is no such checkpoint
-            lines = (str(error).strip() or type(error).__name__).splitlines()
-            # where sizes differ, torch says which from the second line on
-            reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
-            what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
-            self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
+            # whatever fairseq says about a checkpoint of something else
+            reason = unfit(str(error)) if "state_dict" in str(error) else f"cannot be loaded ({type(error).__name__})"
+            self._refuse(f"{reason}; give a checkpoint of fairseq-train and the data folder that it was trained on")
         self.model = models[0]
         self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
         check_head(self._path, state["model"], self.head)

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..errors import refuse
+from ..data.lines import located
+from ..errors import refuse, unreadable
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
 HEAD_PARTS = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
@@ -25,8 +26,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        refuse(path, f"not a readable checkpoint ({reason})", "copy it again")
+        raise located(path, 0, unreadable(error)) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
         refuse(path, "holds no model or no configuration", "a checkpoint written by fairseq-train is needed")
     return state
