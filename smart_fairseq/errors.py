@@ -5,6 +5,7 @@ as its one line instead of a traceback, and does the same for the failures of fa
 users leads to (`explain`). Everything else goes to the hook that was there before.
 """
 
+import json
 import os
 import re
 import sys
@@ -35,6 +36,17 @@ def refuse(where: Any, what: str, allowed: str) -> NoReturn:
 def one_line(message: str) -> str:
     """The message without line ends and terminal codes, which file names and files' contents may bring along."""
     return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
+
+
+def parse_json(text: str) -> Any:
+    """What stands there. Raises ValueError where it is no JSON, or what its escapes stand for is no text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\u" in text:  # half of a pair of surrogates could never be written
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def unreadable(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The hydra recipes say what the table of tasks and the paper say, and run."""
 
+import json
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 from data_samples import ROOT, make_glue, make_gpt2_bpe, train
 from fairseq.dataclass.initialize import hydra_init
 from fairseq_cli import hydra_train
+from hf_samples import write_hf, write_task_data
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -20,6 +22,8 @@ from toolkit import USER_DIR, capture_log, write_data, write_labels
 from smart_fairseq.commands.preprocess import glue_main
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.data.tasks import ANLI, GLUE, TASKS
+from smart_fairseq.errors import explain
+from smart_fairseq.import_hf import import_hf
 from smart_fairseq.optim.mbpp import MBPPConfig
 from smart_fairseq.training.recipes import RECIPES as SMART_RECIPES
 
@@ -105,22 +109,38 @@ def data_by_classes(class_data, regression_data, tmp_path_factory):
     return {1: regression_data, 2: class_data, 3: three}
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", OVERRIDES)
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_starts_with_what_the_documents_offer(path, kind, data_by_classes):
+def start(path, data, restore_file, *overrides):
     """An update, after which the terms are in the log."""
-    data = data_by_classes[OmegaConf.load(path).task.num_classes]
-    given = [f"task.data={data}", "checkpoint.restore_file=checkpoint_last.pt", f"common.user_dir={USER_DIR}"]
+    given = [f"task.data={data}", f"checkpoint.restore_file={restore_file}", f"common.user_dir={USER_DIR}"]
     given += ["common.cpu=true", "common.reset_logging=false", "common.log_interval=1", "dataset.num_workers=0"]
     given += ["dataset.disable_validation=true", "checkpoint.no_save=true", "optimization.max_update=1"]
-    given += ["lr_scheduler.warmup_updates=0", "task.max_positions=32", "dataset.valid_subset=valid"]
-    given += [f"+model.{size}" for size in (*TINY, "max_positions=32")]
-    cfg = composed(path, *given, *OVERRIDES[kind].split())
+    given += ["lr_scheduler.warmup_updates=0", "dataset.valid_subset=valid"]
+    cfg = composed(path, *given, *overrides)
     with capture_log() as log:
         hydra_train._hydra_main(cfg)
     (update,) = log["train_inner"]
     assert update["smart_loss"] > 0 and update["bregman_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OVERRIDES)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_starts_with_what_the_documents_offer(path, kind, data_by_classes):
+    data = data_by_classes[OmegaConf.load(path).task.num_classes]
+    sizes = [f"+model.{size}" for size in (*TINY, "max_positions=32")]
+    start(path, data, "checkpoint_last.pt", "task.max_positions=32", *sizes, *OVERRIDES[kind].split())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recipe_starts_from_an_imported_encoder(tmp_path):
+    """With the overrides that import_hf prints; without, both sizes are said."""
+    import_hf(write_hf(tmp_path / "hf", "bert"), tmp_path / "out")
+    data, model = write_task_data(tmp_path / "data", tmp_path / "out" / "dict.txt"), tmp_path / "out" / "model.pt"
+    (recipe,) = (path for path in RECIPES if path.stem == "sst_2")
+    start(recipe, data, model, *json.loads((tmp_path / "out" / "import.json").read_text())["overrides"])
+    with pytest.raises(Exception) as caught:
+        start(recipe, data, model, "model._name=smart_bert_minilm_l6")
+    assert re.search(r"embed_tokens.weight is \[27, 16\] in it and \[27, 384\] in", explain(caught.value))
 
 
 @pytest.mark.parametrize(
