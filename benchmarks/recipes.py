@@ -47,7 +47,7 @@ def write_data(like: Task, sentences: list[Row], imported: Path, target: Path) -
 def task_of(recipe: Any) -> Task:
     """A task of the recipe's form."""
     criterion = recipe.criterion
-    pair = "separator_token" in recipe.task
+    pair = recipe.task.separator_token is not None
     if criterion.regression_target:
         return TASKS["STS-B"]
     return TASKS[{(2, False): "CoLA", (2, True): "RTE", (3, True): "MNLI"}[recipe.task.num_classes, pair]]
@@ -65,9 +65,8 @@ def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]
         *(f"common.user_dir={ROOT / 'smart_fairseq'}", "common.cpu=true", "common.log_interval=1"),
         *(f"model._name={arch}", *(f"+model.{name}={value}" for name, value in model.items())),
         *(f"dataset.batch_size={BATCH}", "dataset.num_workers=0", "dataset.disable_validation=true"),
-        *("task.separator_token=null",) * ("separator_token" in OmegaConf.load(path).task),
         *(f"optimization.max_update={UPDATES}", f"lr_scheduler.warmup_updates={WARMUP}", "dataset.valid_subset=valid"),
-        *("checkpoint.no_save=true", f"hydra.run.dir={scratch / path.stem}"),
+        *("checkpoint.no_save=true", "task.separator_token=null", f"hydra.run.dir={scratch / path.stem}"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = done.stdout + done.stderr + "".join(p.read_text() for p in (scratch / path.stem).rglob("*.log"))

@@ -21,16 +21,16 @@ def register() -> None:
     )
     from .models import smart_bert  # noqa: F401
     from .optim import mbpp  # noqa: F401
-    from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, forget_removed_flags
+    from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, read_checkpoints_with_care
 
     allow_fairseq_checkpoints()
     copy_checkpoints_whole()
-    forget_removed_flags()
+    read_checkpoints_with_care()
 
 
 install_excepthook()
 # for `python -m smart_fairseq.commands`, Python imports this package while it looks for the program, which registers
 # when it comes to need fairseq: its help and its errors do not wait for that
-PROGRAMS = ("commands", "export", "import_hf")
+PROGRAMS = ("commands", "export", "import_hf", "study")
 if not (sys.argv[:1] == ["-m"] and any(f"{__name__}.{program}" in sys.orig_argv for program in PROGRAMS)):
     register()

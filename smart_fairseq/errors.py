@@ -5,10 +5,10 @@ as its one line instead of a traceback, and does the same for the failures of fa
 users leads to (`explain`). Everything else goes to the hook that was there before.
 """
 
+import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NoReturn
@@ -33,6 +33,46 @@ def refuse(where: Any, what: str, allowed: str) -> NoReturn:
     raise UsageError(f"{where}: {what}; {allowed}")
 
 
+def one_line(message: str) -> str:
+    """The message without line ends and terminal codes, which file names and files' contents may bring along."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
+
+
+def parse_json(text: str) -> Any:
+    """What stands there. Raises ValueError where it is no JSON, or what its escapes stand for is no text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\u" in text:  # half of a pair of surrogates could never be written
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def unreadable(error: Exception) -> str:
+    """What is wrong with a checkpoint at which torch's safe loader raised this; its own words advise to trust it."""
+    text = str(error)
+    foreign = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text)
+    if foreign or "allowlist" in text or "call reduce" in text:
+        what = foreign[1] if foreign else "an object"
+        return f"it holds {what}, which torch's safe loader refuses: it could run code; save the weights without it"
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot be read ({error.strerror})"
+    what = f"not a readable checkpoint of fairseq ({type(error).__name__})"
+    return f"{what}: cut short, or another program's file; copy or download it again"
+
+
+def unfit(text: str) -> str:
+    """How a checkpoint's weights differ from a model's, in brackets; from what torch says about loading them."""
+    shape = r"torch\.Size\((\[.*?\])\)"
+    sizes = re.findall(rf"size mismatch for (\S+): .*?{shape} from checkpoint.*?{shape}", text)
+    found = [f"{name} is {there} in it and {here} in the model" for name, there, here in sizes]
+    found += [f"it has no {name}" for name in re.findall(r'Missing key\(s\) in state_dict: "([^"]+)"', text)]
+    found += [f"the model has no {name}" for name in re.findall(r'Unexpected key\(s\) in state_dict: "([^"]+)"', text)]
+    more = f", and {len(found) - 1} more" if found[1:] else ""
+    return f"its weights do not fit the model ({found[0]}{more})" if found else "its weights do not fit the model"
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what it arose from, outermost first."""
     while error is not None:
@@ -42,6 +82,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def explain(error: BaseException) -> str | None:
     """The one line for a failure that a user can mend, or None for any other error."""
+    line = _explained(error)
+    return None if line is None else one_line(line)
+
+
+def _explained(error: BaseException) -> str | None:
     for link in _chain(error):
         if isinstance(link, UsageError):
             return str(link)
@@ -66,36 +111,11 @@ def explain(error: BaseException) -> str | None:
         return f"{text}; name an existing checkpoint"
     if isinstance(error, ImportError) and "FullyShardedDataParallel" in text:
         return NOT_SHARDED  # fairseq asks for fairscale before the criterion can say so
-    return _explain_checkpoint(error)
-
-
-def _explain_checkpoint(error: BaseException) -> str | None:
-    """A checkpoint that cannot be read, or that holds another model."""
-    unfit = re.search(r"Cannot load model parameters from checkpoint (.+?);", str(error))
-    if unfit:
-        causes = "\n".join(str(link) for link in _chain(error)).splitlines()
-        details = [line.strip().rstrip(".") for line in causes if line.startswith("\t")]
-        more = f", and {len(details) - 1} more" if details[1:] else ""
-        detail = f" ({details[0]}{more})" if details else ""
-        return (
-            f"--restore-file {unfit[1]}: its weights do not fit the model of this run{detail}; "
-            "choose the --arch and sizes that the checkpoint was made with"
-        )
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "load_checkpoint_to_cpu":
-            foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            if foreign:
-                what = (
-                    f"it holds a {foreign[1]}, which torch's safe loader refuses; if you trust the file, load it once "
-                    "and save it without that object"
-                )
-            else:
-                first_line = (str(error).strip().splitlines() or [""])[0]
-                what = (
-                    f"not a readable checkpoint ({type(error).__name__}: {first_line}); it may have been cut short: "
-                    "copy or download it again"
-                )
-            return f"--restore-file {frame.f_locals.get('path')}: {what}"
+    causes = "\n".join(str(link) for link in _chain(error))
+    unfit_one = re.search(r"Cannot load model parameters from checkpoint (.+?);", text)
+    if unfit_one or "loading state_dict for" in text:
+        where = f"{unfit_one[1]}: " if unfit_one else "the checkpoint: "
+        return f"{where}{unfit(causes)}; choose the --arch, sizes and data that it was made with"
     return None
 
 
@@ -111,3 +131,6 @@ def install_excepthook() -> None:
             print(f"smart_fairseq: error: {line}", file=sys.stderr)
 
     sys.excepthook = excepthook
+    hydra = sys.modules.get("hydra.core.hydra_config")
+    if hydra and hydra.HydraConfig.initialized():
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # without it hydra prints tracebacks of its own

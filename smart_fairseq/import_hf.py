@@ -48,6 +48,8 @@ def _main(argv: Sequence[str] | None) -> None:
     for note in (*report["notes"], f"wrote {args.out_dir}; train with"):
         print(f"import_hf: {note}")
     print(" ".join(report["flags"]))
+    print("import_hf: or with fairseq-hydra-train and a recipe of examples/")
+    print(" ".join(report["overrides"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """What a fine-tuned checkpoint predicts for the splits of a data folder."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,7 @@ from . import register
 from .data.binarize import MANIFEST, read_index, read_manifest
 from .data.lines import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
-from .errors import UsageError
+from .errors import UsageError, unfit
 from .progress import Progress
 
 
@@ -45,17 +45,6 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     if name not in TASKS:
         raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
     return TASKS[name]
-
-
-def heads_of(weights: Iterable[str]) -> list[str]:
-    """Names of the classification heads among a checkpoint's weights."""
-    return sorted({name.split(".")[1] for name in weights if name.startswith("classification_heads.")})
-
-
-def without_head(name: str, there: Sequence[str]) -> str:
-    """What is wrong with a checkpoint that lacks the head that its criterion names."""
-    found = f"its heads are {', '.join(there)}" if there else "it holds none: it is not fine-tuned; train it first"
-    return f"has no classification head {name!r}; {found}"
 
 
 def read_ids(folder: Path, split: str) -> list[str]:
@@ -92,7 +81,6 @@ class Model:
         register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
         trained_on = self._load()
-        self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
         self.classes = self._checked_classes(trained_on)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
         self.model.to(self._device).eval()
@@ -106,6 +94,8 @@ class Model:
         """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
 
+        from .convert.checkpoint import check_head
+
         path = str(self._path)
         try:
             state = checkpoint_utils.load_checkpoint_to_cpu(path)
@@ -117,21 +107,16 @@ class Model:
         except UsageError:
             raise
         except Exception as error:
-            # whatever torch or fairseq says about a file that is no such checkpoint
-            lines = (str(error).strip() or type(error).__name__).splitlines()
-            # where sizes differ, torch says which from the second line on
-            reason = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
-            what = f"cannot be loaded as a checkpoint of fairseq-train for this data folder ({type(error).__name__}: "
-            self._refuse(f"{what}{reason[:240]}); give the folder that it was trained on, and a whole file")
+            # whatever fairseq says about a checkpoint of something else
+            reason = unfit(str(error)) if "state_dict" in str(error) else f"cannot be loaded ({type(error).__name__})"
+            self._refuse(f"{reason}; give a checkpoint of fairseq-train and the data folder that it was trained on")
         self.model = models[0]
-        self._heads = heads_of(state["model"])
+        self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+        check_head(self._path, state["model"], self.head)
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
         """The labels in the order of the head's outputs; none for regression."""
-        # not what the model has: fairseq makes a head of random weights where the checkpoint holds none
-        if self.head not in self._heads:
-            self._refuse(without_head(self.head, self._heads))
         outputs = self.model.classification_heads[self.head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")

@@ -5,8 +5,10 @@
   best metrics. All of them are plain data (`allow_fairseq_checkpoints`); the safe loader stays on.
 - fairseq writes a checkpoint to a file aside and renames it, but copies it onto checkpoint_last.pt in place: a full
   disk or a killed process would leave half a file where the only whole one was (`copy_checkpoints_whole`).
-- fairseq-validate builds the criterion from the flags that the checkpoint names, and refuses one that it does not know:
-  those that were removed from the plugin are taken out when the file is read (`forget_removed_flags`).
+- Reading a checkpoint (`read_checkpoints_with_care`): what torch says of a file that it cannot or will not load is
+  replaced by one line. fairseq-validate builds the criterion from the flags that the checkpoint names, and refuses one
+  that it does not know: those that were removed from the plugin are taken out. And at evaluation fairseq draws a random
+  classification head where the checkpoint holds none.
 - From the last batch of a split it drops all examples when their number is no multiple of
   ``--required-batch-size-multiple``, which is 8 unless changed: RTE would be judged on 272 of its 277 examples in
   batches of 16 (`cover_validation_sets`).
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import UsageError, unreadable
 from .files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -65,27 +68,48 @@ def copy_checkpoints_whole() -> None:
     PathManager.copy = staticmethod(copy_whole)
 
 
-def forget_removed_flags() -> None:
-    """Let fairseq read a checkpoint without the `REMOVED_FLAGS` of its criterion."""
+def read_checkpoints_with_care() -> None:
+    """Let fairseq read a checkpoint without the `REMOVED_FLAGS`, and evaluate none that lacks its head.
+
+    It raises `UsageError` for a file that it cannot or will not read.
+    """
     from fairseq import checkpoint_utils
-    from omegaconf import DictConfig, open_dict
 
     load = checkpoint_utils.load_checkpoint_to_cpu
 
     @functools.wraps(load)
-    def load_and_forget(*args: Any, **kwargs: Any) -> Any:
-        state = load(*args, **kwargs)
-        cfg = state.get("cfg")
-        criterion = cfg.get("criterion") if isinstance(cfg, DictConfig) else None
-        if isinstance(criterion, DictConfig):
-            with open_dict(criterion):
-                for name in REMOVED_FLAGS:
-                    criterion.pop(name, None)
-                if "smart_epsilon" in criterion:  # from before there were others
-                    criterion.setdefault("smart_epsilon_unit", "absolute")
+    def load_with_care(path: str, arg_overrides: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            state = load(path, arg_overrides, *args, **kwargs)
+        except Exception as error:  # torch and fairseq raise whatever the bytes lead them to
+            raise UsageError(f"{path}: {unreadable(error)}") from error
+        _forget_removed_flags(state.get("cfg"))
+        if arg_overrides is not None:  # training, which may begin without a head, overrides nothing
+            _demand_head(path, state)
         return state
 
-    checkpoint_utils.load_checkpoint_to_cpu = load_and_forget
+    checkpoint_utils.load_checkpoint_to_cpu = load_with_care
+
+
+def _forget_removed_flags(cfg: Any) -> None:
+    from omegaconf import DictConfig, open_dict
+
+    criterion = cfg.get("criterion") if isinstance(cfg, DictConfig) else None
+    if isinstance(criterion, DictConfig):
+        with open_dict(criterion):
+            for name in REMOVED_FLAGS:
+                criterion.pop(name, None)
+            if "smart_epsilon" in criterion:  # from before there were others
+                criterion.setdefault("smart_epsilon_unit", "absolute")
+
+
+def _demand_head(path: str, state: dict[str, Any]) -> None:
+    from .convert.checkpoint import check_head
+
+    settings = (state.get("cfg") or {}).get("criterion") or state.get("args")
+    head = getattr(settings, "classification_head_name", None)
+    if head:
+        check_head(Path(path), state["model"], head)
 
 
 def cover_validation_sets(task: Any, train_subset: str) -> None:

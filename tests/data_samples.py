@@ -196,6 +196,35 @@ def train(data: Path, save_dir: Path, classes: int, *flags: str) -> Path:
     return path
 
 
+TRAININGS: dict[str, tuple[int, list[str]]] = {  # classes, and flags
+    "RTE": (2, ["--separator-token", "2"]),
+    "CoLA": (2, ["--report-mcc"]),
+    "MRPC": (2, ["--separator-token", "2", "--report-acc-and-f1"]),
+    "STS-B": (1, ["--separator-token", "2", "--regression-target", "--report-pearson-and-spearman"]),
+    "MNLI": (3, ["--separator-token", "2"]),
+}
+
+
+def make_place(place: Path, names: Sequence[str] = tuple(TRAININGS)) -> Path:
+    """Official files in glue/, data folders in bins/, the BPE in bpe/, and a checkpoint for each of ``names``."""
+    make_gpt2_bpe(place / "bpe")
+    make_glue(place / "glue")
+    flags = ["--data-dir", str(place / "glue"), "--bpe-dir", str(place / "bpe"), "--out", str(place / "bins")]
+    assert glue_main(["--task", "all", *flags]) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only stand in each other's way on matrices this small
+    for name in names:
+        classes, more = TRAININGS[name]
+        train(place / "bins" / f"{name}-bin", place / "checkpoints" / name, classes, *more)
+    torch.set_num_threads(threads)
+    return place
+
+
+def checkpoint(place: Path, name: str) -> str:
+    """The checkpoint of a task in `make_place`'s folder."""
+    return str(place / "checkpoints" / name / "checkpoint_last.pt")
+
+
 def fairseq_route(
     texts: dict[str, list[list[str]]], labels: dict[str, list[str]], bpe: Path, out: Path, regression: bool = False
 ) -> Path:

@@ -40,7 +40,7 @@ def as_a_program(program, *argv):
     """The program's run, and the modules that it imports."""
     command = [sys.executable, "-X", "importtime", "-m", f"smart_fairseq.{program}", *argv]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    imports = re.compile(r"^import time:.*\| +([\w. ]+)\n", re.MULTILINE)
+    imports = re.compile(r"^import time:.*\| +([\w. -]+)\n", re.MULTILINE)
     return run.returncode, run.stdout + imports.sub("", run.stderr), set(imports.findall(run.stderr))
 
 
@@ -68,10 +68,13 @@ def test_help_and_errors_load_nothing_heavy(argv):
     assert LIGHT[argv][1].count("error") == 0 or said.count("\n") == 1
 
 
-@pytest.mark.parametrize("program", ["export", "import_hf"])
+@pytest.mark.parametrize("program", ["export", "import_hf", "study"])
 def test_programs_of_their_own_load_nothing_heavy_either(program):
     status, said, loaded = as_a_program(program, "--help")
     assert status == 0 and said.startswith("usage: ") and not {"torch", "fairseq"} & loaded
+    status, said, loaded = as_a_program(program, "nowhere", *([] if program == "study" else ["x"]))
+    assert status == 2 and said.startswith(f"{program}: error: nowhere: ") and said.count("\n") == 1
+    assert not {"torch", "fairseq"} & loaded
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from data_samples import ROOT, make_anli, make_glue, make_gpt2_bpe, train, write
+from data_samples import ROOT, checkpoint, make_anli, make_place, train
 
-from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
-from smart_fairseq.commands.preprocess import anli_main, glue_main
+from smart_fairseq.commands.preprocess import anli_main
 from smart_fairseq.data import metrics
 from smart_fairseq.data.tasks import GLUE, NLI_LABELS, TASKS
 from smart_fairseq.inference import Model, Predictions, batches
@@ -22,28 +20,7 @@ from smart_fairseq.inference import Model, Predictions, batches
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Official files, data folders and a checkpoint for each task."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only stand in each other's way on matrices this small
-    place = tmp_path_factory.mktemp("predict")
-    make_gpt2_bpe(place / "bpe")
-    make_glue(place / "glue")
-    flags = ["--data-dir", str(place / "glue"), "--bpe-dir", str(place / "bpe"), "--out", str(place / "bins")]
-    assert glue_main(["--task", "all", *flags]) == 0
-    for name, classes, more in (
-        ("RTE", 2, ["--separator-token", "2"]),
-        ("CoLA", 2, ["--report-mcc"]),
-        ("MRPC", 2, ["--separator-token", "2", "--report-acc-and-f1"]),
-        ("STS-B", 1, ["--separator-token", "2", "--regression-target", "--report-pearson-and-spearman"]),
-        ("MNLI", 3, ["--separator-token", "2"]),
-    ):
-        train(place / "bins" / f"{name}-bin", place / "checkpoints" / name, classes, *more)
-    yield place
-    torch.set_num_threads(threads)
-
-
-def checkpoint(place: Path, name: str) -> str:
-    return str(place / "checkpoints" / name / "checkpoint_last.pt")
+    return make_place(tmp_path_factory.mktemp("predict"))
 
 
 def table(path: Path):
@@ -176,15 +153,6 @@ def test_official_files_give_the_same_scores(place, tmp_path):
     assert scores[0] == scores[1] and list(scores[0]["splits"]) == ["valid", "valid1"]
 
 
-def test_a_checkpoint_that_diverged(place, tmp_path, capsys):
-    state = torch.load(checkpoint(place, "RTE"))
-    state["model"]["classification_heads.sentence_classification_head.out_proj.bias"][0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    flags = ["--data-dir", str(place / "bins" / "RTE-bin"), "--out", str(tmp_path / "out"), "--cpu"]
-    line = refused(predict.main, capsys, "--checkpoint", str(tmp_path / "nan.pt"), *flags)
-    assert "nan.pt: gives no finite numbers for 15 of 15 rows" in line
-
-
 def test_scores_for_the_server_are_clipped_and_others_are_not(tmp_path):
     found = Predictions(TASKS["STS-B"], "test", ["1", "0"], ["5.200000", "-0.100000"], np.zeros((2, 1)))
     assert table(predict.write_submission(found, tmp_path))[1:] == [["0", "0.000"], ["1", "5.000"]]
@@ -253,133 +221,6 @@ def test_metrics_of_degenerate_predictions():
     assert metrics.f1(none, none) == 0.0
     assert metrics.matthews(none, some) == 0.0
     assert np.isnan(metrics.pearson(np.ones(3), np.arange(3.0)))
-
-
-# Broken input -----------------------------------------------------------------------------------------------------
-
-
-def refused(main, capsys, *flags: str) -> str:
-    capsys.readouterr()
-    assert main(list(flags)) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and re.match(r"(predict|evaluate): error: ", lines[0]), lines
-    return lines[0]
-
-
-def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "out"), "--cpu"]
-    data = ["--data-dir", str(place / "bins" / "RTE-bin")]
-
-    def says(path, *more):
-        return refused(predict.main, capsys, "--checkpoint", str(path), *data, *out, *more)
-
-    assert "nowhere.pt: --checkpoint: no such file" in says("nowhere.pt")
-    assert "cannot be loaded as a checkpoint" in says(write(tmp_path / "text.pt", "no checkpoint"))
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(Path(checkpoint(place, "RTE")).read_bytes()[:3000])
-    assert "cannot be loaded as a checkpoint" in says(cut)
-    assert "gives 3 outputs, and RTE has 2" in says(checkpoint(place, "MNLI"))
-    assert "classes 1, 0" in says(checkpoint(place, "MRPC"))  # as many classes, but others
-    assert "--split is 'dev'; " in says(checkpoint(place, "RTE"), "--split", "dev")
-    assert "--max-tokens is '0'" in says(checkpoint(place, "RTE"), "--max-tokens", "0")
-    assert not (tmp_path / "out").exists()
-
-
-def with_head(source: str, name: str | None, target: Path) -> str:
-    """A copy of a checkpoint whose head bears another name, or that has none."""
-    state = torch.load(source)
-    for key in [key for key in state["model"] if key.startswith("classification_heads.")]:
-        tensor = state["model"].pop(key)
-        if name:
-            state["model"][key.replace("sentence_classification_head", name)] = tensor
-    torch.save(state, target)
-    return str(target)
-
-
-@pytest.mark.parametrize(("name", "what"), [(None, "it holds none: "), ("mine", "its heads are mine")])
-def test_a_checkpoint_without_its_head_is_not_scored_with_a_random_one(place, tmp_path, capsys, name, what):
-    model = with_head(checkpoint(place, "RTE"), name, tmp_path / "other.pt")
-    data = ["--data-dir", str(place / "bins" / "RTE-bin"), "--checkpoint", model, "--cpu"]
-    expected = f"other.pt: has no classification head 'sentence_classification_head'; {what}"
-    assert expected in refused(predict.main, capsys, *data, "--out", str(tmp_path / "out"))
-    assert expected in refused(evaluate.main, capsys, *data, "--split", "valid")
-    assert export.main([model, str(tmp_path / "plain.pt")]) == 2
-    assert expected in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
-
-
-def test_flags_that_do_not_fit(place, tmp_path, capsys):
-    model, out = checkpoint(place, "RTE"), ["--out", str(tmp_path / "out")]
-    bins = ["--data-dir", str(place / "bins")]
-    assert "it must be TASK=PATH" in refused(predict.main, capsys, "--checkpoint", model, *bins, *out)
-    twice = ["--checkpoint", f"RTE={model}", f"RTE={model}"]
-    assert "names RTE twice" in refused(predict.main, capsys, *twice, *bins, *out)
-    line = refused(predict.main, capsys, "--checkpoint", f"QNLI={model}", *bins, *out)
-    assert "--checkpoint names QNLI, and --data-dir has" in line
-    both = ["--checkpoint", f"RTE={model}", f"MRPC={checkpoint(place, 'MRPC')}"]
-    assert "MRPC-bin: has no test split of MRPC" in refused(predict.main, capsys, *both, *bins, *out)
-    assert not (tmp_path / "out").exists()  # found before RTE was predicted
-    line = refused(predict.main, capsys, "--checkpoint", model, "--data-dir", str(place / "bpe"), *out)
-    assert "holds no data folder, and no official files" in line
-    line = refused(predict.main, capsys, "--checkpoint", model, "--data-dir", "nowhere", *out)
-    assert "nowhere: --data-dir: no such folder" in line
-    line = refused(evaluate.main, capsys, "--data-dir", str(place / "bins" / "RTE-bin"))
-    assert "--checkpoint or --predictions must be given" in line
-    line = refused(evaluate.main, capsys, "--data-dir", str(place / "bins"), "--checkpoint", model)
-    assert "holds 6 data folders; name one, or say which --task" in line
-    test = ["--split", "test", "--data-dir", str(place / "bins" / "RTE-bin")]
-    assert "test has no labels" in refused(evaluate.main, capsys, *test, "--checkpoint", model)
-
-
-FILES = {
-    "a wrong header": ("id\tlabel\n0\tentailment\n", r"p.tsv:1: the header is 'id\\tlabel'"),
-    "a wrong label": ("index\tprediction\n0\tyes\n", r"p.tsv:2: prediction 'yes' is not one of entailment"),
-    "one column": ("index\tprediction\n0\n", r"p.tsv:2: 1 column, and 2 are needed"),
-    "an id twice": ("index\tprediction\n0\tentailment\n0\tentailment\n", r"p.tsv:3: id '0' was there already"),
-    "rows missing": ("index\tprediction\n0\tentailment\n", r"p.tsv: holds 1 predictions, .* 15 rows; 14 are missing"),
-    "nothing": ("", r"p.tsv: is empty"),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_prediction_files_that_are_not_in_order(place, tmp_path, capsys, kind):
-    text, message = FILES[kind]
-    (tmp_path / "p.tsv").write_text(text)
-    data = ["--data-dir", str(place / "bins" / "RTE-bin")]
-    assert re.search(message, refused(evaluate.main, capsys, *data, "--predictions", str(tmp_path / "p.tsv")))
-
-
-def test_anli_files_and_scores_that_are_not_in_order(place, tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text('{"uid": "u"}\n')
-    (tmp_path / "s.tsv").write_text("index\tprediction\n0\tnan\n")
-    data = ["--data-dir", str(place / "bins" / "MNLI-bin"), "--split", "valid"]
-    line = refused(evaluate.main, capsys, *data, "--predictions", str(tmp_path / "p.jsonl"))
-    assert "p.jsonl:1: each line must be an object" in line
-    data = ["--data-dir", str(place / "bins" / "STS-B-bin")]
-    line = refused(evaluate.main, capsys, *data, "--predictions", str(tmp_path / "s.tsv"))
-    assert "s.tsv:2: prediction 'nan' is not a number" in line
-
-
-def test_data_folders_that_are_damaged(place, tmp_path, capsys):
-    import shutil
-
-    damaged = tmp_path / "RTE-bin"
-    shutil.copytree(place / "bins" / "RTE-bin", damaged)
-    model = ["--data-dir", str(damaged), "--checkpoint", checkpoint(place, "RTE"), "--cpu"]
-    index = damaged / "label" / "valid.idx"
-    whole = index.read_bytes()
-    index.write_bytes(whole[:-5])
-    assert "valid.idx: is cut short or damaged" in refused(evaluate.main, capsys, *model)
-    index.write_bytes(b"TNTIDX\0\0" + whole)
-    assert "is not an index of fairseq's mmap format" in refused(evaluate.main, capsys, *model)
-    index.write_bytes(whole)
-    data = damaged / "label" / "valid.bin"
-    data.write_bytes(data.read_bytes()[:-2])
-    assert "valid.bin: holds 29 ids, and its .idx says 30" in refused(evaluate.main, capsys, *model)
-    (damaged / "preprocess.json").write_text("{")
-    assert "preprocess.json: cannot be read" in refused(evaluate.main, capsys, *model)
-    (damaged / "preprocess.json").write_text('{"task": "RTF", "rows": {}}')
-    assert "task 'RTF' is not one of" in refused(evaluate.main, capsys, *model)
 
 
 def test_probabilities_feed_the_analysis_of_agreement(place, tmp_path, capsys):

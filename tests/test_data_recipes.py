@@ -1,5 +1,6 @@
 """The hydra recipes say what the table of tasks and the paper say, and run."""
 
+import json
 import math
 import os
 import re
@@ -10,11 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from data_samples import ROOT, make_glue, make_gpt2_bpe, train
+from fairseq.dataclass.initialize import hydra_init
+from fairseq_cli import hydra_train
+from hf_samples import write_hf, write_task_data
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from toolkit import USER_DIR, capture_log, write_data, write_labels
 
 from smart_fairseq.commands.preprocess import glue_main
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.data.tasks import ANLI, GLUE, TASKS
+from smart_fairseq.errors import explain
+from smart_fairseq.import_hf import import_hf
 from smart_fairseq.optim.mbpp import MBPPConfig
 from smart_fairseq.training.recipes import RECIPES as SMART_RECIPES
 
@@ -38,7 +47,7 @@ def test_every_task_that_trains_has_a_recipe():
 def test_recipe(path):
     recipe, task = OmegaConf.load(path), task_of(path)
     assert recipe.task.num_classes == task.num_classes
-    assert ("separator_token" in recipe.task) == (task.texts == 2)
+    assert recipe.task.separator_token == (2 if task.texts == 2 else None)
     assert recipe.criterion.regression_target == task.regression
     assert recipe.criterion.classification_head_name == "sentence_classification_head"
     assert recipe.checkpoint.best_checkpoint_metric == task.metrics[0]
@@ -74,6 +83,66 @@ def test_launch_line_names_the_recipe(path):
     assert f"task.data=$PWD/{name}-bin " in launch
 
 
+# what the documents offer to change, with a tiny model in the place of each
+TINY = ["encoder_layers=2", "encoder_embed_dim=16", "encoder_ffn_embed_dim=32", "encoder_attention_heads=2"]
+MOMENTUM = "optimizer.mbpp_recipe=paper"
+PAPER = "criterion.smart_recipe=paper criterion.smart_epsilon_unit=absolute criterion.smart_epsilon=1e-5"
+OVERRIDES = {
+    "RoBERTa base, less memory": "model._name=roberta_base dataset.batch_size=8 optimization.update_freq=[2]",
+    "BERT, the paper's constants": f"model._name=smart_bert task.separator_token=null {PAPER} {MOMENTUM}",
+}
+
+
+def composed(path, *overrides):
+    """The recipe as fairseq-hydra-train composes it."""
+    GlobalHydra.instance().clear()
+    hydra_init(path.stem)
+    with initialize_config_dir(str(path.parent), version_base="1.1"):
+        return compose(path.stem, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def data_by_classes(class_data, regression_data, tmp_path_factory):
+    three = write_data(tmp_path_factory.mktemp("three") / "data")
+    for split, count in (("train", 24), ("valid", 10)):
+        write_labels(three, split, ["1", "0"] * (count // 2), last="2", words=("1", "0", "2"))
+    return {1: regression_data, 2: class_data, 3: three}
+
+
+def start(path, data, restore_file, *overrides):
+    """An update, after which the terms are in the log."""
+    given = [f"task.data={data}", f"checkpoint.restore_file={restore_file}", f"common.user_dir={USER_DIR}"]
+    given += ["common.cpu=true", "common.reset_logging=false", "common.log_interval=1", "dataset.num_workers=0"]
+    given += ["dataset.disable_validation=true", "checkpoint.no_save=true", "optimization.max_update=1"]
+    given += ["lr_scheduler.warmup_updates=0", "dataset.valid_subset=valid"]
+    cfg = composed(path, *given, *overrides)
+    with capture_log() as log:
+        hydra_train._hydra_main(cfg)
+    (update,) = log["train_inner"]
+    assert update["smart_loss"] > 0 and update["bregman_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OVERRIDES)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_starts_with_what_the_documents_offer(path, kind, data_by_classes):
+    data = data_by_classes[OmegaConf.load(path).task.num_classes]
+    sizes = [f"+model.{size}" for size in (*TINY, "max_positions=32")]
+    start(path, data, "checkpoint_last.pt", "task.max_positions=32", *sizes, *OVERRIDES[kind].split())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recipe_starts_from_an_imported_encoder(tmp_path):
+    """With the overrides that import_hf prints; without, both sizes are said."""
+    import_hf(write_hf(tmp_path / "hf", "bert"), tmp_path / "out")
+    data, model = write_task_data(tmp_path / "data", tmp_path / "out" / "dict.txt"), tmp_path / "out" / "model.pt"
+    (recipe,) = (path for path in RECIPES if path.stem == "sst_2")
+    start(recipe, data, model, *json.loads((tmp_path / "out" / "import.json").read_text())["overrides"])
+    with pytest.raises(Exception) as caught:
+        start(recipe, data, model, "model._name=smart_bert_minilm_l6")
+    assert re.search(r"embed_tokens.weight is \[27, 16\] in it and \[27, 384\] in", explain(caught.value))
+
+
 @pytest.mark.parametrize(
     "name", ["rte", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cola", "mrpc", "sts_b", "mnli"))]
 )
@@ -90,12 +159,11 @@ def test_recipe_runs(tmp_path, name):
     torch.set_num_threads(1)
     start = train(data, tmp_path / "start", task.num_classes, *regression)
     torch.set_num_threads(threads)
-    tiny = ["encoder_layers=2", "encoder_embed_dim=16", "encoder_ffn_embed_dim=32", "encoder_attention_heads=2"]
     command = [
         *(sys.executable, "-c", "from fairseq_cli.hydra_train import cli_main; cli_main()"),
         *("--config-dir", str(ROOT / "examples" / "glue" / "config"), "--config-name", name),
         *(f"task.data={data}", f"checkpoint.restore_file={start}", f"common.user_dir={ROOT / 'smart_fairseq'}"),
-        *("model._name=roberta", *(f"+model.{size}" for size in tiny), "+model.max_positions=256"),
+        *("model._name=roberta", *(f"+model.{size}" for size in TINY), "+model.max_positions=256"),
         *("task.max_positions=256", "common.cpu=true", "dataset.num_workers=0", "common.log_interval=1"),
         *("optimization.max_update=4", "lr_scheduler.warmup_updates=1", f"checkpoint.save_dir={tmp_path / 'out'}"),
         f"hydra.run.dir={tmp_path / 'run'}",

@@ -297,7 +297,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--arch smart_bert --encoder-layers 2 --encoder-embed-dim 16 --encoder-ffn-embed-dim 40"
     flags += " --encoder-attention-heads 4 --activation-fn gelu --max-positions 24 --smart-layer-norm-eps 1e-12"
     assert report["flags"] == flags.split()
-    assert capsys.readouterr().out.splitlines()[-1] == flags
+    model = "model._name=smart_bert +model.encoder_layers=2 +model.encoder_embed_dim=16"
+    model += " +model.encoder_ffn_embed_dim=40 +model.encoder_attention_heads=4 +model.activation_fn=gelu"
+    model += " +model.max_positions=24 +model.smart_layer_norm_eps=1e-12"
+    *_, printed, _, overrides = capsys.readouterr().out.splitlines()
+    assert printed == flags and overrides == f"{model} task.max_positions=24 task.separator_token=null"
     assert report["left_out"] == ["pooler.dense.weight"]
 
 

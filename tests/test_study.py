@@ -260,6 +260,13 @@ def test_a_killed_study_goes_on_to_the_same_lines(
     assert without_times(lines) == without_times(whole.parent / "out" / "runs.jsonl")
 
 
+def test_a_dry_run_lists_its_runs_and_says_nothing_else(tmp_path: Path) -> None:
+    """fairseq, which checks the flags, has its say on packages that are not there."""
+    command = [sys.executable, "-m", "smart_fairseq.study", str(write_plan(tmp_path, write_data(tmp_path / "data")))]
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not done.stderr and all(line.endswith(" updates") for line in done.stdout.splitlines())
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, write_data(tmp_path / "data"), PLAN.replace("epochs: 2", "epochs: 100000"))

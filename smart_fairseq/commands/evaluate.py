@@ -2,7 +2,6 @@
 `smart_fairseq.evaluation` for checkpoints."""
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -16,7 +15,7 @@ from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
 from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
-from ..errors import UsageError
+from ..errors import UsageError, parse_json
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
@@ -36,7 +35,7 @@ def read_predictions(path: Path, task: Task) -> dict[str, str]:
     for number, line in read_lines(path):
         if path.suffix == ".jsonl":
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 identity, label = str(entry["uid"]), str(entry["label"])
             except (ValueError, KeyError, TypeError):
                 raise located(

@@ -114,6 +114,8 @@ def _note(data: Data, folder: Folder, split: str) -> str:
     if official is not None and official not in (count.rows, count.rows + sum(report.left_out.values())):
         notes.append(f"the official file has {official} rows")
     notes += [f"{number} left out ({reason})" for reason, number in report.left_out.items()]
+    if count.empty:
+        notes.append(f"{count.empty} rows with an empty text")
     if count.unknown:
         notes.append(f"{count.unknown} symbols not in dict.txt")
     if count.shortened:

@@ -2,9 +2,10 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..files import tidy_on_sigterm
 
 
@@ -14,13 +15,15 @@ def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequen
     level = fairseq.level
     fairseq.setLevel(logging.WARNING)  # what it says while it loads is not for the reader of a table
     try:
-        with tidy_on_sigterm():
+        with tidy_on_sigterm(), warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # of libraries: what we have to say is printed
             command(argv)
     except (UsageError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"{name}: error:", " ".join(message.splitlines()), file=sys.stderr)
+        print(f"{name}: error:", one_line(message), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Checkpoints of plain containers and tensors, as fairseq-train writes them."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..errors import refuse
+from ..data.lines import located
+from ..errors import refuse, unreadable
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+HEAD_PARTS = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
 
 
 def tied(model: dict[str, Tensor]) -> bool:
@@ -23,11 +26,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        refuse(path, f"not a readable checkpoint ({reason})", "copy it again")
+        raise located(path, 0, unreadable(error)) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
         refuse(path, "holds no model or no configuration", "a checkpoint written by fairseq-train is needed")
     return state
+
+
+def check_head(path: Path, weights: Iterable[str], head: str) -> None:
+    """Raise `UsageError` where a checkpoint's weights lack a classification head or a part of it.
+
+    fairseq would take random numbers for them, without a word.
+    """
+    found: dict[str, set[str]] = {}
+    for name in weights:
+        if name.startswith("classification_heads."):
+            _, owner, part = name.split(".", 2)
+            found.setdefault(owner, set()).add(part.removesuffix("_orig"))  # --spectral-norm-classification-head
+    if head not in found:
+        there = f"its heads are {', '.join(sorted(found))}" if found else "it holds none: it is not fine-tuned"
+        refuse(path, f"has no classification head {head!r}", f"{there}; a whole, fine-tuned checkpoint is needed")
+    missing = HEAD_PARTS - found[head]
+    if missing:
+        refuse(path, f"has no {min(missing)} of its classification head {head!r}", "a whole checkpoint is needed")
 
 
 def plain(value: Any) -> Any:

@@ -1,11 +1,10 @@
 """What config.json says of a model, and fairseq's settings for the same architecture."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import refuse
+from ..errors import parse_json, refuse
 
 MODEL_DIR_HOLDS = "MODEL_DIR must hold config.json, model.safetensors and the vocabulary"
 FAIRSEQ_LAYER_NORM_EPS = 1e-5
@@ -56,7 +55,7 @@ def _read(path: Path, kind: str, parse: Callable[[str], Content]) -> Content:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `UsageError` if the file is missing, broken, or holds something else."""
-    content = _read(path, "JSON", json.loads)
+    content = _read(path, "JSON", parse_json)
     if not isinstance(content, dict):
         refuse(path, f"holds a {type(content).__name__}", "a JSON object is needed")
     return content
@@ -156,3 +155,10 @@ def config_json(config: Config) -> dict[str, Any]:
         "type_vocab_size": sizes.token_types,
         "vocab_size": sizes.vocabulary,
     }
+
+
+def architecture_overrides(settings: dict[str, Any], separator: bool) -> list[str]:
+    """The same for fairseq-hydra-train with a recipe of examples/; ``separator``: between two texts, as RoBERTa has."""
+    rest = {name: str(value).lower() if value is True else value for name, value in settings.items() if name != "arch"}
+    task = [f"task.max_positions={settings['max_positions']}", *(() if separator else ("task.separator_token=null",))]
+    return [f"model._name={settings['arch']}", *(f"+model.{name}={value}" for name, value in rest.items()), *task]

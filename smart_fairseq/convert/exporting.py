@@ -14,9 +14,8 @@ from fairseq.registry import REGISTRIES
 from torch import Tensor
 
 from ..errors import refuse
-from ..inference import heads_of, without_head
 from ..models.smart_bert import BERT_LAYER_NORM_EPS, SmartBertModel
-from .checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain, tied
+from .checkpoint import EMBEDDINGS, LM_HEAD, check_head, fairseq_checkpoint, plain, tied
 from .epsilon import scale_residual_stream, stream_scale
 
 OUR_PREFIXES = ("smart_", "mbpp_")
@@ -93,8 +92,8 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
     head = (config.get("criterion") or {}).get("classification_head_name")
-    if updates and head and head not in heads_of(state["model"]):  # an imported encoder has none yet
-        refuse(path, without_head(head, heads_of(state["model"])), "a whole checkpoint is needed")
+    if head:  # an imported encoder has none yet
+        check_head(path, state["model"], head)
     epoch = (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch", 1)
     return fairseq_checkpoint(model, config, "SentencePredictionCriterion", updates, epoch)
 

@@ -9,7 +9,7 @@ tokenizer.json). OUT_DIR receives
                   --freq-weighted-replacement; fine-tuning for sentences does not)
     bpe.json      {"bpe": "gpt2"} or {"bpe": "bert", "lowercase": true}
     encoder.json, vocab.bpe (gpt2) or vocab.txt (bert)
-    import.json   sizes, the source file's SHA-256, and fairseq-train's architecture flags as a list
+    import.json   sizes, the source file's SHA-256, and fairseq-train's flags and hydra's overrides for the model
 
 Where the two models differ, and what is done about it:
 
@@ -40,7 +40,7 @@ from torch import Tensor
 from ..errors import refuse
 from ..files import sha256, whole_files
 from .checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
-from .config import Config, architecture, architecture_flags
+from .config import Config, architecture, architecture_flags, architecture_overrides
 from .vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
 from .weights import LM_HEAD_SEED, convert_weights, open_weights
 
@@ -76,6 +76,7 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         "lm_head": "file" if head_from_file else "initialised",
         "left_out": left_out,
         "flags": architecture_flags(settings),
+        "overrides": architecture_overrides(settings, separator=config.model_type == "roberta"),
     }
     with whole_files(out_dir, WRITTEN_FILES) as staging:
         for name, content in vocabulary.files.items():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import parse_json
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .lines import Row, located
@@ -40,6 +41,7 @@ class SplitCount:
     longest: int = 0  # tokens of the longest row with the symbols that training adds
     shortened: int = 0
     over_512: int = 0
+    empty: int = 0
 
 
 @contextlib.contextmanager
@@ -159,6 +161,7 @@ class Folder:
                 count.longest = max(count.longest, int(lengths.max()))
                 count.over_512 += int((lengths > 512).sum())
                 advance(done)
+        count.empty = sum(not all(text.strip() for text in row.texts) for row in rows)
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) == len(rows):
             self._write_labels(self.path / "label" / split, labels)
@@ -206,7 +209,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `Folder.finish` wrote. Raises `UsageError` if the folder was not written by preprocess."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise located(folder, 0, f"holds no {MANIFEST}; make it with preprocess.py") from None
     except (OSError, ValueError) as error:

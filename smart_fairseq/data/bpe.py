@@ -7,14 +7,13 @@ and ``bert`` are what fairseq's encoders of these names do, the latter through t
 import functools
 import importlib.util
 import io
-import json
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, parse_json
 from .lines import located, read_bytes, shown
 
 NEEDED = {  # the files of each kind; sentencepiece's model has a name of its own
@@ -86,7 +85,7 @@ def _text(path: Path, otherwise: str) -> str:
 
 def _json_file(path: Path) -> Any:
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        return parse_json(read_bytes(path).decode("utf-8"))
     except ValueError as error:
         raise located(path, getattr(error, "lineno", 0), f"not JSON ({error})") from None
 

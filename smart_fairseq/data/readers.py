@@ -5,11 +5,10 @@ return inside it), a carriage return before it belongs to the line end, a byte-o
 ordinary characters. Every row that is left out is counted with its reason in `Report`.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, parse_json
 from .lines import Report, Row, Skip, as_number, located, read_lines, shown, source_path
 from .sentiment import rated_rows
 from .tasks import Column, Source, Task
@@ -87,7 +86,7 @@ def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
 
 def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise located(path, number, f"not JSON ({error}); each line must be one object") from None
     if not isinstance(entry, dict):
@@ -107,7 +106,10 @@ def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
         votes += [str(vote) for vote in value if vote]
     word = None if source.label is None else entry.get(source.label) or ""
     identity = "" if source.id is None else str(entry.get(source.id, ""))
-    return _raw_row(identity, [entry[key] for key in source.texts], word, votes, path, number)
+    texts = [entry[key] for key in source.texts]
+    if any("\0" in text for text in (identity, *texts)):
+        raise located(path, number, "holds a zero byte, and text is needed")
+    return _raw_row(identity, texts, word, votes, path, number)
 
 
 def _raw_row(

@@ -7,13 +7,12 @@ has no split. Here SHA-256 of the document that a sentence is from, or else of i
 
 import hashlib
 import html
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, parse_json
 from .lines import Row, Skip, as_number, located, read_lines, shown, source_path
 from .tasks import Source, Task
 
@@ -59,7 +58,7 @@ def _ratings(path: Path) -> dict[str, tuple[int, ...] | UsageError]:
     for number, line in read_lines(path):
         cells = line.split("\t")
         try:
-            values = json.loads(cells[3])
+            values = parse_json(cells[3])
         except (IndexError, ValueError):
             values = None
         right = isinstance(values, list) and values and all(type(v) is int and abs(v) <= EXTREME for v in values)

@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import smart_fairseq
 
 from ..data.lines import located
@@ -71,7 +69,7 @@ def facts() -> dict[str, str]:
         "commit": git("rev-parse", "--short", "HEAD") + changed,
         "smart_fairseq": smart_fairseq.__version__,
         "fairseq": version("fairseq-fixed"),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import register
 from ..data.lines import located
 from ..errors import explain
 from ..files import sha256
@@ -21,7 +22,6 @@ from .report import last_tenth
 from .rows import cut_out
 from .runs import Result, Run, run_all
 from .scores import all_scores
-from .vocabulary import cut_checkpoint
 
 THREADS = 1
 WORKER = (sys.executable, "-m", "smart_fairseq.study.worker")
@@ -34,6 +34,7 @@ def check_flags(plan: Plan) -> None:
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
+    register()
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -85,6 +86,8 @@ class Study:
         if cut and checkpoint is not None:
             target = self.plan.work / "vocabulary" / f"{_short([self.data[asked.task.name], self.encoder])}.pt"
             if not target.is_file():
+                from .vocabulary import cut_checkpoint  # takes seconds to load
+
                 cut_checkpoint(checkpoint, source, target)
             checkpoint = target
         logits = self.logits(self.key(asked))
