@@ -315,7 +315,7 @@ CANNOT_HOLD: list[tuple[str, dict[str, Any], str]] = [
     ("weights", {"encoder.sentence_encoder.layer_norm.weight": torch.ones(16)}, "roberta has no place for it"),
     ("weights", {IN_HEAD + "out_proj.weight_orig": torch.ones(2, 16)}, "has no place for it"),
     ("weights", {IN_HEAD + "dense.weight": torch.ones(8, 16)}, "dense.weight has shape [8, 16]"),
-    ("weights", {IN_HEAD + "out_proj.weight": None}, "has no classification head"),
+    ("weights", {IN_HEAD + "out_proj.weight": None}, "has no out_proj.weight of its classification head"),
     ("weights", {FC1: None}, f"has no tensor {FC1}; with "),
 ]
 

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from ..data.bpe import BpeFiles, find_bpe, load_vocabulary
 from ..errors import refuse
 from ..files import whole_folder
-from ..inference import heads_of, label_order, without_head
+from ..inference import label_order
 from ..models.smart_bert import SmartBertModel
-from .checkpoint import plain
+from .checkpoint import check_head, plain
 from .config import ACTIVATIONS, FAIRSEQ_LAYER_NORM_EPS, FAIRSEQ_SPECIALS, Config, Sizes, config_json
 from .exporting import kind_of
 from .vocabulary import gpt2_tokens, read_bert_vocabulary
@@ -124,9 +124,8 @@ def write_hugging_face(
     config = plain(state["cfg"])
     kind_of(path, config["model"])
     head = (config.get("criterion") or {}).get("classification_head_name") or "sentence_classification_head"
-    output = state["model"].get(f"classification_heads.{head}.out_proj.weight")
-    if output is None:
-        refuse(path, without_head(head, heads_of(state["model"])), "a fine-tuned checkpoint is needed")
+    check_head(path, state["model"], head)
+    output = state["model"][f"classification_heads.{head}.out_proj.weight"]
     folders = find_folders(path, config, data_dir, bpe_dir)
     architecture, settings = read_architecture(path, config, folders)
     family, bpe = architecture.model_type, Path(folders.bpe.folder)
