@@ -111,7 +111,8 @@ def arms_of(plan: Plan) -> dict[str, list[Arm]]:
 
 def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
     """The median, the mean with its deviation, the difference with its interval; percents with two digits."""
-    values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if metric in METRICS else 4
+    percent = metric in METRICS or metric.startswith("calibration")
+    values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if percent else 4
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     gain = "" if found is None else f"{found.mean:+.{digits}f}"
     if found is not None and not math.isnan(found.half):
@@ -136,15 +137,16 @@ def _shares(arms: Sequence[Arm]) -> list[str]:
 
 
 def short_table(arms: Sequence[Arm]) -> str:
-    """A line for each arm: what matters most, in Markdown."""
+    """A line for each arm, in Markdown: what matters most, and in brackets the difference to the baseline."""
     metrics = [name for name in _metrics(arms) if name in METRICS or name in SHORT]
     shares = _shares(arms)
-    titles = [title for name in metrics for title in (name.replace("_", " "), "difference")]
+    titles = [name.replace("_", " ") for name in metrics]
     table = [["method", "seeds", *titles, *(f"`{name}`" for name in shares), "cost"]]
     for arm in arms:
         cells = [arm.name, str(len(arm.lines))]
         for name in metrics:
-            cells += _cells(arm, name)[1:]
+            _, value, gain = _cells(arm, name)
+            cells.append(f"{value.split(' ')[0]} ({gain})" if gain else value)
         for name in shares:
             values = arm.numbers(name)
             cells.append(f"{fmean(values):.2g}" if values else "")
