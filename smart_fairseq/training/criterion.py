@@ -133,7 +133,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         encoder = self.encoder_for(model)
         forward = Forward(encoder, model, sample["net_input"], self.classification_head_name, self.place)
         weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
-        with contextlib.ExitStack() as around:
+        with encoder.without_waiting(), contextlib.ExitStack() as around:
             # what needs nothing of the clean pass comes before it; the teacher leaves no graph behind
             values = {
                 name: around.enter_context(self._term(name, forward, sample))
@@ -142,7 +142,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
             output = around.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         log["task_loss"] = log["loss"]
-        found = {name: values[name](output[0]) for name in weights}
+        with encoder.without_waiting():
+            found = {name: values[name](output[0]) for name in weights}
         if found:
             loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))
             shares = {name: weights[name] * log[f"{name}_loss"] for name in found}
