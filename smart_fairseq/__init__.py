@@ -14,9 +14,10 @@ def register() -> None:
     from .criterions import smart_sentence_prediction  # noqa: F401
     from .models import smart_bert  # noqa: F401
     from .optim import mbpp  # noqa: F401
-    from .patches import allow_fairseq_checkpoints, copy_checkpoints_whole, forget_removed_flags
+    from .patches import allow_fairseq_checkpoints, copy_at_once, copy_checkpoints_whole, forget_removed_flags
 
     allow_fairseq_checkpoints()
+    copy_at_once()
     copy_checkpoints_whole()
     forget_removed_flags()
 
