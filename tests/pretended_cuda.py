@@ -112,7 +112,8 @@ class Device(TorchDispatchMode):
             tensor.made_by = name  # type: ignore[attr-defined]
         if name in ("_to_copy", "copy_") and len({tensor.is_cuda for tensor in (*given, *made)}) > 1:
             self.wait("copy")
-        if any(tensor.is_cuda for tensor in (*given, *made)) and not is_view(func, name):
+        works = (made or func._schema.is_mutable) and not is_view(func, name)
+        if works and any(tensor.is_cuda for tensor in (*given, *made)):
             count = launches_of(name, args)
             self.launches[self.phase] += count
             self.operations[f"{self.phase} {name}"] += count

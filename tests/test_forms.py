@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,26 @@ def form_at(size: float, data: Path, *flags: str, dtype: torch.dtype = torch.flo
 def test_two_forwards_as_far_down_as_they_are_resolved(dtype: torch.dtype, class_data: Path) -> None:
     assert form_at(1.01, class_data, dtype=dtype)[:2] == (TWO_FORWARDS, Search.CLEAN_PASS)
     assert form_at(0.99, class_data, dtype=dtype)[:2] == (FIRST_ORDER, Search.OWN_PASS)
+
+
+@pytest.mark.parametrize(("on", "device"), [(True, "cuda"), (False, "cuda"), (True, "cpu")])
+def test_tf32_resolves_what_float16_does(
+    on: bool, device: str, class_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU alone, and as torch itself says whether it is on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    try:
+        _, _, criterion = set_up(class_data, "--smart-epsilon", "5e-3", "--smart-step-size", "1")
+        table = SimpleNamespace(is_cuda=device == "cuda", shape=(17, 16))
+        encoder: Any = SimpleNamespace(table=table, has_dropout=True)
+        with caplog.at_level(logging.INFO):
+            form = choose_form(criterion.cfg, encoder, PLACE, 2, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    rounded = on and device == "cuda"
+    assert form.term is (FIRST_ORDER if rounded else TWO_FORWARDS)
+    assert ("is below what float32 with TF32 resolves here (6e-03)" in caplog.text) == rounded
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_other_registered_optimizers(base: str, class_data: Path) -> None:
 # --- state ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["adam", "radam"])
+@pytest.mark.parametrize("base", ["adam", "adamw_fused", "radam"])
 def test_state_goes_on_where_it_stopped(base: str, class_data: Path) -> None:
     """6 steps equal 3 + save + load + 3, bit for bit; the schedule's switch lies behind the stop."""
     flags = ["--mbpp-base", base, "--mbpp-warmup-ratio", "0.5", "--mbpp-inner-steps", "2"]
@@ -275,12 +275,18 @@ def test_the_teacher_by_name_in_every_precision(precision: list[str], class_data
                 weights[name], (start[name] + parameter.detach().float()) / 2, atol=2e-3 if precision else 1e-6
             )
     assert link.weights(model) is weights, "a copy in the model's precision is made once per update"
+    places = [weight.data_ptr() for weight in weights.values()]
     optimizer.zero_grad()
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer._needs_sync = True
     optimizer.step()
-    assert link.weights(model) is not weights
+    moved = link.weights(model)
+    assert moved is not weights
+    mbpp = getattr(optimizer, "fp32_optimizer", getattr(optimizer, "wrapped_optimizer", optimizer))
+    for weight, average in zip(moved.values(), mbpp.teacher):
+        assert_equal(weight, average.to(weight.dtype))
+    assert [weight.data_ptr() for weight in moved.values()] == places, "into the same memory"
 
 
 def test_one_flat_tensor_is_cut_in_the_order_of_the_parameters(class_data: Path) -> None:

@@ -86,13 +86,14 @@ LAUNCHES = {
 }
 # and of the step with fairseq's adam
 OF_A_STEP = {"fp32": 370, "bf16": 500, "fp16": 500, "fp16 flat": 110, "amp": 460}
-# known waits, and how many: the check of the terms' values, and the layers' questions whether there is padding
+# known waits, and how many: the check of the terms' values; in plain training the layers ask whether there is padding
 WAITS = {
     "forward, read: smart_fairseq/training/criterion.py _add": 1,
-    "forward, read: fairseq/models/transformer/transformer_encoder.py forward_scriptable": 8,
+    "forward, read: fairseq/models/transformer/transformer_encoder.py forward_scriptable": 2,
     # what --fp16 and --amp ask of the gradients
     "step, read: fairseq/optim/fp16_optimizer.py clip_grad_norm": 1,
     "step, read: fairseq/optim/dynamic_loss_scaler.py check_overflow": 2,
+    "step, read: fairseq/optim/amp_optimizer.py clip_grad_norm": 1,
     "step, read: fairseq/optim/amp_optimizer.py step": 1,
     # each tensor's norm goes to the CPU where torch was built without CUDA, and only there
     "step, copy: fairseq/utils.py <listcomp>": 45,

@@ -89,6 +89,10 @@ class Encoder:
         """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
         return src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()
 
+    def without_waiting(self) -> AbstractContextManager[None]:
+        """Within the block, forwards ask nothing of the device for which the host would have to wait."""
+        return contextlib.nullcontext()
+
     def frozen_weights(self) -> dict[str, Tensor]:
         """The model's own weights without their gradients: a pass under them keeps no activation for them."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

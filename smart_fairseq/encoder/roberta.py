@@ -9,9 +9,15 @@ perturbation enters through a forward hook on the module whose output is perturb
 | input | dropout_module | what enters the first layer, after LayerNorm and dropout |
 """
 
+import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
+from fairseq.models.transformer.transformer_encoder import TransformerEncoderBase
+from torch import Tensor
+
 from .base import Encoder, Insides
+from .memory import replaced
 
 _PLACES = {"token": "embed_tokens", "input": "dropout_module"}
 
@@ -28,3 +34,38 @@ class RobertaEncoder(Encoder):
         inner: Any = self.model.encoder.sentence_encoder
         places = {place: getattr(inner, name) for place, name in _PLACES.items()}
         return Insides(places, list(inner.layers), inner.padding_idx)
+
+    def without_waiting(self) -> AbstractContextManager[None]:
+        inner: Any = self.model.encoder.sentence_encoder
+        if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:
+            return super().without_waiting()
+        return replaced([(inner, "forward_scriptable", functools.partial(_encode, inner))])
+
+
+def _encode(
+    inner: Any,
+    src_tokens: Tensor,
+    src_lengths: Tensor | None = None,
+    return_all_hiddens: bool = False,
+    token_embeddings: Tensor | None = None,
+) -> dict[str, Any]:
+    """fairseq's `TransformerEncoderBase.forward_scriptable`, whose layers each ask the device whether there is padding.
+
+    Off the CPU the mask is used without asking; it masks nothing where there is none.
+    """
+    if return_all_hiddens:
+        return type(inner).forward_scriptable(  # type: ignore[no-any-return]
+            inner, src_tokens, src_lengths, return_all_hiddens, token_embeddings
+        )
+    padding = src_tokens.eq(inner.padding_idx)
+    mask = padding if src_tokens.device.type != "cpu" or padding.any() else None
+    x, embedding = inner.forward_embedding(src_tokens, token_embeddings)
+    if mask is not None:
+        x = x * (1 - padding.unsqueeze(-1).type_as(x))
+    x = x.transpose(0, 1)
+    for layer in inner.layers:
+        output = layer(x, encoder_padding_mask=mask)
+        x = output[0] if isinstance(output, tuple) else output
+    if inner.layer_norm is not None:
+        x = inner.layer_norm(x)
+    return {"encoder_out": [x], "encoder_padding_mask": [padding], "encoder_embedding": [embedding]}

@@ -7,6 +7,7 @@ teacher through `smart_fairseq.training.link`.
 
 import argparse
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -29,7 +30,10 @@ logger = logging.getLogger(__name__)
 class MBPPConfig(FairseqAdamConfig):
     mbpp_base: str = field(
         default="adam",
-        metadata={"help": "wrapped optimizer: adam, radam, or any registered one that needs no flags of its own"},
+        metadata={
+            "help": "wrapped optimizer: adam, adamw_fused (the same in one kernel), radam, or any registered one that "
+            "needs no flags of its own"
+        },
     )
     mbpp_recipe: ChoiceEnum(list(MOMENTUM)) = field(  # type: ignore[valid-type]
         default="smart",
@@ -72,13 +76,43 @@ class _RAdam(FairseqAdam):
         return True  # it works entry by entry
 
 
+class _FusedAdamW(FairseqAdam):
+    """fairseq's adam by torch's fused kernel: a few launches for all tensors instead of nine for each.
+
+    Attributes:
+        updates: taken so far; it is not saved with the state, `MBPP` sets it.
+    """
+
+    updates = 0
+
+    def __init__(self, cfg: MBPPConfig, params: Any) -> None:
+        super().__init__(cfg, params)
+        self._optimizer = torch.optim.AdamW(params, **self.optimizer_config, fused=True)
+
+    @property
+    def supports_flat_params(self) -> bool:
+        return True  # it works entry by entry
+
+    def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
+        # fairseq adds epsilon before the second moment's bias is corrected, torch after it
+        given = [group["eps"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["eps"] /= math.sqrt(1 - group["betas"][1] ** (self.updates + 1))
+        super().step(closure, scale, groups)
+        for group, eps in zip(self.param_groups, given):
+            group["eps"] = eps
+
+
+_OWN: Dict[str, Any] = {"adamw_fused": _FusedAdamW, "radam": _RAdam}
+
+
 def _build_base(cfg: MBPPConfig, params: Any) -> FairseqOptimizer:
     """The wrapped optimizer: its own flags at their defaults, those that it shares with adam from ``cfg``."""
     name = cfg.mbpp_base
-    if name == "radam":
-        return _RAdam(cfg, params)
+    if name in _OWN:
+        return _OWN[name](cfg, params)
     # wrappers of other optimizers, and one that moves the state off the device
-    known = sorted({*OPTIMIZER_REGISTRY, "radam"} - {"mbpp", "composite", "cpu_adam"})
+    known = sorted({*OPTIMIZER_REGISTRY, *_OWN} - {"mbpp", "composite", "cpu_adam"})
     require(name in known, "--mbpp-base", name, f"one of {', '.join(known)}")
     optimizer_class = OPTIMIZER_REGISTRY[name]
     if name == "adam":
@@ -146,6 +180,17 @@ class MBPP(FairseqOptimizer):
     def average_params(self) -> None:
         self.base.average_params()
 
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
+        """As fairseq's, where all gradients are float32 with a few launches instead of two for each tensor."""
+        gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
+        if len(gradients) < 2 or any(gradient.dtype != torch.float32 for gradient in gradients):
+            return super().clip_grad_norm(max_norm, aggregate_norm_fn)  # type: ignore[no-any-return]
+        total: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
+        total = total if aggregate_norm_fn is None else aggregate_norm_fn(total)
+        if max_norm > 0:
+            torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp_(max=1))
+        return total
+
     @torch.no_grad()
     def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
         """One update of the base optimizer, then of the teacher (every ``--mbpp-inner-steps`` updates)."""
@@ -157,6 +202,7 @@ class MBPP(FairseqOptimizer):
                     "no criterion has read the teacher of --optimizer mbpp; "
                     "it acts on training only through --criterion smart_sentence_prediction"
                 )
+        self.base.updates = self.updates
         self.base.step(closure, scale, groups)
         self.updates += 1
         if self.updates % self.cfg.mbpp_inner_steps == 0:

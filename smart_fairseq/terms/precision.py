@@ -124,7 +124,11 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         taken_over = encoder.table.shape[1] if flags.smart_norm_scope == "token" else place.entries
         unit = taken_over**-0.5 if flags.smart_norm == "l2" else 1.0
     an_entry = size * unit
-    resolved = ROUNDINGS[dtype] * torch.finfo(dtype).eps * place.median
+    resolving = dtype
+    if dtype == torch.float32 and encoder.table.is_cuda and _tf32_is_on():
+        # whose products of matrices have float16's mantissa
+        resolving, name = torch.float16, "float32 with TF32"
+    resolved = ROUNDINGS[resolving] * torch.finfo(resolving).eps * place.median
     if an_entry >= resolved:
         if flags.smart_steps > 1 and torch.finfo(dtype).bits == 16 and not flags.smart_linear_search:
             logger.warning(
@@ -168,6 +172,13 @@ def working_precision(encoder: Encoder, amp: bool) -> torch.dtype:
     """The dtype that the model's products are taken in: autocast's under --amp, otherwise its weights'."""
     on_cuda = next(encoder.model.parameters()).is_cuda
     return torch.float16 if amp and on_cuda else encoder.dtype
+
+
+def _tf32_is_on() -> bool:
+    """Whether CUDA may round the factors of float32 products of matrices to 10 bits; in torch off unless set."""
+    matmul: Any = torch.backends.cuda.matmul
+    # torch 2.9 has both, and refuses to answer the old question once the new setting was used
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
 
 
 def _largest_size(flags: AdversaryFlags) -> tuple[float, str]:

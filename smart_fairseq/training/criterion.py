@@ -145,8 +145,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
         forward = self.forward_of(model, sample)
         encoder = forward.encoder
         weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
-        perturbation = self.perturbation(forward, sample) if self.adversarial else None
-        with contextlib.ExitStack() as around:
+        with encoder.without_waiting(), contextlib.ExitStack() as around:
+            perturbation = self.perturbation(forward, sample) if self.adversarial else None
             # what needs nothing of the clean pass comes before it; the teacher leaves no graph behind
             values = {
                 name: around.enter_context(self._term(name, forward, sample, perturbation))
@@ -157,7 +157,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
             output = around.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         log["task_loss"] = log["loss"]
-        found = {name: values[name](output[0]) for name in weights}
+        with encoder.without_waiting():
+            found = {name: values[name](output[0]) for name in weights}
         if found:
             loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))
             shares = {name: weights[name] * log[f"{name}_loss"] for name in found}

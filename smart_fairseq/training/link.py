@@ -14,7 +14,7 @@ fairseq's, and a pass's graph is gone before the next begins. All but the last r
 The optimizer holds the teacher as a list of float32 tensors in the order of the parameters that it updates. Those are
 the model's own parameters, or float32 copies of them (``--fp16``, ``--bf16``), which FP16Optimizer keeps in the order
 of its ``fp16_params``, perhaps as one flat tensor. `TrainingLink.weights` gives each tensor (a view, where it is flat;
-cast once per update, where the model is in half precision) the name of its parameter.
+a copy, written once per update, where the model is in half precision) the name of its parameter.
 """
 
 import functools
@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..optim.mbpp import MBPP
@@ -120,6 +121,7 @@ class TrainingLink:
         self.update_num = 0  # of the update that is being taken
         self._optimizer: Any = None
         self._names: list[str] = []  # of the parameters that the optimizer updates, in its order
+        self._copies: list[Tensor] = []  # of the teacher, in the model's precision
         self._cache: dict[str, Tensor] = {}
         self._cache_version = -1
 
@@ -146,7 +148,7 @@ class TrainingLink:
     def connect(self, optimizer: Any) -> None:
         """Use the teacher of ``optimizer`` (an `MBPP`, or one of fairseq's wrappers around it)."""
         if optimizer is not self._optimizer:
-            self._optimizer, self._names, self._cache_version = optimizer, [], -1
+            self._optimizer, self._names, self._copies, self._cache_version = optimizer, [], [], -1
 
     @property
     def connected(self) -> bool:
@@ -155,6 +157,8 @@ class TrainingLink:
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The teacher's weights by the bare model's parameter names, in its precision, without gradients.
+
+        They are good until the teacher moves: the next call writes over a copy.
 
         Raises RuntimeError where no optimizer with a teacher was heard of, or it updates another model.
         """
@@ -181,7 +185,12 @@ class TrainingLink:
             self._names = [names[id(parameter)] for parameter in updated]
         if len(teacher) != len(updated):  # one flat tensor per device
             teacher = _views(teacher, updated)
-        return {name: t.to(parameter.dtype) for name, parameter, t in zip(self._names, updated, teacher)}
+        if any(t.dtype != parameter.dtype for t, parameter in zip(teacher, updated)):
+            # into the copies that are there: new ones would need room beside them, and a launch each
+            self._copies = self._copies or [torch.empty_like(parameter) for parameter in updated]
+            torch._foreach_copy_(self._copies, teacher)
+            teacher = self._copies
+        return dict(zip(self._names, teacher))
 
 
 def _views(flat: list[Tensor], like: list[Tensor]) -> list[Tensor]:
