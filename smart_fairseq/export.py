@@ -37,8 +37,8 @@ def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
     if teacher:
         state["model"] = teacher_weights(checkpoint, state)
     exported = to_plain_roberta(checkpoint, state)
-    with whole_file(out) as partial:
-        torch.save(exported, partial)
+    with whole_file(out) as partial, open(partial, "wb") as file:  # which tells why it cannot be written
+        torch.save(exported, file)
     whose = "the teacher's weights, " if teacher else ""
     return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"
 

@@ -248,11 +248,12 @@ def test_errors_are_one_line_and_leave_nothing(
 def test_interrupted_writing_keeps_the_old_file(
     imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(_: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos") from OSError(28, "No space left on device")
 
     (tmp_path / "out.pt").write_text("old")
     monkeypatch.setattr("torch.save", full)
-    assert "No space left" in run_refused([str(imported / "model.pt"), str(tmp_path / "out.pt")], capsys)
+    line = run_refused([str(imported / "model.pt"), str(tmp_path / "out.pt")], capsys)
+    assert f"{tmp_path / 'out.pt'}: cannot be written (No space left on device); nothing was kept" in line
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.pt", "old")]
