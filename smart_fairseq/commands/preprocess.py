@@ -11,7 +11,7 @@ from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
 from ..data.lines import Report, Row, as_number, located, shown
 from ..data.pool import Pool
-from ..data.readers import find_sources, read_task
+from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
 from ..progress import Progress
@@ -255,6 +255,8 @@ def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times:
             if rows:
                 data.rows.setdefault(split, []).extend(rows)
                 data.parts.setdefault(split, []).append((name, len(rows)))
+        if split != "train":
+            check_unique(data.rows.get(split, []))
     return data
 
 
