@@ -11,13 +11,14 @@ from pathlib import Path
 
 from smart_fairseq.commands.run import run
 from smart_fairseq.errors import refuse
-from smart_fairseq.files import whole_file
+from smart_fairseq.files import check_place, whole_file
 
 
-def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
+def export(checkpoint: Path, out: Path, teacher: bool = False, overwrite: bool = False) -> str:
     """Write a checkpoint, or the teacher in it, for plain fairseq, completely or not at all; a line for the user.
 
-    Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, and for impossible places.
+    Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, for impossible places, and for an ``out``
+    that is there unless ``overwrite`` is set.
     """
     if out.is_dir() or not out.parent.is_dir():
         refuse(out, "cannot be written", "OUT.pt must be a file in an existing folder")
@@ -25,6 +26,9 @@ def export(checkpoint: Path, out: Path, teacher: bool = False) -> str:
         refuse(checkpoint, "no such file", "CHECKPOINT must be a checkpoint written by fairseq-train")
     if out.exists() and out.samefile(checkpoint):
         refuse(out, "is CHECKPOINT itself", "choose another file")
+    if out.exists() and not overwrite:
+        refuse(out, "exists already", "choose another OUT.pt or give --overwrite")
+    check_place(out)
 
     import torch  # what takes seconds to load comes after what can be said without
 
@@ -51,6 +55,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
     help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
     parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     print(f"export: {export(**vars(parser.parse_args(argv)))}")
 
 
