@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 import smart_fairseq
 from smart_fairseq.commands import preprocess
+from smart_fairseq.commands.options import imported_flags
 from smart_fairseq.data.readers import find_sources, read_task
 from smart_fairseq.data.tasks import TASKS, Task
 from smart_fairseq.encoder import Forward
 from smart_fairseq.method.noise import example_noise
-from smart_fairseq.study.recipe import imported_flags, prepare
+from smart_fairseq.study.recipe import prepare
 
 NOISE_STD = 1e-5
 ROWS, UPDATES, BATCH = 640, 240, 16

@@ -24,9 +24,10 @@ from facts import ROOT, facts
 from omegaconf import OmegaConf
 
 from smart_fairseq.commands import preprocess
+from smart_fairseq.commands.options import imported_flags
 from smart_fairseq.data.readers import Row, read_task
 from smart_fairseq.data.tasks import TASKS, Task
-from smart_fairseq.study.recipe import imported_flags, prepare
+from smart_fairseq.study.recipe import prepare
 
 UPDATES, WARMUP, BATCH = 60, 6, 4
 LEAST = 1e-3  # of the task loss

@@ -73,7 +73,7 @@ def unfit(text: str) -> str:
     return f"its weights do not fit the model ({found[0]}{more})" if found else "its weights do not fit the model"
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what it arose from, outermost first."""
     while error is not None:
         yield error
@@ -87,7 +87,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _explained(error: BaseException) -> str | None:
-    for link in _chain(error):
+    for link in chain(error):
         if isinstance(link, UsageError):
             return str(link)
     text = str(error)
@@ -111,7 +111,7 @@ def _explained(error: BaseException) -> str | None:
         return f"{text}; name an existing checkpoint"
     if isinstance(error, ImportError) and "FullyShardedDataParallel" in text:
         return NOT_SHARDED  # fairseq asks for fairscale before the criterion can say so
-    causes = "\n".join(str(link) for link in _chain(error))
+    causes = "\n".join(str(link) for link in chain(error))
     unfit_one = re.search(r"Cannot load model parameters from checkpoint (.+?);", text)
     if unfit_one or "loading state_dict for" in text:
         where = f"{unfit_one[1]}: " if unfit_one else "the checkpoint: "

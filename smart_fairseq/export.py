@@ -12,7 +12,7 @@ from pathlib import Path
 
 from smart_fairseq.commands.run import run
 from smart_fairseq.errors import refuse
-from smart_fairseq.files import whole_file
+from smart_fairseq.files import check_place, whole_file
 
 FORMATS = ("fairseq", "huggingface")
 
@@ -21,6 +21,7 @@ def export(
     checkpoint: Path,
     out: Path,
     teacher: bool = False,
+    overwrite: bool = False,
     format: str = "fairseq",
     data_dir: Path | None = None,
     bpe_dir: Path | None = None,
@@ -28,7 +29,8 @@ def export(
     """Write a checkpoint, or the teacher in it, in another format, completely or not at all; a line for the user.
 
     ``data_dir`` and ``bpe_dir``, for huggingface alone, stand in for the folders that the checkpoint's run had.
-    Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, and for impossible places.
+    Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, for impossible places, and for an ``out``
+    that is there unless ``overwrite`` is set.
     """
     if format == "huggingface":
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -41,6 +43,9 @@ def export(
         refuse(checkpoint, "no such file", "CHECKPOINT must be a checkpoint written by fairseq-train")
     if out.exists() and out.samefile(checkpoint):
         refuse(out, "is CHECKPOINT itself", "choose another file")
+    if out.is_file() and not overwrite:
+        refuse(out, "exists already", "choose another OUT.pt or give --overwrite")
+    check_place(out)
 
     import torch  # what takes seconds to load comes after what can be said without
 
@@ -58,8 +63,8 @@ def export(
         write_hugging_face(checkpoint, state, out, data_dir, bpe_dir)
         return f"wrote {out}: {whose}for AutoModelForSequenceClassification and AutoTokenizer of transformers"
     exported = to_plain_roberta(checkpoint, state)
-    with whole_file(out) as partial:
-        torch.save(exported, partial)
+    with whole_file(out) as partial, open(partial, "wb") as file:  # which tells why it cannot be written
+        torch.save(exported, file)
     return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"
 
 
@@ -71,6 +76,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for huggingface the folder")
     help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
     parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("--format", choices=FORMATS, default="fairseq", help="plain fairseq's (default) or the folder")
     data = "huggingface: the data folder, for label names (default: the one it was trained on)"
     parser.add_argument("--data-dir", metavar="DIR", type=Path, help=data)

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import UsageError, chain
+
 
 def sha256(path: Path) -> str:
     """The file's SHA-256 in hexadecimal."""
@@ -34,15 +36,44 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_place(path: str | Path | None) -> None:
+    """Raise `UsageError` where a file or folder of that name could not be written, before the work for it begins."""
+    if path is not None:
+        path = Path(path)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path}: cannot be written (no file and no folder); choose another name")
+        with hidden_folder(path):
+            pass
+
+
+@contextlib.contextmanager
+def _named(target: Path, partial: Path) -> Iterator[None]:
+    """Turn a failure of the disk, which names the hidden place or none, into a `UsageError` that names the target."""
+    try:
+        yield
+    except (UsageError, ConnectionError):
+        raise
+    except Exception as error:  # torch.save raises a RuntimeError when the disk is full, on top of the system's
+        for link in chain(error):
+            if isinstance(link, OSError) and link.strerror:
+                above = Path(str(link.filename)) in target.parents
+                if above or link.filename is None or str(partial) in str(link.filename):
+                    reason = f"{link.filename}: {link.strerror}" if above else link.strerror
+                    raise UsageError(f"{target}: cannot be written ({reason}); nothing was kept") from error
+        raise
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The path of a hidden file beside ``path``, to be written: it takes its place when the block ends well.
 
-    Close the file within the block. ``path`` stays as it was when the block fails.
+    Close the file within the block. ``path`` stays as it was when the block fails; a failing disk is a `UsageError`.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: cannot be written (it is no file); choose another name")
     _clear_up(path)
     partial = _beside(path, "partial")
-    with tidy_on_sigterm():
+    with tidy_on_sigterm(), _named(path, partial):
         try:
             yield partial
             os.replace(partial, path)
@@ -54,11 +85,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 def hidden_folder(target: Path) -> Iterator[Path]:
     """An empty hidden folder beside ``target``, which vanishes at the end unless it was moved away.
 
-    Folders above it are made, and vanish as well if nothing is in them.
+    Folders above it are made, and vanish as well if nothing is in them. A failing disk is a `UsageError`.
     """
     made = [parent for parent in target.parents if not parent.exists()]
     partial = _beside(target, "partial")
-    with tidy_on_sigterm():
+    with tidy_on_sigterm(), _named(target, partial):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _clear_up(target)

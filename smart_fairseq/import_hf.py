@@ -12,6 +12,7 @@ from typing import Any
 from smart_fairseq.commands.run import run
 from smart_fairseq.convert.config import MODEL_DIR_HOLDS, read_config
 from smart_fairseq.errors import refuse
+from smart_fairseq.files import check_place
 
 
 def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
         if (out_dir / "model.pt").exists() and not overwrite:
             refuse(out_dir / "model.pt", "exists already", "choose another OUT_DIR or give --overwrite")
     config = read_config(model_dir)
+    check_place(out_dir)
 
     from smart_fairseq.convert.importing import convert_folder  # takes seconds to load
 

@@ -101,9 +101,20 @@ def test_gzip_in_name_only(place, capsys):
     assert re.search(r"train.tsv.gz: not a complete gzip file", refused(place, capsys))
 
 
-def test_repeated_id_in_a_test_part(place, capsys):
-    write(place / "glue" / "RTE" / "test.tsv", "index\tsentence1\tsentence2", "0\ta\tb", "0\tc\td")
-    assert re.search(r"test.tsv:3: id '0' was on line 2 already", refused(place, capsys))
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_repeated_id_in_a_part_to_predict(place, capsys, part):
+    """evaluate would refuse the file that predict writes for it."""
+    label = ("\tlabel", "\tentailment") if part == "dev" else ("", "")
+    lines = ["index\tsentence1\tsentence2" + label[0], f"0\ta\tb{label[1]}", f"0\tc\td{label[1]}"]
+    write(place / "glue" / "RTE" / f"{part}.tsv", *lines)
+    assert re.search(rf"{part}.tsv:3: id '0' was on line 2 already", refused(place, capsys))
+
+
+def test_repeated_id_in_two_rounds(place, capsys):
+    for name in ("R1", "R2"):
+        for split in ("train", "dev"):
+            write(place / "glue" / "anli_v1.0" / name / f"{split}.jsonl", json.dumps(ENTRY))
+    assert "R2/dev.jsonl:1: id 'u' was" in refused(place, capsys, "--rounds", "R1,R2", main=anli_main)
 
 
 @pytest.mark.parametrize("score", ["5.1", "-0.2", "nan", "inf", "four", ""])

@@ -38,6 +38,13 @@ def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
         return refused(predict.main, capsys, "--checkpoint", str(path), *data, *out, *more)
 
     assert "nowhere.pt: --checkpoint: no such file" in says("nowhere.pt")
+    # the place is found out before the model is loaded
+    below = str(tmp_path / "file" / "below")
+    (tmp_path / "file").touch()
+    assert f"{below}/submission.zip: cannot be written" in says("nowhere.pt", "--out", below)
+    for flag in ("--json", "--outputs", "--picture"):
+        line = refused(evaluate.main, capsys, "--checkpoint", "nowhere.pt", *data, flag, below)
+        assert f"{below}: cannot be written ({tmp_path / 'file'}: " in line
     assert "gives 3 outputs, and RTE has 2" in says(checkpoint(place, "MNLI"))
     assert "classes 1, 0" in says(checkpoint(place, "MRPC"))  # as many classes, but others
     assert "--split is 'dev'; " in says(checkpoint(place, "RTE"), "--split", "dev")

@@ -1,7 +1,9 @@
 """The command as users call it: several tasks, subsets, shortening, ANLI's mixtures, replacement of folders."""
 
+import gzip
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_samples import ROOT, make_anli, make_bert_bpe, make_gpt2_bpe, make_pairs, write
+from hf_samples import write_hf
+from toolkit import train
 
 from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data.binarize import read_indexed, read_manifest
 from smart_fairseq.data.readers import Row
+from smart_fairseq.import_hf import import_hf
 
 RTE = ("entailment", "not_entailment")
 
@@ -251,3 +256,32 @@ def test_example_scripts_run_from_anywhere(tmp_path):
             [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ}
         )
         assert run.returncode == 0 and "--subsample" in run.stdout, run.stderr
+
+
+def test_the_command_that_is_printed_trains_with_smart(tmp_path, capsys):
+    """On the encoder that lies beside the BPE; an update."""
+    import_hf(write_hf(tmp_path / "hf", "bert"), tmp_path / "encoder")
+    for split in ("train", "dev"):
+        rows = (f"{number}\tthe cat a\tdog {'abcd'[number % 4]} c\t{RTE[number % 2]}" for number in range(16))
+        write(tmp_path / "RTE" / f"{split}.tsv", "index\tsentence1\tsentence2\tlabel", *rows)
+    flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(tmp_path / "encoder"), "--out", str(tmp_path / "a bin")]
+    assert glue_main(["--task", "RTE", *flags]) == 0
+    program, *line = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert program == "fairseq-train" and line[line.index("--max-update") + 1] == "6"
+    more = ["--max-update", "1", "--cpu", "--no-save", "--disable-validation", "--num-workers", "0"]
+    (update,) = train([*line, *more, "--log-format", "json", "--log-interval", "1"])["train_inner"]
+    assert update["smart_loss"] > 0 and update["bregman_loss"] > 0
+
+
+def test_what_the_reader_of_the_data_must_know(tmp_path, bpe, capsys):
+    """Empty texts are counted, one class warns, and of two forms of a file it is said which was read."""
+    header = "index\tsentence1\tsentence2\tlabel"
+    write(tmp_path / "RTE" / "train.tsv", header, "0\ta\tb\tentailment", "1\t \tb\tentailment")
+    write(tmp_path / "RTE" / "dev.tsv", header, "0\ta\t\tentailment")
+    (tmp_path / "RTE" / "train.tsv.gz").write_bytes(gzip.compress(b"nothing"))
+    flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(tmp_path / "bin"), "--workers", "1"]
+    assert glue_main(["--task", "RTE", *flags]) == 0
+    train_line, dev_line = capsys.readouterr().out.splitlines()[1:3]
+    assert "read train.tsv and not train.tsv.gz, which is beside it" in train_line
+    assert "warning: every label is entailment" in train_line and "1 rows with an empty text" in train_line
+    assert "warning" not in dev_line and "1 rows with an empty text" in dev_line

@@ -136,7 +136,8 @@ def test_nothing_of_this_package_remains(trained: dict[str, Path], tmp_path: Pat
 
 def test_imported_model_keeps_features_and_nearly_the_lm_head(imported: Path, tmp_path: Path) -> None:
     """Features within 1e-5. The LM head's LayerNorm keeps fairseq's epsilon, no more than that changes."""
-    assert main([str(imported / "model.pt"), str(tmp_path / "plain.pt")]) == 0
+    (tmp_path / "plain.pt").touch()
+    assert main([str(imported / "model.pt"), str(tmp_path / "plain.pt"), "--overwrite"]) == 0
     features, logits = in_plain_fairseq(tmp_path / "plain.pt", imported)
     data = {"data": str(imported)}
     expected_features, expected_logits = here(imported / "model.pt", **data)
@@ -248,11 +249,14 @@ def test_errors_are_one_line_and_leave_nothing(
 def test_interrupted_writing_keeps_the_old_file(
     imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(_: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos") from OSError(28, "No space left on device")
 
     (tmp_path / "out.pt").write_text("old")
     monkeypatch.setattr("torch.save", full)
-    assert "No space left" in run_refused([str(imported / "model.pt"), str(tmp_path / "out.pt")], capsys)
+    source, out = str(imported / "model.pt"), str(tmp_path / "out.pt")
+    assert "exists already; choose another OUT.pt or give --overwrite" in run_refused([source, out], capsys)
+    line = run_refused([source, out, "--overwrite"], capsys)
+    assert f"{tmp_path / 'out.pt'}: cannot be written (No space left on device); nothing was kept" in line
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.pt", "old")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from processes import FORKS, join
 
-from smart_fairseq.files import hidden_folder, sha256, whole_file, whole_files, whole_folder
+from smart_fairseq.errors import UsageError
+from smart_fairseq.files import check_place, hidden_folder, sha256, whole_file, whole_files, whole_folder
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -59,20 +63,20 @@ def test_takes_the_place_of_what_was_there(tmp_path: Path, write: Write, old: di
 @pytest.mark.parametrize("write, old, new", WRITERS)
 def test_failure_leaves_the_old_one_whole(tmp_path: Path, write: Write, old: dict, new: dict, fail: Write) -> None:
     write(tmp_path / "target", "old")
-    with pytest.raises((OSError, KeyboardInterrupt)):
+    with pytest.raises((UsageError, KeyboardInterrupt)):
         write(tmp_path / "target", "new", fail)
     assert content(tmp_path) == old and [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
 def test_failure_leaves_nothing_where_nothing_was(tmp_path: Path, write: Write) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
         write(tmp_path / "target", "new", full_disk)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_above_come_and_go_with_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
         write_folder(tmp_path / "a" / "b" / "target", "new", full_disk)
     assert list(tmp_path.iterdir()) == []
     write_folder(tmp_path / "a" / "b" / "target", "new")
@@ -109,7 +113,7 @@ def test_some_files_of_a_folder(tmp_path: Path) -> None:
     assert content(folder) == {"main": "new", "a": "new"}
     for name in ("main", "a", "mine"):
         (folder / name).write_text("old")
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
         write_some(folder, "main", "b", fail=full_disk)
     assert content(folder) == {"main": "old", "a": "old", "mine": "old"}
     write_some(folder, "main", "b")
@@ -190,7 +194,7 @@ def test_an_old_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path
     gone = subprocess.Popen(["true"])
     gone.wait()
     write_folder(tmp_path / f".target.old-{gone.pid}", "old")
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
         write_folder(tmp_path / "target", "new", full_disk)
     assert content(tmp_path) == {"target/deep/old": "old"}
 
@@ -214,7 +218,7 @@ def test_sigterm_keeps_the_answer_that_the_program_gives(tmp_path: Path) -> None
 
 
 def test_missing_folder_above_a_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "none" / "target") as partial:
+    with pytest.raises(UsageError, match="No such file"), whole_file(tmp_path / "none" / "target") as partial:
         partial.write_text("x")
 
 
@@ -224,3 +228,34 @@ def test_sha256(tmp_path: Path) -> None:
     assert sha256(tmp_path / "data") == hashlib.sha256(data).hexdigest()
     with pytest.raises(FileNotFoundError):
         sha256(tmp_path / "none")
+
+
+def small_disk_saves(path: str) -> None:
+    """torch.save with no room for it; the status is 3 for the one `UsageError`."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        with whole_file(Path(path)) as partial, open(partial, "wb") as file:
+            torch.save(torch.zeros(100_000), file)
+    except UsageError as error:
+        sys.exit(3 if f"{path}: cannot be written (File too large)" in str(error) else 4)
+
+
+def test_torch_on_a_full_disk(tmp_path: Path) -> None:
+    """What torch raises then is a RuntimeError on a position in the file."""
+    process = FORKS.Process(target=small_disk_saves, args=(str(tmp_path / "target"),))
+    process.start()
+    assert join([process]) == [3] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe/below", "file/below"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path, name: str) -> None:
+    """And a device is not replaced by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"{tmp_path / name}: cannot be written"):
+        check_place(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{tmp_path / name}: cannot be written"):
+        write_file(tmp_path / name, "new")
+    assert not (tmp_path / "pipe").is_file() and len(list(tmp_path.iterdir())) == 2
+    check_place(tmp_path / "new" / "file")
+    assert len(list(tmp_path.iterdir())) == 2

@@ -139,10 +139,14 @@ def test_impossible_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], w
     assert sorted(path.name for path in source.iterdir()) == before
 
 
-def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("unexpected pos") from OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
     assert main([str(write_hf(tmp_path / "hf", "bert")), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{tmp_path / 'out'}: cannot be written (No space left on device); nothing was kept")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

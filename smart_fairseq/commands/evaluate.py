@@ -19,6 +19,7 @@ from ..errors import UsageError, parse_json
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
+from ..files import check_place
 from ..inference import Model, read_ids, task_of
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .predict import LETTERS, write_json
@@ -257,6 +258,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
+    for path in (options.json, options.outputs, options.picture):
+        check_place(path)
     options.attack = options.attack or options.attack_rows is not None
     if options.full or options.attack or options.typos or options.outputs or options.picture:
         _show_fully(evaluate_fully(options), options)

@@ -1,6 +1,7 @@
 """Options that several commands take, and what they stand for: numbers, lists of names, data folders, encoders."""
 
 import argparse
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,6 +89,17 @@ def official_folder(task: Task, kind: str, target: Path, options: argparse.Names
                 folder.write(split, rows[split])
         folder.finish()
     return target
+
+
+def plugin_flags() -> list[str]:
+    """The flags of fairseq-train that bring this plugin, from the folder of work."""
+    return ["--user-dir", os.path.relpath(Path(__file__).parents[1])]
+
+
+def imported_flags(imported: Path) -> list[str]:
+    """The architecture of an encoder that `import_hf` wrote. Raises OSError or ValueError for another folder."""
+    found: list[str] = json.loads((imported / "import.json").read_text(encoding="utf-8"))["flags"]
+    return found
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

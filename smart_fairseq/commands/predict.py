@@ -14,7 +14,7 @@ from ..data.lines import located, shown
 from ..data.readers import find_sources
 from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
-from ..files import finite, whole_file
+from ..files import check_place, finite, whole_file
 from ..inference import Model, Predictions
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
@@ -42,11 +42,8 @@ LETTERS = {"entailment": "e", "neutral": "n", "contradiction": "c"}
 def replace_file(path: Path, text: str) -> None:
     """Write the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise located(path, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -160,6 +157,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
     data_dir, out = Path(options.data_dir), Path(options.out)
     folders = data_folders(data_dir)
+    check_place(out / "submission.zip")
     with tempfile.TemporaryDirectory() as scratch:
         for text in options.checkpoint if not folders else ():
             name = text.partition("=")[0]

@@ -1,7 +1,9 @@
 """The command preprocess: official files to data folders."""
 
 import argparse
+import contextlib
 import random
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +13,11 @@ from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
 from ..data.lines import Report, Row, as_number, located, shown
 from ..data.pool import Pool
-from ..data.readers import find_sources, read_task
+from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
 from ..progress import Progress
-from .options import add_encoder_options, chosen, encoder_files, existing, whole_number
+from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
 from .run import run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
@@ -76,7 +78,8 @@ def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[R
 
 def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
     """The part of the fairseq-train command that follows from the data."""
-    flags = [f"fairseq-train {folder} --task sentence_prediction --num-classes {task.num_classes} --init-token 0"]
+    flags = [f"fairseq-train {shlex.quote(str(folder))} --task sentence_prediction"]
+    flags.append(f"--num-classes {task.num_classes} --init-token 0")
     if bpe != "bert" and task.texts == 2:
         flags.append("--separator-token 2")
     if task.regression:
@@ -90,6 +93,31 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
     flags.append("--required-batch-size-multiple 1")
     flags.append(f"--best-checkpoint-metric {metric} --maximize-best-checkpoint-metric")
     return " ".join(flags)
+
+
+# by BPE: where its published encoder is put, and its architecture; an imported one brings both
+ENCODERS = {
+    "gpt2": ("roberta.large/model.pt", "--arch roberta_large --max-positions 512"),
+    "bert": ("BERT/model.pt", "--arch smart_bert --max-positions 512"),
+    "sentencepiece": ("xlmr.large/model.pt", "--arch roberta_large --max-positions 512"),
+}
+EPOCHS, BATCH = 6, 16  # Jiang et al. (2020), section 4.1
+
+
+def smart_flags(bpe: BpeFiles, rows: int, save_dir: str) -> str:
+    """The rest of that command: SMART, on the encoder that lies beside the BPE or on the published one."""
+    model, arch = ENCODERS[bpe.kind]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no import, or a damaged one
+        arch, model = shlex.join(imported_flags(Path(bpe.folder))), str(Path(bpe.folder) / "model.pt")
+    updates = EPOCHS * -(-rows // BATCH)
+    return " ".join(
+        [
+            f"{shlex.join(plugin_flags())} --criterion smart_sentence_prediction --optimizer mbpp {arch}",
+            f"--finetune-from-model {shlex.quote(model)} --batch-size {BATCH} --lr 2e-5 --clip-norm 1",
+            f"--lr-scheduler polynomial_decay --max-update {updates} --total-num-update {updates}",
+            f"--warmup-updates {updates // 10} --save-dir {shlex.quote(save_dir)}",
+        ]
+    )
 
 
 def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | None = None, **facts: object) -> Folder:
@@ -114,6 +142,10 @@ def _note(data: Data, folder: Folder, split: str) -> str:
     if official is not None and official not in (count.rows, count.rows + sum(report.left_out.values())):
         notes.append(f"the official file has {official} rows")
     notes += [f"{number} left out ({reason})" for reason, number in report.left_out.items()]
+    compressed = [Path(f"{file}.gz") for file in report.files if Path(f"{file}.gz").is_file()]
+    notes += [f"read {path.stem} and not {path.name}, which is beside it" for path in compressed]
+    if split == "train" and not data.task.regression and len({row.label for row in data.rows[split]}) == 1:
+        notes.append(f"warning: every label is {data.rows[split][0].label}, and a model learns nothing from one class")
     if count.empty:
         notes.append(f"{count.empty} rows with an empty text")
     if count.unknown:
@@ -158,7 +190,10 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     if "train" not in data.rows:
         print(f"wrote {target}; it has no training part: for evaluation and prediction", flush=True)
         return
-    print(f"wrote {target}; train with\n  {training_flags(data.task, bpe.kind, data.rows, shown_at)}", flush=True)
+    count = len(subset(data.rows["train"], parts[0], order) if parts else data.rows["train"])
+    rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
+    print(f"wrote {target}; train with", flush=True)
+    print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)
 
 
 def _classes(task: Task, rows: Sequence[Row]) -> str:
@@ -255,6 +290,8 @@ def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times:
             if rows:
                 data.rows.setdefault(split, []).extend(rows)
                 data.parts.setdefault(split, []).append((name, len(rows)))
+        if split != "train":
+            check_unique(data.rows.get(split, []))
     return data
 
 

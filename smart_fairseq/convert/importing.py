@@ -84,7 +84,8 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         (staging / "bpe.json").write_text(json.dumps(vocabulary.bpe) + "\n", encoding="utf-8")
         (staging / "dict.txt").write_text(vocabulary.dictionary, encoding="utf-8", newline="\n")
         (staging / "import.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        torch.save(build_checkpoint(state, settings), staging / "model.pt")
+        with open(staging / "model.pt", "wb") as file:  # which tells why it cannot be written
+            torch.save(build_checkpoint(state, settings), file)
 
     initialised = f"the file has none, initialised with seed {LM_HEAD_SEED}; classification does not use it"
     notes = [

@@ -237,11 +237,5 @@ def complete_folder(target: Path) -> Iterator[Path]:
     if target.is_dir() and not _ours(target):
         other = "this folder holds other things than preprocess.py writes; choose another or remove it"
         raise located(target, 0, f"--out: {other}")
-    try:
-        with whole_folder(target) as partial:
-            yield partial
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        # a full disk or a size limit: the system does not say where
-        raise located(target, 0, f"cannot be written ({error.strerror}); nothing was kept") from None
+    with whole_folder(target) as partial:
+        yield partial

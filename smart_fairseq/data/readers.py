@@ -235,15 +235,16 @@ def read_task(
     reports: dict[str, Report] = {}
     for split, (source, folder) in found.items():
         rows[split], reports[split] = read_source(task, source, folder, skip_bad_rows)
-        if split.startswith("test"):
-            _check_unique(rows[split])
+        if not split.startswith("train"):
+            check_unique(rows[split])
     return rows, reports
 
 
-def _check_unique(rows: Sequence[Row]) -> None:
+def check_unique(rows: Sequence[Row]) -> None:
+    """Raise `UsageError` at an id that was there: predictions are found by their ids."""
     seen: dict[str, Row] = {}
     for row in rows:
         first = seen.setdefault(row.id, row)
         if first is not row:
-            message = f"id {shown(row.id)} was on line {first.line} already; ids of a test part must differ"
+            message = f"id {shown(row.id)} was on line {first.line} already; ids of a part to predict must differ"
             raise located(Path(row.file), row.line, message)

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..commands.options import imported_flags, plugin_flags
 from ..data.lines import located, shown
 from ..data.metrics import METRICS
 from ..data.tasks import TASKS
@@ -160,7 +161,7 @@ class Plan:
         if "input1" in source.inputs and bpe in ("gpt2", "sentencepiece"):
             task += ["--separator-token", "2"]
         return [
-            *(str(data), *recipe.plugin_flags(), *task),
+            *(str(data), *plugin_flags(), *task),
             *(recipe.encoder_flags(checkpoint) if checkpoint else ()),
             *(*self.encoder_flags, *recipe.as_flags(asked.flags), "--seed", str(asked.seed)),
             *recipe.length_flags(asked.updates, asked.warmup, asked.flags.get("lr-scheduler")),
@@ -313,7 +314,7 @@ def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
     if isinstance(given, str):
         folder = Path(given)
         try:
-            return folder / "model.pt", recipe.imported_flags(folder), recipe.bpe_of(folder)
+            return folder / "model.pt", imported_flags(folder), recipe.bpe_of(folder)
         except (OSError, ValueError, KeyError):
             allowed = "a folder that import-hf wrote, or checkpoint: and flags:"
             raise UsageError(f"{path}: encoder is {shown(given)}; it must be {allowed}") from None

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import smart_fairseq
-
+from ..commands.options import imported_flags, plugin_flags
 from ..commands.preprocess import Data, process, training_flags
 from ..data.bpe import find_bpe
 from ..data.tasks import Task
@@ -63,16 +62,6 @@ def encoder_flags(checkpoint: Path) -> list[str]:
     """Begin with these weights, and nothing else of the checkpoint."""
     start = ["--restore-file", os.path.relpath(checkpoint)]
     return [*start, "--reset-optimizer", "--reset-dataloader", "--reset-meters"]
-
-
-def imported_flags(imported: Path) -> list[str]:
-    """The architecture of an encoder that `import_hf` wrote. Raises OSError or ValueError for another folder."""
-    found: list[str] = json.loads((imported / "import.json").read_text(encoding="utf-8"))["flags"]
-    return found
-
-
-def plugin_flags() -> list[str]:
-    return ["--user-dir", os.path.relpath(Path(smart_fairseq.__file__).parent)]
 
 
 def bpe_of(folder: Path) -> str:

@@ -28,5 +28,5 @@ def cut_checkpoint(checkpoint: Path, source: Source, target: Path) -> None:
         if name in model:
             model[name] = model[name][rows]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as partial:
-        torch.save(state, partial)
+    with whole_file(target) as partial, open(partial, "wb") as file:  # which tells why it cannot be written
+        torch.save(state, file)
