@@ -50,15 +50,35 @@ def test_numbers_by_hand():
     rows = [Row(str(n), ("a", "b"), gold, tuple(votes)) for n, (votes, gold) in enumerate(zip(VOTES, GOLD))]
     found = compare(NLI_LABELS, rows, np.array([[0.2, 0.3, 0.5]] * 5))
     assert list(found) == ["all", *GROUPS]
-    assert [found[group].rows for group in found] == [4, 1, 1, 1, 1]  # two against two against one is in no group
-    assert found["5/0/0"].accuracy == 100 and found["4/1/0"].accuracy == 0 and found["all"].accuracy == 50
+    assert [found[group].rows for group in found] == [5, 1, 1, 1, 1]  # two against two against one is in no group
+    assert found["5/0/0"].accuracy == 100 and found["4/1/0"].accuracy == 0 and found["all"].accuracy == 60
     assert found["5/0/0"].cross_entropy == pytest.approx(-math.log(0.5))
     assert found["5/0/0"].divergence == pytest.approx(-math.log(0.5))
     cross = -(0.8 * math.log(0.3) + 0.2 * math.log(0.2))
     assert found["4/1/0"].cross_entropy == pytest.approx(cross)
     assert found["4/1/0"].divergence == pytest.approx(cross + 0.8 * math.log(0.8) + 0.2 * math.log(0.2))
-    four = [found[group].cross_entropy for group in GROUPS]
-    assert found["all"].cross_entropy == pytest.approx(sum(four) / 4)
+    five = [*(found[group].cross_entropy for group in GROUPS), -(0.4 * math.log(0.5 * 0.3) + 0.2 * math.log(0.2))]
+    assert found["all"].cross_entropy == pytest.approx(sum(five) / 5)
+
+
+def test_intervals_are_those_of_the_rows():
+    """Of 100 rows half are right: the mean's standard deviation is 5 %, and 1.96 of these are 9.8 %."""
+    rows = [Row(str(n), ("a", "b"), (E, N)[n % 2], (E,) * 5) for n in range(100)]
+    found = compare(NLI_LABELS, rows, np.array([[0.2, 0.3, 0.5]] * 100))["5/0/0"]
+    low, high = found.intervals["accuracy"]
+    assert found.accuracy == 50 and 39 < low < 42 and 58 < high < 61
+    assert found.intervals["cross_entropy"] == pytest.approx([-math.log(0.5)] * 2)
+
+
+def test_rows_that_nobody_labelled_are_in_no_mean(tmp_path, capsys):
+    data = make_mnli(tmp_path / "glue")
+    with open(data / "MNLI" / "dev_matched.tsv", "a") as file:
+        file.write("\t".join(["5", "a", "b", "", "", "", "", "", E]) + "\n")
+    file = make_file(tmp_path / "a.tsv", [*UNIFORM, UNIFORM[0]])
+    assert agreement.main(["--data-dir", str(data), "--predictions", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("MNLI valid, 5 rows; 1 that nobody labelled are left out")
+    assert re.search(r"^a +all +5 ", said, re.MULTILINE)
 
 
 def test_a_model_that_is_the_annotators_has_no_divergence():
@@ -76,12 +96,16 @@ def test_command(tmp_path, capsys):
     flags = ["--data-dir", str(data), "--predictions", f"ours={plain}", str(shuffled), "--json", str(out)]
     assert agreement.main(flags) == 0
     said = capsys.readouterr().out
-    assert "in no group: 1 rows with votes 2/2/1" in said
+    assert said.startswith("MNLI valid, 5 rows\n") and "in all, and in no group: 1 rows with votes 2/2/1" in said
     assert re.search(r"^ours +4/1/0 +1 +0\.00 +1\.2851", said, re.MULTILINE)
     assert re.search(r"^paper: SMART +3/2/0 +67\.4 +0\.66$", said, re.MULTILINE)
     numbers = json.loads(out.read_text())
     assert list(numbers["ours"]) == ["all", *GROUPS]
-    assert all(numbers["ours"][group] == pytest.approx(numbers["b"][group]) for group in numbers["ours"])
+    for group, found in numbers["ours"].items():
+        other = numbers["b"][group]
+        for metric, interval in found.pop("intervals").items():
+            assert interval == pytest.approx(other["intervals"][metric]) and interval[0] <= found[metric] <= interval[1]
+        assert found == pytest.approx({name: other[name] for name in found})
 
 
 def test_picture(tmp_path):
@@ -91,6 +115,27 @@ def test_picture(tmp_path):
     flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(picture)]
     assert agreement.main(flags) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_the_picture_shows(tmp_path, monkeypatch):
+    """Task and part, the groups' sizes, three metrics with values and intervals, the paper's two beside."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(agreement, "save", lambda figure, path: figures.append(figure))
+    data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
+    flags = ["--data-dir", str(data), "--predictions", f"ours={file}", "--picture", str(tmp_path / "a.png")]
+    assert agreement.main(flags) == 0
+    (figure,) = figures
+    assert figure.get_suptitle().startswith("MNLI valid, 5 rows")
+    assert [axis.get_title().split()[0] for axis in figure.axes] == ["accuracy", "cross", "divergence"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()][:2] == ["all\n5 rows", "5/0/0\n1 rows"]
+    assert figure.axes[0].get_yticks()[-1] == 100
+    bars = [[container.get_label() for container in axis.containers] for axis in figure.axes]
+    bars = [[name for name in names if not name.startswith("_")] for names in bars]
+    assert bars == [["ours", *agreement.PAPER["valid"]], ["ours"], ["ours", *agreement.PAPER["valid"]]]
+    assert {"97.2", "90.6", "100.0"} <= {text.get_text() for text in figure.axes[0].texts}
+    assert any(type(container).__name__ == "ErrorbarContainer" for container in figure.axes[1].containers)
+    pyplot.close(figure)
 
 
 def test_picture_on_a_full_disk(tmp_path, capsys, monkeypatch):

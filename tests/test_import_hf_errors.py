@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_samples import DIM, write_hf
+from hf_samples import BERT_TOKENS, DIM, roberta_tokens, write_hf
 from safetensors.torch import load_file, save_file
 
 from smart_fairseq.import_hf import main
@@ -47,6 +47,70 @@ def write(name: str, content: str) -> Callable[[Path], None]:
     return apply
 
 
+def tokenizer(kind: str, vocabulary: Any, more: Any = None, **content: Any) -> Callable[[Path], None]:
+    """tokenizer.json alone, without the older files."""
+
+    def apply(folder: Path) -> None:
+        for name in ("vocab.txt", "vocab.json", "merges.txt"):
+            (folder / name).unlink(missing_ok=True)
+        model = {"type": kind, "vocab": vocabulary, **(more or {})}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model, **content}))
+
+    return apply
+
+
+def folder_instead(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return apply
+
+
+def header(length: int, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + content) and None
+
+
+BERT = {token: row for row, token in enumerate(dict.fromkeys(BERT_TOKENS))}
+ROBERTA = roberta_tokens()
+HOSTILE = [
+    ("bert", edit_config(layer_norm_eps=float("nan")), ["layer_norm_eps is nan"]),
+    ("bert", edit_config(layer_norm_eps=10**400), ["layer_norm_eps is 1000"]),
+    ("bert", edit_config(num_hidden_layers=0), ["num_hidden_layers is 0"]),
+    ("bert", edit_config(num_hidden_layers=10**9), ["has no tensor encoder.layer.2."]),
+    ("bert", edit_config(hidden_size=10**12), ["promises [27, 1000000000000]"]),
+    ("bert", edit_config(vocab_size=10**10), ["vocab_size is 10000000000", "at most 10000000"]),
+    ("bert", edit_config(hidden_act={}), ["hidden_act is {}"]),
+    ("bert", edit_config(type_vocab_size=None), ["type_vocab_size is None"]),
+    ("bert", folder_instead("config.json"), ["config.json", "cannot be read as JSON (Is a directory)"]),
+    ("bert", folder_instead("vocab.txt"), ["vocab.txt", "(Is a directory)"]),
+    ("bert", folder_instead("model.safetensors"), ["model.safetensors", "no such file"]),
+    ("bert", write("config.json", "null"), ["holds a NoneType"]),
+    ("bert", write("config.json", "[" * 10_000), ["cannot be read as JSON"]),
+    ("bert", write("vocab.txt", ""), ["vocab.txt", "has no token [CLS]"]),
+    ("bert", header(2**60, b"{}"), ["not a readable safetensors file"]),
+    ("bert", header(8, b'{"a": 1}'), ["not a readable safetensors file"]),
+    ("bert", header(2, b"{}"), ["has no tensor embeddings.word_embeddings.weight"]),
+    ("bert", write("tokenizer_config.json", "[]"), ["tokenizer_config.json", "holds a list"]),
+    ("bert", write("tokenizer_config.json", '{"do_lower_case": "no"}'), ["lower-casing", "is 'no'", "true, false"]),
+    ("bert", write("tokenizer.json", '{"normalizer": [1]}'), ["normalizer is [1]"]),
+    ("bert", tokenizer("WordPiece", None), ["holds no WordPiece vocabulary"]),
+    ("bert", tokenizer("BPE", BERT), ["holds no WordPiece vocabulary"]),
+    ("bert", tokenizer("WordPiece", BERT, added_tokens=5), ["added_tokens or merges are not in order"]),
+    ("bert", tokenizer("WordPiece", BERT, added_tokens=[{}]), ["added_tokens or merges are not in order"]),
+    ("bert", tokenizer("WordPiece", {**BERT, "x": "y"}), ["'x' has the id 'y'"]),
+    ("bert", tokenizer("WordPiece", {**BERT, "x": [1]}), ["'x' has the id [1]"]),
+    ("bert", tokenizer("WordPiece", {**BERT, "x": 99}), ["the ids have gaps"]),
+    # it would shift the rows of all that follow
+    ("bert", tokenizer("WordPiece", {**BERT, "a\nb": len(BERT)}), ["'a\\nb' is no line of a vocab.txt"]),
+    ("bert", tokenizer("WordPiece", {**BERT, "\ud800": len(BERT)}), ["cannot be read as JSON", "surrogates"]),
+    ("roberta", write("vocab.json", json.dumps({**ROBERTA, "x": None})), ["'x' has the id None"]),
+    ("roberta", write("vocab.json", json.dumps({**ROBERTA, "\udfff": 3})), ["cannot be read as JSON", "surrogates"]),
+    ("roberta", write("merges.txt", ""), ["is no product of the merges"]),
+    ("roberta", tokenizer("BPE", ROBERTA, {"merges": 5}), ["added_tokens or merges are not in order"]),
+    ("roberta", tokenizer("BPE", ROBERTA, {"merges": [["a", 1]]}), ["a merge is not of two strings"]),
+    ("roberta", tokenizer("BPE", ROBERTA, {"merges": [["a"]]}), ["'a' is not a merge"]),
+]
 ERRORS = [
     ("bert", remove("config.json"), ["config.json", "no such file"]),
     ("bert", write("config.json", "{"), ["config.json", "cannot be read as JSON"]),
@@ -95,7 +159,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("family, damage, expected", ERRORS, ids=[e[2][-1] + " / " + e[2][0] for e in ERRORS])
+@pytest.mark.parametrize("family, damage, expected", ERRORS + HOSTILE)
 def test_errors_are_one_line_and_leave_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

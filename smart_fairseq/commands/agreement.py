@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +18,24 @@ from ..data.lines import Row, located, read_lines, shown
 from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
+from ..evaluation.intervals import interval, mean_of, resampled
 from ..evaluation.labels import vote_shares
 from ..evaluation.report import pyplot, save
+from ..files import check_place
 from .evaluate import in_order
 from .predict import write_json
 from .run import run
 
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
 ALL = "all"
+
+# by metric: what it is, and how a value is written
+METRICS = {
+    "accuracy": ("accuracy (%)", "%.1f"),
+    "cross_entropy": ("cross entropy (nats)", "%.2f"),
+    "divergence": ("divergence from the annotators (nats)", "%.2f"),
+}
+PRINTED = ("accuracy", "divergence")  # of these in the paper
 
 Points = dict[str, tuple[float, float]]  # group to accuracy and divergence
 
@@ -53,6 +64,7 @@ class Group:
     accuracy: float  # percent, against the gold label
     cross_entropy: float
     divergence: float  # KL(annotators, model)
+    intervals: dict[str, tuple[float, float]]  # of each of the three: 95 %, from samples of the rows
 
 
 def group_of(votes: Sequence[str]) -> str:
@@ -62,7 +74,7 @@ def group_of(votes: Sequence[str]) -> str:
 
 
 def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarray) -> dict[str, Group]:
-    """All rows that are in a group, then the groups in the figure's order, empty ones left out.
+    """All rows that someone labelled, then the groups in the figure's order, empty ones left out.
 
     ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
     """
@@ -70,13 +82,19 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
     cross = -(annotators * np.log(np.maximum(probabilities, 1e-12))).sum(1)
     own = -(annotators * np.log(np.where(annotators > 0, annotators, 1))).sum(1)
     right = np.array([labels[best] == row.label for best, row in zip(probabilities.argmax(1), rows)], dtype=bool)
+    of_rows = dict(zip(METRICS, (100.0 * right, cross, cross - own)))
     names = np.array([group_of(row.votes) for row in rows])
+    voted = np.array([bool(row.votes) for row in rows])
+    groups = {ALL: voted, **{name: np.asarray(names == name) for name in GROUPS}}
+    among = {name: chosen for name, chosen in groups.items() if chosen.any()}
+    statistics = {f"{name} {m}": mean_of(of_rows[m], chosen) for name, chosen in among.items() for m in METRICS}
+    values = resampled(statistics, len(rows))
     found = {}
-    for name in (ALL, *GROUPS):
-        chosen = np.isin(names, GROUPS) if name == ALL else names == name
-        if chosen.any():
-            means = (float(values[chosen].mean()) for values in (100.0 * right, cross, cross - own))
-            found[name] = Group(int(chosen.sum()), *means)
+    for name, chosen in among.items():
+        drawn = {m: values[f"{name} {m}"] for m in METRICS}
+        # a group of a few rows is missing in some samples
+        intervals = {m: interval(drawn[m][np.isfinite(drawn[m])]) for m in METRICS}
+        found[name] = Group(int(chosen.sum()), **{m: float(drawn[m][0]) for m in METRICS}, intervals=intervals)
     return found
 
 
@@ -127,9 +145,12 @@ def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
 def table(models: dict[str, dict[str, Group]], paper: dict[str, Points]) -> str:
     """A line for each model and group, then the paper's."""
     lines = [f"{'':24} {'votes':>6} {'rows':>6} {'accuracy':>9} {'cross entropy':>14} {'divergence':>11}"]
+    lines[0] += "  accuracy, 95 % interval"
     for name, groups in models.items():
         for group, found in groups.items():
+            low, high = found.intervals["accuracy"]
             numbers = f"{found.rows:6d} {found.accuracy:9.2f} {found.cross_entropy:14.4f} {found.divergence:11.4f}"
+            numbers += f"  [{low:.2f}, {high:.2f}]"
             lines.append(f"{name:24} {group:>6} {numbers}")
     for name, points in paper.items():
         for group, (accuracy, divergence) in points.items():
@@ -137,25 +158,32 @@ def table(models: dict[str, dict[str, Group]], paper: dict[str, Points]) -> str:
     return "\n".join(lines)
 
 
-def draw(models: dict[str, dict[str, Group]], paper: dict[str, Points], path: Path) -> None:
-    """The figure: accuracy and divergence by group, a bar for each model and for the paper's."""
-    bars = {
-        name: {group: (found.accuracy, found.divergence) for group, found in groups.items()}
-        for name, groups in models.items()
-    } | paper
-    names = (ALL, *GROUPS)
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4))
-    width = 0.8 / len(bars)
-    for number, (name, points) in enumerate(bars.items()):
-        places = [names.index(group) + (number - (len(bars) - 1) / 2) * width for group in points]
-        style = {"hatch": "//", "alpha": 0.6} if name in paper else {}
-        for axis, values in zip(axes, zip(*points.values())):
-            axis.bar(places, values, width, label=name, **style)
-    for axis, title in zip(axes, ("accuracy (%)", "divergence from the annotators (nats)")):
-        axis.set_xticks(range(len(names)), names)
+def draw(title: str, models: dict[str, dict[str, Group]], paper: dict[str, Points], path: Path) -> None:
+    """The figure: each metric by group, a bar for each model with its interval and for the paper's."""
+    names = tuple(next(iter(models.values())))
+    figure, axes = pyplot().subplots(1, len(METRICS), figsize=(18, 4.5))
+    style: dict[str, Any] = {"fontsize": "x-small", "rotation": 90, "padding": 3}
+    for axis, (metric, (label, form)) in zip(axes, METRICS.items()):
+        width = 0.8 / (len(models) + len(paper) * (metric in PRINTED))
+        for number, (name, groups) in enumerate(models.items()):
+            values = np.array([getattr(groups[group], metric) for group in names])
+            low, high = np.array([groups[group].intervals[metric] for group in names]).T
+            bars = np.maximum(0, [values - low, high - values])
+            places = np.arange(len(names)) + (number + 0.5) * width - 0.4
+            axis.bar_label(axis.bar(places, values, width, yerr=bars, capsize=2, label=name), fmt=form, **style)
+        for number, (name, points) in enumerate(paper.items(), start=len(models)):
+            if metric in PRINTED:
+                values = np.array([points[group][PRINTED.index(metric)] for group in names])
+                places = np.arange(len(names)) + (number + 0.5) * width - 0.4
+                axis.bar_label(axis.bar(places, values, width, label=name, hatch="//", alpha=0.6), fmt=form, **style)
+        axis.set_xticks(range(len(names)), [f"{n}\n{next(iter(models.values()))[n].rows} rows" for n in names])
         axis.set_xlabel("annotators' votes")
-        axis.set_title(title)
-    axes[1].legend(fontsize="small", loc="upper left")
+        axis.set_title(label)
+        axis.margins(y=0.15)
+    axes[0].set_ylim(0, 118)
+    axes[0].set_yticks(range(0, 101, 20))
+    axes[-1].legend(fontsize="small", loc="upper left")
+    figure.suptitle(title)
     figure.tight_layout()
     save(figure, path)
 
@@ -183,22 +211,26 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     add("--picture", help="draw them there (PNG), beside the paper's for MNLI; needs matplotlib")
     options = parser.parse_args(argv)
     task = TASKS[options.task]
+    for place in (options.json, options.picture):
+        check_place(place)
     if options.split not in task.splits:
         raise UsageError(f"--split is {shown(options.split)}; it must be one of {', '.join(task.splits)}")
     rows = annotated_rows(task, Path(options.data_dir), options.split)
     models = {name: analyse(task, rows, path) for name, path in _named(options.predictions).items()}
     paper = PAPER.get(options.split, {}) if options.task == "MNLI" else {}
-    others = Counter(group for row in rows if (group := group_of(row.votes)) not in GROUPS)
-    print(f"{options.task} {options.split}, {len(rows)} rows")
+    others = Counter(group for row in rows if row.votes and (group := group_of(row.votes)) not in GROUPS)
+    voted = sum(bool(row.votes) for row in rows)
+    title = f"{options.task} {options.split}, {voted} rows"
+    print(title + (f"; {len(rows) - voted} that nobody labelled are left out" if voted < len(rows) else ""))
     print(table(models, paper))
     if others:
         listed = ", ".join(f"{number} rows with votes {name}" for name, number in sorted(others.items()))
-        print(f"in no group: {listed}")
+        print(f"in {ALL}, and in no group: {listed}")
     if options.json:
         numbers = {name: {group: vars(found) for group, found in groups.items()} for name, groups in models.items()}
         write_json(Path(options.json), numbers)
     if options.picture:
-        draw(models, paper, Path(options.picture))
+        draw(f"{title}; bars: 95 % intervals over rows", models, paper, Path(options.picture))
         print(f"drew {options.picture}")
 
 

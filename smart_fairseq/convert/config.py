@@ -8,6 +8,7 @@ from ..errors import parse_json, refuse
 
 MODEL_DIR_HOLDS = "MODEL_DIR must hold config.json, model.safetensors and the vocabulary"
 FAIRSEQ_LAYER_NORM_EPS = 1e-5
+MOST_SYMBOLS = 10_000_000
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # by family, their tokens in that order
 SPECIAL_TOKENS = {"bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"), "roberta": FAIRSEQ_SPECIALS}
@@ -50,7 +51,8 @@ def _read(path: Path, kind: str, parse: Callable[[str], Content]) -> Content:
     except FileNotFoundError:
         refuse(path, "no such file", MODEL_DIR_HOLDS)
     except (OSError, ValueError) as error:
-        refuse(path, f"cannot be read as {kind} ({error})", "copy or download it again")
+        reason = getattr(error, "strerror", None) or error
+        refuse(path, f"cannot be read as {kind} ({reason})", "copy or download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,6 +100,8 @@ def read_config(model_dir: Path) -> Config:
         position_rows=number("max_position_embeddings", least=4),
         token_types=number("type_vocab_size", 2),
     )
+    if sizes.vocabulary > MOST_SYMBOLS:  # lists of that length are made before the weights are looked at
+        refuse(path, f"vocab_size is {sizes.vocabulary}", f"at most {MOST_SYMBOLS} is allowed")
     if sizes.embed_dim % sizes.heads:
         refuse(path, f"num_attention_heads is {sizes.heads}", f"it must divide hidden_size, {sizes.embed_dim}")
     eps = raw.get("layer_norm_eps", 1e-12)  # Hugging Face's default for both families

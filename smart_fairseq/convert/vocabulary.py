@@ -46,8 +46,17 @@ def read_tokenizer_json(model_dir: Path, kind: str) -> dict[str, Any]:
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", kind) != kind or not isinstance(model.get("vocab"), dict):
         refuse(path, f"holds no {kind} vocabulary", "give the vocabulary that belongs to the model")
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return {**model, "vocab": {**model["vocab"], **added}}
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges", [])]
+    except (LookupError, TypeError):
+        refuse(path, "added_tokens or merges are not in order", "give the file that belongs to the model")
+    vocabulary = {**model["vocab"], **added}
+    wrong = [token for token, row in vocabulary.items() if not isinstance(row, int)]
+    if wrong or not all(isinstance(part, str) for merge in merges for part in merge):
+        what = f"{wrong[0]!r} has the id {vocabulary[wrong[0]]!r}" if wrong else "a merge is not of two strings"
+        refuse(path, what, "give the file that belongs to the model")
+    return {**model, "vocab": vocabulary, "merges": merges}
 
 
 def arrange(
@@ -104,7 +113,7 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
         path = merges_path = model_dir / "tokenizer.json"
         model = read_tokenizer_json(model_dir, "BPE")
         tokens = model["vocab"]
-        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", [])]
+        merges = [tuple(merge) for merge in model["merges"]]
     unfit = [merge for merge in merges if len(merge) != 2]
     if unfit:
         refuse(merges_path, f"{' '.join(unfit[0])!r} is not a merge", "a merge is two symbols with a space between")
@@ -157,6 +166,9 @@ def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
         if sorted(by_row) != list(range(len(by_row))):
             refuse(path, "the ids have gaps", "vocab.txt cannot be derived; give it in MODEL_DIR")
         names = [by_row[row] for row in range(len(by_row))]
+        cut = next((name for name in names if "\n" in name or "\r" in name), None)
+        if cut is not None:
+            refuse(path, f"the token {cut!r} is no line of a vocab.txt", "give vocab.txt in MODEL_DIR")
         content = "".join(name + "\n" for name in names).encode()
     if len(names) > config.sizes.vocabulary:
         refuse(path, f"{len(names)} tokens", f"config.json's vocab_size allows {config.sizes.vocabulary}")
@@ -175,6 +187,8 @@ def read_lowercase(model_dir: Path) -> tuple[bool, list[str]]:
     path, tokenizer = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
     stated = _optional_json(path)
     normalizer = _optional_json(tokenizer).get("normalizer") or {}
+    if not isinstance(normalizer, dict):
+        refuse(tokenizer, f"normalizer is {normalizer!r}", "a JSON object is needed")
     if "lowercase" in normalizer:
         settings = {key: normalizer.get(theirs) for key, theirs in NORMALIZER_KEYS.items()}
     own = {key: stated[key] for key in NORMALIZER_KEYS if stated.get(key) is not None}
@@ -182,7 +196,9 @@ def read_lowercase(model_dir: Path) -> tuple[bool, list[str]]:
     settings.update(own)
     if settings.get("do_lower_case") is None:
         return True, ["nothing says whether the tokenizer lower-cases: BERT's default, it does, is written to bpe.json"]
-    lowercase = bool(settings["do_lower_case"])
+    lowercase: bool = settings["do_lower_case"]
+    if not isinstance(lowercase, bool):
+        refuse(path, f"lower-casing (do_lower_case, lowercase) is {lowercase!r}", "allowed: true, false")
     if settings.get("strip_accents") not in (None, lowercase):
         refuse(path, f"strip_accents is {settings['strip_accents']}", f"allowed: null or do_lower_case, {lowercase}")
     if settings.get("tokenize_chinese_chars") is False:
