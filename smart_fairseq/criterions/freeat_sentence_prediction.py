@@ -19,7 +19,7 @@ from ..training.adversarial import AdversarialCriterion, Ball, Start, ball_confi
 from ..training.flags import RegularizedConfig
 from ..training.repeat import repeat_batches
 
-DEFAULTS = Ball(epsilon=0.05, epsilon_unit="relative", step_size=0.03, steps=3, start=0.02, norm="l2")
+DEFAULTS = Ball(epsilon=0.01, epsilon_unit="relative", step_size=0.006, steps=3, start=0.004, norm="l2")
 FreeATConfig = ball_config(
     "FreeATConfig", "freeat", __name__, DEFAULTS, "number of updates m on each batch, an ascent step between two"
 )

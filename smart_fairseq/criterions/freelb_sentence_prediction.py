@@ -29,7 +29,7 @@ def _authors(step_size: float, steps: int, start: float, epsilon: float) -> Ball
 
 # zhuchen03/FreeLB at eb23701, fairseq-RoBERTa/launch/FreeLB/*.sh; RTE's is commented out there
 RECIPES = {
-    "relative": Ball(epsilon=0.05, epsilon_unit="relative", step_size=0.03, steps=3, start=0.02, norm="l2"),
+    "relative": Ball(epsilon=0.01, epsilon_unit="relative", step_size=0.006, steps=3, start=0.004, norm="l2"),
     "mnli": _authors(1e-1, 2, 1e-1, 3e-1),
     "qnli": _authors(1e-1, 2, 2e-1, 2e-1),
     "qqp": _authors(2e-1, 2, 3.2e-1, 7e-1),

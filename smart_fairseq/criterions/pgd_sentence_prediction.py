@@ -16,7 +16,7 @@ from ..method.loss import task_loss
 from ..training.adversarial import AdversarialCriterion, Ball, ball_config
 from ..training.flags import RegularizedConfig
 
-DEFAULTS = Ball(epsilon=0.05, epsilon_unit="relative", step_size=0.03, steps=2, start=0.02, norm="l2")
+DEFAULTS = Ball(epsilon=0.01, epsilon_unit="relative", step_size=0.006, steps=2, start=0.004, norm="l2")
 PGDConfig = ball_config("PGDConfig", "pgd", __name__, DEFAULTS, "number of ascent steps K")
 
 
