@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import register
-from .data.binarize import MANIFEST, read_index, read_manifest
+from .data.binarize import MANIFEST, read_ids_of, read_index, read_manifest
 from .data.lines import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
 from .errors import UsageError, unfit
@@ -56,6 +56,8 @@ def read_ids(folder: Path, split: str) -> list[str]:
     rows = len(read_index(folder / "input0" / split)[1])
     if len(ids) != rows:
         raise located(path, 0, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
+    if len(set(ids)) != rows and not split.startswith("train"):
+        raise located(path, 0, "holds an id twice, and predictions are found by their ids; run preprocess again")
     return ids
 
 
@@ -155,6 +157,10 @@ class Model:
 
     def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`."""
+        symbols, rows = len(self._fairseq_task.source_dictionary), len(read_ids(self.folder, split))
+        for path in sorted(self.folder.glob(f"input*/{split}.idx")):
+            if len(read_ids_of(path.with_suffix(""), symbols)[1]) != rows:
+                raise located(path, 0, f"does not have the {rows} rows of ids/{split}.tsv; run preprocess again")
         dataset = self._fairseq_task.load_dataset(split)
         sizes = np.asarray(dataset.sizes[0])
         over = int((sizes > self.max_positions).sum())

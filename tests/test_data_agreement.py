@@ -167,6 +167,39 @@ def refused(capsys, data, *flags):
     return lines[0]
 
 
+ROW = "{}\tx\t0.2\t0.3\t0.5"
+HOSTILE = {  # the file's lines after the header, and what must be said
+    "not a number": (["0\tx\tnan\t0\t1"], "p.tsv:2: 3 probabilities with the sum 1"),
+    "infinite": (["0\tx\tinf\t-inf\t1"], "p.tsv:2: 3 probabilities with the sum 1"),
+    "negative": (["0\tx\t1.5\t-1\t0.5"], "p.tsv:2: 3 probabilities with the sum 1"),
+    "underscores": (["0\tx\t0_0.2\t0.3\t0.5"], "p.tsv:2: 3 probabilities with the sum 1"),
+    "words": (["0\tx\ta\tb\tc"], "p.tsv:2: 3 probabilities with the sum 1"),
+    "a column short": (["0\tx\t0.5\t0.5"], "p.tsv:2: 3 probabilities with the sum 1"),
+    "a blank line": ([""], "p.tsv:2: 3 probabilities with the sum 1"),
+    "an id twice": ([ROW.format(0), ROW.format(0)], "p.tsv:3: id '0' was there already"),
+    "other ids": ([ROW.format(f"x{n}") for n in range(5)], "p.tsv: holds 5 rows, .*; 5 are missing"),
+    "a row more": ([ROW.format(n) for n in range(6)], "p.tsv: holds 6 rows, and the official file 5"),
+    "the header alone": ([], "p.tsv: holds 0 rows, and the official file 5"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_files_of_probabilities_that_are_not_in_order(tmp_path, capsys, kind):
+    lines, message = HOSTILE[kind]
+    header = "\t".join(["index", "prediction", *(f"probability of {label}" for label in NLI_LABELS)])
+    data, file = make_mnli(tmp_path / "glue"), write(tmp_path / "p.tsv", header, *lines)
+    assert re.search(message, refused(capsys, data, "--predictions", str(file), "--json", str(tmp_path / "out")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["glue", "p.tsv"]
+
+
+def test_a_picture_of_no_known_kind(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
+    line = refused(capsys, data, "--predictions", str(file), "--picture", str(tmp_path / "x.xyz"))
+    assert "x.xyz: no picture ends in .xyz; allowed: " in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "glue"]
+
+
 def test_broken_input(tmp_path, capsys):
     data = make_mnli(tmp_path / "glue")
     good = make_file(tmp_path / "a.tsv", UNIFORM)
@@ -177,6 +210,8 @@ def test_broken_input(tmp_path, capsys):
     assert "short.tsv: holds 3 rows, and the official file 5; 2 are missing, the first for id '3'" in line
     wrong = make_file(tmp_path / "wrong.tsv", [[0.5, 0.5, 0.5]])
     assert "wrong.tsv:2: 3 probabilities with the sum 1" in refused(capsys, data, "--predictions", str(wrong))
+    again = make_file(tmp_path / "again.tsv", [[0.25] * 4], labels=(*NLI_LABELS, N))
+    assert "again.tsv:1: has the classes" in refused(capsys, data, "--predictions", str(again))
     two = make_file(tmp_path / "two.tsv", [[0.5, 0.5]], labels=("0", "1"))
     assert "two.tsv:1: has the classes 0, 1, and MNLI has" in refused(capsys, data, "--predictions", str(two))
     twice = ["--predictions", f"x={good}", f"x={good}"]

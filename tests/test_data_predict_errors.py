@@ -1,5 +1,6 @@
 """Broken input of predict, evaluate and export: one line, exit status 2, and nothing left behind."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from hostile_samples import CHECKPOINTS
 
 from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
+from smart_fairseq.data.binarize import read_manifest
 from smart_fairseq.errors import UsageError
 
 
@@ -131,6 +133,16 @@ FILES = {
     "an id twice": ("index\tprediction\n0\tentailment\n0\tentailment\n", r"p.tsv:3: id '0' was there already"),
     "rows missing": ("index\tprediction\n0\tentailment\n", r"p.tsv: holds 1 predictions, .* 15 rows; 14 are missing"),
     "nothing": ("", r"p.tsv: is empty"),
+    "the header alone": ("index\tprediction\n", r"p.tsv: holds 0 predictions"),
+    "columns exchanged": ("prediction\tindex\n", r"p.tsv:1: the header is"),
+    "another case": ("index\tprediction\n0\tEntailment\n", r"p.tsv:2: prediction 'Entailment' is not one of"),
+    "a blank line": ("index\tprediction\n\n", r"p.tsv:2: 1 column, and 2 are needed"),
+    "terminal codes": ("index\tprediction\n0\t\x1b[31m\n", r"p.tsv:2: prediction '\\x1b\[31m' is not one of"),
+    "a zero byte": ("index\tprediction\n0\t\0\n", r"p.tsv:2: holds a zero byte"),
+    "other ids": (
+        "index\tprediction\n" + "".join(f"x{number}\tentailment\n" for number in range(15)),
+        r"p.tsv: holds 15 predictions, .* 15 rows; 15 are missing, the first for id '0'",
+    ),
 }
 
 
@@ -140,6 +152,32 @@ def test_prediction_files_that_are_not_in_order(place, tmp_path, capsys, kind):
     (tmp_path / "p.tsv").write_text(text)
     data = ["--data-dir", str(place / "bins" / "RTE-bin")]
     assert re.search(message, refused(evaluate.main, capsys, *data, "--predictions", str(tmp_path / "p.tsv")))
+
+
+LINES = {
+    "null": ("null", "p.jsonl:1: each line must be an object"),
+    "a list": ("[]", "p.jsonl:1: each line must be an object"),
+    "brackets": ("[" * 10_000, "p.jsonl:1: each line must be an object"),
+    "half a surrogate pair": ('{"uid": "\\ud800", "label": "e"}', "p.jsonl:1: each line must be an object"),
+    "a blank line": ('{"uid": "a", "label": "e"}\n\n', "p.jsonl:2: each line must be an object"),
+    "another label": ('{"uid": "a", "label": 1}', "p.jsonl:1: prediction '1' is not one of"),
+    "an id twice": ('{"uid": "a", "label": "e"}\n' * 2, "p.jsonl:2: id 'a' was there already"),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_lines_of_predictions_that_are_not_in_order(place, tmp_path, capsys, kind):
+    text, message = LINES[kind]
+    (tmp_path / "p.jsonl").write_text(text)
+    data = ["--data-dir", str(place / "bins" / "MNLI-bin"), "--split", "valid"]
+    assert message in refused(evaluate.main, capsys, *data, "--predictions", str(tmp_path / "p.jsonl"))
+
+
+def test_an_id_in_two_files_of_a_run(place, tmp_path, capsys):
+    (tmp_path / "p.tsv").write_text("index\tprediction\n0\tentailment\n")
+    file, data = str(tmp_path / "p.tsv"), ["--data-dir", str(place / "bins" / "RTE-bin")]
+    line = refused(evaluate.main, capsys, *data, "--predictions", f"{file},{file}")
+    assert "p.tsv: id '0' was in a file before it already" in line
 
 
 def test_anli_files_and_scores_that_are_not_in_order(place, tmp_path, capsys):
@@ -153,24 +191,83 @@ def test_anli_files_and_scores_that_are_not_in_order(place, tmp_path, capsys):
     assert "s.tsv:2: prediction 'nan' is not a number" in line
 
 
-def test_data_folders_that_are_damaged(place, tmp_path, capsys):
-    damaged = tmp_path / "RTE-bin"
+def manifest(**changes):
+    return lambda folder: (folder / "preprocess.json").write_text(json.dumps({**read_manifest(folder), **changes}))
+
+
+def edit(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+NOT_OURS = "preprocess.json: is not what preprocess.py writes"
+DAMAGED = {
+    "preprocess.json cut": (edit("preprocess.json", lambda raw: raw[:9]), "preprocess.json: cannot be read"),
+    "preprocess.json null": (edit("preprocess.json", lambda raw: b"null"), NOT_OURS),
+    "brackets": (edit("preprocess.json", lambda raw: b"[" * 10_000), "preprocess.json: cannot be read"),
+    "unknown task": (manifest(task="RTF", labels=None), NOT_OURS),
+    "task without a form": (
+        edit("preprocess.json", lambda raw: b'{"task": "RTF", "rows": {}}'),
+        "task 'RTF' is not one",
+    ),
+    "task a list": (manifest(task=["RTE"]), NOT_OURS),
+    "task half a pair": (edit("preprocess.json", lambda raw: b'{"task": "\\ud800", "rows": {}}'), "cannot be read"),
+    "rows a list": (manifest(rows=[15]), NOT_OURS),
+    "labels a number": (manifest(labels=5), NOT_OURS),
+    "labels of labels": (manifest(labels=[{}]), NOT_OURS),
+    "divisor a word": (manifest(divisor="five"), NOT_OURS),
+    "divisor 0": (manifest(divisor=0), NOT_OURS),
+    "parts a number": (manifest(parts=5), NOT_OURS),
+    "parts of other sizes": (manifest(parts={"valid": [["R1", 7], ["R2", 3]]}), NOT_OURS),
+    "split elsewhere": (manifest(rows={"valid/../../x": 15}), "ids/valid/../../x.tsv: is missing|x.idx: is missing"),
+    "no ids": (edit("ids/valid.tsv", lambda raw: b""), "ids/valid.tsv: is empty"),
+    "fewer ids": (edit("ids/valid.tsv", lambda raw: raw[: len(raw) // 2]), "ids/valid.tsv: holds \\d+ ids, and input0"),
+    "an id twice": (edit("ids/valid.tsv", lambda raw: raw.replace(b"\n1\t", b"\n0\t")), "valid.tsv: holds an id twice"),
+    "ids in latin-1": (edit("ids/valid.tsv", lambda raw: raw + b"\xe9\n"), "ids/valid.tsv:17: byte 0xe9"),
+    "labels' index cut": (edit("label/valid.idx", lambda raw: raw[:-5]), "valid.idx: is cut short or damaged"),
+    "labels' index of another kind": (edit("label/valid.idx", lambda raw: b"TNTIDX\0\0" + raw), "is not an index of"),
+    "a count beyond": (edit("label/valid.idx", lambda raw: raw[:18] + b"\xff" * 8 + raw[26:]), "cut short or damaged"),
+    "sizes below 0": (
+        edit("label/valid.idx", lambda raw: raw[:26] + b"\xff" * (len(raw) - 26)),
+        "cut short or damaged",
+    ),
+    "starts elsewhere": (
+        edit("label/valid.idx", lambda raw: raw[:-8] + bytes(8)),
+        "valid.idx: is cut short or damaged",
+    ),
+    "labels cut": (edit("label/valid.bin", lambda raw: raw[:-2]), "valid.bin: holds 29 ids, and its .idx says 30"),
+    "labels 0": (edit("label/valid.bin", lambda raw: bytes(len(raw))), "label/valid.bin: holds labels beyond"),
+    # number 3 counts from the end of the classes
+    "labels 3": (
+        edit("label/valid.bin", lambda raw: b"\3\0" * (len(raw) // 2)),
+        "label/valid.bin: holds labels beyond",
+    ),
+    "labels of others": (edit("label/dict.txt", lambda raw: b"yes 1\nno 1\n"), "dict.txt: holds the labels yes, no"),
+    "one label": (
+        edit("label/dict.txt", lambda raw: raw.split(b"\n")[0]),
+        "dict.txt: holds the labels entailment, and",
+    ),
+    "no label dictionary": (edit("label/dict.txt", lambda raw: b""), "label/dict.txt: is empty"),
+    "texts' index empty": (edit("input0/valid.idx", lambda raw: b""), "input0/valid.idx: is not an index of"),
+    "texts cut": (
+        edit("input1/valid.bin", lambda raw: raw[:-2]),
+        "input1/valid.bin: holds \\d+ ids, and its .idx says",
+    ),
+    "ids beyond": (edit("input0/valid.bin", lambda raw: b"\xff" * len(raw)), "valid.bin: holds ids beyond the \\d+ of"),
+    "another dictionary": (edit("input0/dict.txt", lambda raw: b"a 1\n"), "bad.pt: its weights do not fit the model"),
+    "a dictionary without counts": (edit("input0/dict.txt", lambda raw: b"a\n"), "bad.pt: cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_data_folders_that_are_damaged(place, tmp_path, capsys, kind):
+    damage, message = DAMAGED[kind]
+    damaged, model = tmp_path / "RTE-bin", shutil.copy(checkpoint(place, "RTE"), tmp_path / "bad.pt")
     shutil.copytree(place / "bins" / "RTE-bin", damaged)
-    model = ["--data-dir", str(damaged), "--checkpoint", checkpoint(place, "RTE"), "--cpu"]
-    index = damaged / "label" / "valid.idx"
-    whole = index.read_bytes()
-    index.write_bytes(whole[:-5])
-    assert "valid.idx: is cut short or damaged" in refused(evaluate.main, capsys, *model)
-    index.write_bytes(b"TNTIDX\0\0" + whole)
-    assert "is not an index of fairseq's mmap format" in refused(evaluate.main, capsys, *model)
-    index.write_bytes(whole)
-    data = damaged / "label" / "valid.bin"
-    data.write_bytes(data.read_bytes()[:-2])
-    assert "valid.bin: holds 29 ids, and its .idx says 30" in refused(evaluate.main, capsys, *model)
-    (damaged / "preprocess.json").write_text("{")
-    assert "preprocess.json: cannot be read" in refused(evaluate.main, capsys, *model)
-    (damaged / "preprocess.json").write_text('{"task": "RTF", "rows": {}}')
-    assert "task 'RTF' is not one of" in refused(evaluate.main, capsys, *model)
+    damage(damaged)
+    flags = ["--data-dir", str(damaged), "--checkpoint", str(model), "--cpu", "--json", str(tmp_path / "scores")]
+    split = ["--split", "valid/../../x"] if kind == "split elsewhere" else []
+    assert re.search(message, refused(evaluate.main, capsys, *flags, *split))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["RTE-bin", "bad.pt"]
 
 
 def test_a_checkpoint_that_diverged(place, tmp_path, capsys):

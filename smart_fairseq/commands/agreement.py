@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.lines import Row, located, read_lines, shown
+from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError
@@ -110,10 +110,10 @@ def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, .
     for number, line in lines:
         cells = line.split("\t")
         try:
-            values = [float(cells[place]) for place in places]
-        except (IndexError, ValueError):
+            values = [as_number(cells[place]) for place in places]
+        except IndexError:
             values = []
-        if not values or not abs(sum(values) - 1) < 1e-3:
+        if not values or not min(values) >= 0 or not abs(sum(values) - 1) < 1e-3:
             raise located(path, number, f"{len(places)} probabilities with the sum 1 are needed")
         if cells[0] in found:
             raise located(path, number, f"id {shown(cells[0])} was there already")
@@ -136,7 +136,7 @@ def annotated_rows(task: Task, data_dir: Path, split: str) -> list[Row]:
 def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
     """One file of probabilities against the annotators."""
     probabilities, labels = read_probabilities(path)
-    if set(labels) != set(task.labels):
+    if sorted(labels) != sorted(task.labels):
         raise located(path, 1, f"has the classes {', '.join(labels)}, and {task.name} has {', '.join(task.labels)}")
     found = in_order(path, probabilities, [row.id for row in rows], "rows, and the official file {}")
     return compare(labels, rows, np.array(found))

@@ -112,7 +112,11 @@ def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[s
     """The predictions of one run, from one file or one for each round, in the order of the ids."""
     found: dict[str, str] = {}
     for path in paths:
-        found.update(read_predictions(path, task))
+        more = read_predictions(path, task)
+        twice = next(iter(found.keys() & more.keys()), None)
+        if twice is not None:
+            raise located(path, 0, f"id {shown(twice)} was in a file before it already")
+        found.update(more)
     return in_order(paths[0], found, ids, "predictions, and the split has {} rows")
 
 

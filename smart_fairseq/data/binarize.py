@@ -72,8 +72,11 @@ def write_classes(prefix: Path, classes: Sequence[int]) -> None:
         add(array("H", ids), [2] * len(classes))
 
 
-def read_indexed(prefix: Path) -> list[np.ndarray]:
-    """The rows of PREFIX.bin as int64 arrays. Raises `UsageError` if the two files do not belong together."""
+def read_ids_of(prefix: Path, symbols: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all rows of PREFIX.bin one after the other, below ``symbols``, and the rows' sizes.
+
+    Raises `UsageError` if the two files do not belong together, or not to a dictionary of that size.
+    """
     kind, sizes = read_index(prefix)
     path, whole = Path(f"{prefix}.bin"), int(sizes.sum())
     try:
@@ -82,6 +85,14 @@ def read_indexed(prefix: Path) -> list[np.ndarray]:
         raise located(path, 0, f"cannot be read ({error.strerror})") from None
     if len(data) != whole:
         raise located(path, 0, f"holds {len(data)} ids, and its .idx says {whole}; run preprocess again")
+    if whole and not 0 <= data.min() <= data.max() < symbols:
+        raise located(path, 0, f"holds ids beyond the {symbols} of its dict.txt; run preprocess again")
+    return data, sizes
+
+
+def read_indexed(prefix: Path) -> list[np.ndarray]:
+    """The rows of PREFIX.bin as int64 arrays; errors as `read_ids_of`."""
+    data, sizes = read_ids_of(prefix, 1 << 62)
     return np.split(data.astype(np.int64), np.cumsum(sizes)[:-1]) if len(sizes) else []
 
 
@@ -95,10 +106,13 @@ def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
     if not raw.startswith(INDEX_MAGIC) or len(raw) < 26:
         raise located(path, 0, "is not an index of fairseq's mmap format; run preprocess again")
     code, count = raw[17], struct.unpack("<Q", raw[18:26])[0]
-    if code not in (3, 4, 5, 8, 9) or len(raw) != 26 + 12 * count:
-        raise located(path, 0, "is cut short or damaged; run preprocess again")
-    kind = {3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}[code]
-    return kind, np.frombuffer(raw, np.int32, count, 26)
+    if code in (3, 4, 5, 8, 9) and len(raw) == 26 + 12 * count:
+        kind = {3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}[code]
+        sizes = np.frombuffer(raw, np.int32, count, 26)
+        starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * np.dtype(kind).itemsize
+        if (sizes >= 0).all() and (np.frombuffer(raw, np.int64, count, 26 + 4 * count) == starts).all():
+            return kind, sizes
+    raise located(path, 0, "is cut short or damaged; run preprocess again")
 
 
 def label_dictionary(task: Task, counts: "Counter[str]") -> list[tuple[str, int]]:
@@ -209,14 +223,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `Folder.finish` wrote. Raises `UsageError` if the folder was not written by preprocess."""
     path = folder / MANIFEST
     try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise located(folder, 0, f"holds no {MANIFEST}; make it with preprocess.py") from None
     except (OSError, ValueError) as error:
         raise located(path, 0, f"cannot be read ({error}); run preprocess again") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("rows"), dict) or "task" not in manifest:
+    if not _sound(manifest):
         raise located(path, 0, "is not what preprocess.py writes; run it again")
     return manifest
+
+
+def _sound(manifest: Any) -> bool:
+    """Has preprocess.json the form that `Folder.finish` gives it?"""
+    try:
+        rows: dict[str, Any] = manifest["rows"]
+        parts = {split: sum(count for _, count in found) for split, found in manifest.get("parts", {}).items()}
+        return (
+            all(isinstance(count, int) for count in rows.values())
+            and all(rows.get(split, count) == count for split, count in parts.items())
+            and all(isinstance(text, str) for text in (manifest["task"], *list(manifest.get("labels", []))))
+            and float(manifest.get("divisor", 1)) > 0
+        )
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
 
 
 def _ours(path: Path) -> bool:

@@ -47,7 +47,7 @@ def shown(value: str, limit: int = 60) -> str:
 def as_number(text: str) -> float:
     """The number that stands there; nan for anything else."""
     try:
-        return float(text)
+        return math.nan if "_" in text else float(text)  # Python's own spelling of thousands
     except ValueError:
         return math.nan
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.binarize import read_indexed
+from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.tasks import Task
 from ..inference import label_order, read_ids
@@ -19,7 +20,13 @@ def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     if task.regression:
         return [str(float(line) * task.divisor) for _, line in read_lines(path)]
     order = label_order(folder, task.num_classes)
-    return [order[int(row[0]) - 4] for row in read_indexed(folder / "label" / split)]
+    if sorted(order) != sorted(task.labels):
+        what = f"holds the labels {', '.join(order)}, and {task.name} has {', '.join(task.labels)}"
+        raise located(folder / "label" / "dict.txt", 0, f"{what}; run preprocess again")
+    numbers = [int(row[0]) - len(SPECIAL_SYMBOLS) for row in read_indexed(folder / "label" / split)]
+    if not all(0 <= number < len(order) for number in numbers):
+        raise located(folder / "label" / f"{split}.bin", 0, "holds labels beyond dict.txt; run preprocess again")
+    return [order[number] for number in numbers]
 
 
 def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:

@@ -132,9 +132,12 @@ def pyplot() -> Any:
 
 def save(figure: Any, path: Path, **more: Any) -> None:
     """The whole picture or none, in the format of the name, else PNG; the figure is closed."""
+    kind, kinds = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
+    if kind not in kinds:
+        raise UsageError(f"{path}: no picture ends in .{kind}; allowed: {', '.join(sorted(kinds))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:  # whose own name does not end in the format
-        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png", **more)
+        figure.savefig(partial, dpi=150, format=kind, **more)
     pyplot().close(figure)
 
 
