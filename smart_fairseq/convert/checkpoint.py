@@ -11,6 +11,8 @@ from torch import Tensor
 from ..errors import refuse
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+# of smart_bert alone: [2, C], and a module that stands in no model but in its checkpoint
+TOKEN_TYPES, POOLER = "encoder.sentence_encoder.token_types", "pooler"
 
 
 def tied(model: dict[str, Tensor]) -> bool:
