@@ -17,8 +17,9 @@ from hf_samples import (
     write_hf,
     write_task_data,
 )
+from processes import assert_same_run, finish, start
 from safetensors.torch import load_file, save_file
-from toolkit import BOLD, HEAD, USER_DIR, assert_same_state, capture_log, train
+from toolkit import BOLD, HEAD, STEADY, USER_DIR, assert_same_state, capture_log, train
 
 from smart_fairseq.export import main
 from smart_fairseq.import_hf import import_hf
@@ -237,6 +238,19 @@ def test_an_old_import_trains_on_without(old: Path, tmp_path: Path, pairs: bool)
     assert_same_state(last, tmp_path / "straight.pt")
     assert main([str(last), str(tmp_path / "teacher.pt"), "--teacher"]) == 0
     assert torch.load(tmp_path / "teacher.pt", weights_only=True)["model"].keys() == state["model"].keys()
+
+
+@pytest.mark.parametrize("kind", ["imported", "old"])
+def test_two_workers_equal_one(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """`legacy_ddp`, which has wrapped the model before a checkpoint without token types takes them away."""
+    folder = request.getfixturevalue(kind)
+    data = write_task_data(tmp_path / "data", folder / "dict.txt", pairs=True)
+    processes = []
+    for name, workers in (("one", 1), ("two", 2)):
+        flags = [*STEADY, "--batch-size", str(8 // workers), "--smart-epsilon", "0.1", "--smart-step-size", "1"]
+        processes += start(arguments(folder, data, tmp_path / name, *flags), tmp_path / name, workers)
+    finish(processes, tmp_path / "two")
+    assert_same_run(tmp_path, ["one", "two"], count=4)
 
 
 # Plain fairseq
