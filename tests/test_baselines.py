@@ -317,7 +317,7 @@ def test_the_ascent_raises_the_loss(name: str, class_data: Path) -> None:
             log = step(model, criterion, sample).log
     rise = losses[-1] - losses[0] if name == "freeat" else float(log[f"{name}_rise"])
     assert rise > 0.05 * float(log["task_loss"])
-    assert float(log[f"{name}_delta"]) > 0
+    assert float(log[f"{name}_delta"]) / 8 == pytest.approx(0.4, rel=1e-3)  # the radius, in its own unit
 
 
 @pytest.mark.parametrize(

@@ -59,5 +59,5 @@ class FreeATSentencePrediction(AdversarialCriterion):
             point = ascent_step(held.entering.detach() / held.start.unit, gradient, held.start.mask, self.adversary)
             held.entering = (point * held.start.unit).detach().requires_grad_()
             held.taken += 1
-        self.delta = self.norms(held.entering)
+        self.delta = self.norms(held.entering / held.start.unit)
         return held.entering

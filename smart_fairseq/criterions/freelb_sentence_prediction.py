@@ -69,7 +69,7 @@ class FreeLBSentencePrediction(AdversarialCriterion):
         point, masks, total = start.point, RandomState(start.mask.device), torch.zeros(())
         self.before = None
         for number in range(self.num_passes):
-            self.entering = (point * start.unit).detach().requires_grad_()
+            self.entering, self.delta = (point * start.unit).detach().requires_grad_(), self.norms(point)
             with masks.replayed():
                 loss, size, log = self.forward(model, sample)
             if number == 0:
@@ -83,5 +83,4 @@ class FreeLBSentencePrediction(AdversarialCriterion):
     def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
         if self.entering is None:
             raise RuntimeError("FreeLB takes its passes through the task's train_step, not by a call of its own")
-        self.delta = self.norms(self.entering)
         return self.entering

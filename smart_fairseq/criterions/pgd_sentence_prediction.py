@@ -42,6 +42,6 @@ class PGDSentencePrediction(AdversarialCriterion):
             return losses
 
         gradient = gradient_of(logits_fn, start.mask[:, :, 0], loss)  # no reference: the mask stands in for one
-        found = ascend(gradient, start.point, start.mask, self.adversary) * start.unit
-        self.delta, self.before = self.norms(found), seen[0]
-        return found
+        point = ascend(gradient, start.point, start.mask, self.adversary)
+        self.delta, self.before = self.norms(point), seen[0]
+        return point * start.unit

@@ -100,7 +100,7 @@ class AdversarialCriterion(RegularizedCriterion):
         ball: values of its flags; errors are `UsageError`s.
 
     Attributes:
-        delta: size of the batch's perturbations, a sum of norms.
+        delta: size of the batch's perturbations, a sum of norms in the unit of the radius.
         before: task loss of the batch where the ascent began, a sum; None where that is not known.
     """
 
@@ -141,9 +141,9 @@ class AdversarialCriterion(RegularizedCriterion):
         # Zhu et al. (2020), algorithm 1, line 4: over the root of the number of entries in the norm l2
         return Start(self.ball.start * noise_in_units(noise, mask, self.adversary) * mask, unit, mask)
 
-    def norms(self, perturbation: Tensor) -> Tensor:
-        """The sum over a batch, in the embeddings' own units."""
-        return norm(perturbation.detach(), self.adversary).sum()
+    def norms(self, point: Tensor) -> Tensor:
+        """The sum over a batch, in the unit of the radius as ``point`` is."""
+        return norm(point.detach(), self.adversary).sum()
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         loss, size, log = super().forward(model, sample, reduce)
