@@ -336,7 +336,7 @@ def test_the_start_says_what_is_on(class_data: Path) -> None:
         for optimizer in ("mbpp", "adam")
     )
     assert (
-        "smoothness term by two forwards, the first ascent step to first order from the clean pass, Bregman weight 1;"
+        "smoothness term by two forwards, its first ascent step from the clean pass, Bregman weight 1;"
         in with_teacher
     )
     assert all(words in with_teacher for words in ("--smart-weight 1.0", "--smart-epsilon 1e-05", "--smart-norm inf"))
@@ -360,7 +360,7 @@ def test_below_the_precision_the_term_is_taken_to_first_order(class_data: Path) 
             log = train(command(class_data, *flags, max_update=1))
             text = "\n".join(log["text"])
             assert "(tangent)" not in text
-            assert "by two forwards, the first ascent step to first order from the clean pass" in text
+            assert "by two forwards, its first ascent step from the clean pass" in text
             assert log["train_inner"][0]["smart_form"] == "two_forwards"
 
 
