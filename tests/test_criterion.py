@@ -336,8 +336,7 @@ def test_the_start_says_what_is_on(class_data: Path) -> None:
         for optimizer in ("mbpp", "adam")
     )
     assert (
-        "smoothness term by two forwards, its first ascent step from the clean pass, Bregman weight 1;"
-        in with_teacher
+        "smoothness term by two forwards, its first ascent step from the clean pass, Bregman weight 1;" in with_teacher
     )
     assert all(words in with_teacher for words in ("--smart-weight 1.0", "--smart-epsilon 1e-05", "--smart-norm inf"))
     assert "--mbpp-base adam --mbpp-recipe paper" in with_teacher and "--mbpp-base" not in without
