@@ -272,6 +272,13 @@ def test_plain_fairseq_holds_the_first_token_type(
     assert "was trained on pairs with BERT's two token types; plain fairseq cannot hold" in line[True]
     assert "\n" not in line[False] + line[True] and not (tmp_path / "True" / "plain.pt").exists()
 
+    path = tmp_path / "True" / "run" / "checkpoint_last.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"] = {name: weight for name, weight in state["model"].items() if "classification_heads" not in name}
+    torch.save(state, path)
+    assert main([str(path), str(tmp_path / "plain.pt")]) == 2
+    assert "has no classification head" in capsys.readouterr().err  # which the other format would lack as well
+
     found = []
     for path in (tmp_path / "False" / "run" / "checkpoint_last.pt", tmp_path / "False" / "plain.pt"):
         (model,), _ = checkpoint_utils.load_model_ensemble([str(path)])

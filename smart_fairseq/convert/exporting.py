@@ -92,11 +92,14 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint as plain fairseq would have written it for `--arch roberta`; arguments as `teacher_weights`.
 
     Raises `UsageError` for other architectures, for smart_bert with --encoder-normalize-before, whose residual stream
-    no LayerNorm rescales, and for pairs with BERT's token types.
+    no LayerNorm rescales, for pairs with BERT's token types, and for a fine-tuned model without its head.
     """
     config = plain(state["cfg"])
     arguments = config["model"]
     kind = kind_of(path, arguments)
+    head = (config.get("criterion") or {}).get("classification_head_name")
+    if head:  # an imported encoder has none yet
+        check_head(path, state["model"], head)
 
     # halves could not hold what the factors lead to
     model = {k: v.float() if v.is_floating_point() else v for k, v in state["model"].items()}
@@ -120,9 +123,6 @@ def to_plain_roberta(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     arguments.pop("user_dir", None)
 
     updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
-    head = (config.get("criterion") or {}).get("classification_head_name")
-    if head:  # an imported encoder has none yet
-        check_head(path, state["model"], head)
     epoch = (state.get("extra_state") or {}).get("train_iterator", {}).get("epoch", 1)
     return fairseq_checkpoint(model, config, "SentencePredictionCriterion", updates, epoch)
 
