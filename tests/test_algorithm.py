@@ -108,8 +108,14 @@ def test_more_classes_and_a_first_step_from_a_pass_of_its_own(
 
 @pytest.mark.parametrize("place", ["token", "input"])
 @pytest.mark.parametrize(("steps", "norm"), [(1, "inf"), (2, "l2")])
-def test_a_pre_norm_encoder(steps: int, norm: str, place: str, class_data: Path) -> None:
-    check(class_data, "classes", steps, norm, "example", "ball", place, "--arch", "roberta_prenorm")
+@pytest.mark.parametrize("encoder", ["prenorm", "bert"])
+def test_other_encoders(encoder: str, steps: int, norm: str, place: str, class_data: Path, pair_data: Path) -> None:
+    """Pre-norm RoBERTa, and BERT on pairs: what is perturbed is the lookup, to which token types are added."""
+    settings = (steps, norm, "example", "ball", place)
+    if encoder == "prenorm":
+        check(class_data, "classes", *settings, "--arch", "roberta_prenorm")
+    else:
+        check(pair_data, "pairs", *settings)
 
 
 @pytest.mark.parametrize("place", ["token", "input"])

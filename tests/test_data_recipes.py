@@ -140,7 +140,7 @@ def test_recipe_starts_from_an_imported_encoder(tmp_path):
     start(recipe, data, model, *json.loads((tmp_path / "out" / "import.json").read_text())["overrides"])
     with pytest.raises(Exception) as caught:
         start(recipe, data, model, "model._name=smart_bert_minilm_l6")
-    assert re.search(r"embed_tokens.weight is \[27, 16\] in it and \[27, 384\] in", explain(caught.value))
+    assert re.search(r"token_types is \[2, 16\] in it and \[2, 384\] in", explain(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,9 @@ def write_data(
 ) -> Path:
     """A data folder for --task sentence_prediction: sequences of 3 to 9 of twelve words.
 
-    ``kind`` "classes": the label says whether the first word is among the first six (labels 1 and 0);
-    "regression": the target is the share of such words. ``wrong``: the share of labels that are not true.
+    ``kind`` "classes": the label says whether the first word is among the first six (labels 1 and 0); "pairs": the
+    same, cut in two texts; "regression": the target is the share of such words. ``wrong``: the share of labels that are
+    not true.
     """
     draw = random.Random(seed)
     words = Dictionary()
@@ -127,12 +128,18 @@ def write_data(
     (folder / "input0").mkdir(parents=True)
     (folder / "label").mkdir()
     words.save(str(folder / "input0" / "dict.txt"))
-    if kind == "classes":
+    if kind == "pairs":
+        (folder / "input1").mkdir()
+        words.save(str(folder / "input1" / "dict.txt"))
+    if kind != "regression":
         labels.save(str(folder / "label" / "dict.txt"))
     for split, count in (("train", train), ("valid", valid)):
         rows = [[draw.choice("abcdefghijkl") for _ in range(draw.randint(3, 9))] for _ in range(count)]
-        _write_indexed(folder / "input0" / split, [" ".join(row) for row in rows], words)
-        if kind == "classes":
+        cuts = [1 + len(row) // 3 if kind == "pairs" else len(row) for row in rows]
+        _write_indexed(folder / "input0" / split, [" ".join(row[:cut]) for row, cut in zip(rows, cuts)], words)
+        if kind == "pairs":
+            _write_indexed(folder / "input1" / split, [" ".join(row[cut:]) for row, cut in zip(rows, cuts)], words)
+        if kind != "regression":
             true = [row[0] in "abcdef" for row in rows]
             answers = ["1" if right != (wrong > 0 and draw.random() < wrong) else "0" for right in true]
             _write_indexed(folder / "label" / split, answers, labels)
@@ -167,10 +174,14 @@ def command(
     optimizer: str = "mbpp",
     max_update: int | None = 6,
 ) -> list[str]:
-    """Arguments for fairseq-train on a tiny model, with the paper's recipes; later flags win over these."""
+    """Arguments for fairseq-train on a tiny model, with the paper's recipes; later flags win over these.
+
+    The model is RoBERTa; for pairs it is BERT, which marks the second text.
+    """
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
-        *("--init-token", "0", *TINY_MODEL, "--criterion", criterion, "--optimizer", optimizer),
+        *("--init-token", "0", *TINY_MODEL, *(("--arch", "smart_bert") if (data / "input1").is_dir() else ())),
+        *("--criterion", criterion, "--optimizer", optimizer),
         *("--lr", "1e-3", "--lr-scheduler", "fixed", "--batch-size", "4", "--seed", "7"),
         *(("--smart-recipe", "paper") if criterion == "smart_sentence_prediction" else ()),
         *(("--mbpp-recipe", "paper") if optimizer == "mbpp" and "--optimizer" not in flags else ()),
@@ -263,6 +274,9 @@ def set_up(
         flags, options = ("--regression-target", *flags), {"num_classes": 1, **options}
     cfg, task, model, criterion = build(command(data, *flags, optimizer=optimizer, **options))
     torch.nn.init.normal_(model.classification_heads[HEAD].out_proj.weight, std=1.0)
+    if kind == "pairs":
+        types = model.encoder.sentence_encoder.token_types
+        torch.nn.init.normal_(types, std=0.02, generator=torch.Generator(DEVICE).manual_seed(2))
     if optimizer == "mbpp":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         criterion.teacher.connect(optim.build_optimizer(cfg.optimizer, trained))

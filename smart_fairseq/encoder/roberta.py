@@ -5,7 +5,7 @@ perturbation enters through a forward hook on the module whose output is perturb
 
 | --smart-embedding | module of encoder.sentence_encoder | what is perturbed |
 | --- | --- | --- |
-| token | embed_tokens | the embedding lookup, before positions and LayerNorm |
+| token | embed_tokens | the embedding lookup, before BERT's token types, positions and LayerNorm |
 | input | dropout_module | what enters the first layer, after LayerNorm and dropout |
 """
 
