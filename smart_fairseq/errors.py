@@ -38,15 +38,27 @@ def one_line(message: str) -> str:
     return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
 
 
-def parse_json(text: str) -> Any:
-    """What stands there. Raises ValueError where it is no JSON, or what its escapes stand for is no text."""
+def parse_json(text: str, once: bool = False) -> Any:
+    """What stands there. Raises ValueError where it is no JSON, or what its escapes stand for is no text.
+
+    ``once``: no object may have a key twice; without it the last one counts.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_once if once else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if "\\u" in text:  # half of a pair of surrogates could never be written
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} twice")
+        found[key] = value
+    return found
 
 
 def unreadable(error: Exception) -> str:

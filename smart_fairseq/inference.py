@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import register
-from .data.binarize import MANIFEST, read_ids_of, read_index, read_manifest
+from .data.binarize import MANIFEST, read_ids_of, read_index, read_manifest, read_targets
 from .data.lines import located, read_lines, shown
 from .data.tasks import ANLI_JOINED, TASKS, Task
 from .errors import UsageError, unfit
@@ -157,9 +157,15 @@ class Model:
 
     def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`."""
-        symbols, rows = len(self._fairseq_task.source_dictionary), len(read_ids(self.folder, split))
-        for path in sorted(self.folder.glob(f"input*/{split}.idx")):
-            if len(read_ids_of(path.with_suffix(""), symbols)[1]) != rows:
+        task, rows = self._fairseq_task, len(read_ids(self.folder, split))
+        counts = {}
+        for path in self.folder.glob(f"*/{split}.idx"):  # labels, where there are any, are loaded too
+            known = task.label_dictionary if path.parent.name == "label" else task.source_dictionary
+            counts[path] = len(read_ids_of(path.with_suffix(""), len(known))[1])
+        if self.task.regression:
+            counts |= {path: len(read_targets(path)) for path in self.folder.glob(f"label/{split}.label")}
+        for path, count in sorted(counts.items()):
+            if count != rows:
                 raise located(path, 0, f"does not have the {rows} rows of ids/{split}.tsv; run preprocess again")
         dataset = self._fairseq_task.load_dataset(split)
         sizes = np.asarray(dataset.sizes[0])

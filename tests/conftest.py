@@ -1,5 +1,6 @@
 """Fixtures; what tests import stands in toolkit.py."""
 
+import logging
 import os
 import random
 import sys
@@ -14,7 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import toolkit
+# a remark on tensorboardX, which nothing here uses; pytest's own process, which loads this file too, would end with it
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+
+import toolkit  # noqa: E402
 
 SEED = int(os.environ.get("SMART_TEST_SEED", "1"))
 

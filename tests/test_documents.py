@@ -18,7 +18,6 @@ from smart_fairseq.criterions.pgd_sentence_prediction import PGDConfig
 from smart_fairseq.criterions.r3f_sentence_prediction import R3FConfig
 from smart_fairseq.criterions.rdrop_sentence_prediction import RDropConfig
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
-from smart_fairseq.data.tasks import TASKS
 from smart_fairseq.optim.mbpp import MBPPConfig
 from smart_fairseq.training.flags import RegularizedConfig
 from smart_fairseq.training.recipes import RECIPES
@@ -120,17 +119,6 @@ def test_training_commands_parse(class_data: Path) -> None:
     for line in lines:
         cfg = parse([str(class_data), *line[2:]])
         assert cfg.criterion._name and cfg.optimizer._name
-
-
-def test_rows_of_the_official_files() -> None:
-    """The table of examples/glue counts what preprocess compares with: rows of the files, labelled or not."""
-    text = (ROOT / "examples" / "glue" / "README.md").read_text("utf-8")
-    rows = dict(re.findall(r"^\| ([\w-]+) \| ([^|]*\d{3}[^|]*) \| [^|]*\| [^|]*\| [^|]*\|$", text, re.MULTILINE))
-    assert len(rows) == 12
-    for name, cell in rows.items():
-        counts = [int(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*", cell)]
-        official = list(TASKS[name].rows.values())
-        assert counts[: len(official)] == official, name
 
 
 def test_commands_named_exist() -> None:

@@ -370,12 +370,3 @@ def test_two_studies_do_not_share_a_folder(tmp_path: Path, class_data: Path) -> 
     study = studying.Study(read_plan(write_plan(tmp_path, class_data)))
     with studying.alone(tmp_path / "work" / "lock"), pytest.raises(UsageError, match="another study runs"):
         study.go(1)
-
-
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    write_lines(tmp_path / "runs.jsonl", [{"key": "a", "metrics": {"accuracy": float("nan")}}])
-    assert np.isnan(read_lines(tmp_path / "runs.jsonl")[0]["metrics"]["accuracy"])
-    with open(tmp_path / "runs.jsonl", "a") as file:
-        file.write('{"key": ')
-    with pytest.raises(UsageError, match=r"runs\.jsonl:2: is not the line of a run"):
-        read_lines(tmp_path / "runs.jsonl")

@@ -7,6 +7,7 @@ other, and a header, the sizes as int32 and the offsets in bytes as int64.
 
 import contextlib
 import json
+import math
 import os
 import struct
 from array import array
@@ -21,7 +22,7 @@ import numpy as np
 from ..errors import parse_json
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
-from .lines import Row, located
+from .lines import Row, as_number, located, read_lines, shown
 from .pool import Pool, integer_typecode
 from .sentiment import annotators_table
 from .tasks import Task
@@ -113,6 +114,16 @@ def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
         if (sizes >= 0).all() and (np.frombuffer(raw, np.int64, count, 26 + 4 * count) == starts).all():
             return kind, sizes
     raise located(path, 0, "is cut short or damaged; run preprocess again")
+
+
+def read_targets(path: Path) -> list[float]:
+    """The numbers of a .label file, one in each line."""
+    found = []
+    for number, line in read_lines(path):
+        found.append(as_number(line))
+        if not math.isfinite(found[-1]):
+            raise located(path, number, f"{shown(line)} is no number; run preprocess again")
+    return found
 
 
 def label_dictionary(task: Task, counts: "Counter[str]") -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.binarize import read_indexed
+from ..data.binarize import read_indexed, read_targets
 from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.tasks import Task
@@ -18,7 +18,7 @@ def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     if not path.is_file():
         raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
     if task.regression:
-        return [str(float(line) * task.divisor) for _, line in read_lines(path)]
+        return [str(target * task.divisor) for target in read_targets(path)]
     order = label_order(folder, task.num_classes)
     if sorted(order) != sorted(task.labels):
         what = f"holds the labels {', '.join(order)}, and {task.name} has {', '.join(task.labels)}"

@@ -14,25 +14,54 @@ from typing import Any
 
 import smart_fairseq
 
-from ..data.lines import located
-from ..errors import UsageError
+from ..data.lines import located, shown
+from ..errors import UsageError, parse_json
 from ..files import finite, whole_file
 
 Line = dict[str, Any]
+# what every line has, with the kind of each; metrics and terms hold numbers
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("key", "task", "method", "commit", "torch", "date"), str),
+    **dict.fromkeys(("variant", "draw", "flags", "metrics", "terms", "rows"), dict),
+    **dict.fromkeys(("seed", "updates"), int),
+    **dict.fromkeys(("epochs", "warmup"), (int, float)),
+}
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines so far, none where there is no file. Raises `UsageError` for one that is not JSON."""
+    """The lines so far, none where there is no file. Raises `UsageError` for one that is no run's, or a run's again."""
     if not path.is_file():
         return []
-    found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found: list[Line] = []
+    places: dict[str, int] = {}
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text)
-            found.append({**line, "metrics": {k: math.nan if v is None else v for k, v in line["metrics"].items()}})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise located(path, number, "is not the line of a run; remove it, and its run is repeated") from None
+            line = _sound(parse_json(text.decode("utf-8"), once=True))
+        except ValueError as error:
+            what = f"is not the line of a run ({getattr(error, 'msg', error)}); remove it, and its run is repeated"
+            raise located(path, number, what) from None
+        first = places.setdefault(line["key"], number)
+        if first != number:
+            what = f"is about the run {shown(line['key'])} of line {first} again; remove one of the two"
+            raise located(path, number, what)
+        found.append(line)
     return found
+
+
+def _sound(line: Any) -> Line:
+    """The line, in which a null among the metrics is nan again. Raises ValueError where something is not as written."""
+    if not isinstance(line, dict):
+        raise ValueError(f"a JSON {type(line).__name__}, and an object is needed")
+    for name, kind in FIELDS.items():
+        if not isinstance(line.get(name), kind):
+            raise ValueError(f"key {name!r} holds {type(line[name]).__name__}" if name in line else f"no key {name!r}")
+    numbers = [line.get(name) for name in ("seconds_per_update", "cpu_seconds_per_update")]
+    numbers += [*line["metrics"].values(), *line["terms"].values()]
+    if not all(value is None or type(value) in (int, float) for value in numbers):
+        raise ValueError("a word where a number is needed")
+    if not {"train", "valid"} <= line["rows"].keys() or type(line["draw"].get("flip")) not in (int, float):
+        raise ValueError("'rows' or 'draw' lacks a part")
+    return {**line, "metrics": {name: math.nan if value is None else value for name, value in line["metrics"].items()}}
 
 
 def write_lines(path: Path, lines: Sequence[Line]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.binarize import MANIFEST, indexed_writer, read_indexed, write_classes
+from ..data.binarize import MANIFEST, indexed_writer, read_indexed, read_manifest, write_classes
 from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import located
 from ..data.pool import integer_typecode
@@ -93,9 +93,8 @@ class Source:
 
     @property
     def manifest(self) -> dict[str, object]:
-        path = self.folder / MANIFEST
-        found: dict[str, object] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
+        """What preprocess wrote about the folder, nothing for one of another program's."""
+        return read_manifest(self.folder) if (self.folder / MANIFEST).is_file() else {}
 
     def digest(self) -> str:
         """SHA-256 over everything that `cut_out` reads."""

@@ -1,0 +1,150 @@
+"""runs.jsonl with damage: one line that names file and line, from whatever reads it, and nothing of it is lost."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from toolkit import TINY_MODEL
+
+from smart_fairseq.study import studying
+from smart_fairseq.study.__main__ import main
+from smart_fairseq.study.lines import read_lines, write_lines
+from smart_fairseq.study.plan import read_plan
+
+PLAN = """
+out: {folder}/out
+work: {folder}/work
+encoder: {{flags: {{{model}}}}}
+train: {{batch-size: 4, lr: 1e-3, epochs: 1}}
+tasks:
+  letters: {{data: {data}, rows: 12}}
+methods:
+  plain: {{criterion: sentence_prediction, optimizer: adam}}
+seeds: [1, 2, 3, 4]
+"""
+MODEL = ", ".join(f"{name.removeprefix('--')}: {value}" for name, value in zip(TINY_MODEL[::2], TINY_MODEL[1::2]))
+FACTS = {"commit": "abc", "torch": "2", "date": "2026-01-01"}
+
+
+@pytest.fixture
+def plan(tmp_path: Path, class_data: Path) -> Path:
+    """A plan of four runs, three of which have lines."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN.format(folder=tmp_path, data=class_data, model=MODEL))
+    study = studying.Study(read_plan(path))
+    lines = []
+    for asked in study.plan.runs()[:3]:
+        numbers = {"metrics": {"accuracy": 50.0 + asked.seed}, "terms": {"task_loss": 0.5}}
+        rows = {"rows": {"train": 12, "valid": 22}, "updates": 3}
+        lines.append({"key": study.key(asked), **asked.settings(), **numbers, **rows, **FACTS})
+    write_lines(study.jsonl, lines)
+    return path
+
+
+def edited(**changes: Any) -> Any:
+    """The line with other values, without those that are None."""
+
+    def edit(line: str) -> str:
+        entries = {**json.loads(line), **changes}
+        return json.dumps({name: value for name, value in entries.items() if value is not None})
+
+    return edit
+
+
+# what becomes of the second line, and what must be said of it
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "cut": (lambda line: line[: len(line) // 2], r"\(Unterminated string|\(Expecting"),
+    "empty": (lambda line: "", r"\(Expecting value\)"),
+    "no JSON": (lambda line: "{key: 1}", r"\(Expecting property name"),
+    "marks of a merge": (lambda line: "<<<<<<< HEAD\n" + line, r"\(Expecting value\)"),
+    "two in one": (lambda line: line + line, r"\(Extra data\)"),
+    "brackets": (lambda line: "[" * 10_000, r"\(nested too deeply\)"),
+    "a list": (lambda line: f"[{line}]", r"\(a JSON list, and an object is needed\)"),
+    "null": (lambda line: "null", r"\(a JSON NoneType, and"),
+    "no key": (edited(key=None), r"\(no key 'key'\)"),
+    "no metrics": (edited(metrics=None), r"\(no key 'metrics'\)"),
+    "no terms": (edited(terms=None), r"\(no key 'terms'\)"),
+    "no date": (edited(date=None), r"\(no key 'date'\)"),
+    "metrics in a list": (edited(metrics=[50.0]), r"\(key 'metrics' holds list\)"),
+    "a seed in words": (edited(seed="two"), r"\(key 'seed' holds str\)"),
+    "a metric in words": (edited(metrics={"accuracy": "high"}), r"\(a word where a number is needed\)"),
+    "a term in words": (edited(terms={"task_loss": "low"}), r"\(a word where a number is needed\)"),
+    "seconds in words": (edited(seconds_per_update="1 s"), r"\(a word where a number is needed\)"),
+    "rows without valid": (edited(rows={"train": 12}), r"\('rows' or 'draw' lacks a part\)"),
+    "a key twice": (lambda line: line.replace('"seed": 2', '"seed": 2, "seed": 3'), r"\(key 'seed' twice\)"),
+    "a metric twice": (
+        lambda line: line.replace('"accuracy": 52.0', '"accuracy": 52.0, "accuracy": 60.0'),
+        r"\(key 'accuracy' twice\)",
+    ),
+    "half a surrogate pair": (lambda line: line.replace("abc", r"\ud800"), r"\('utf-8' codec.*surrogates"),
+    "latin-1": (lambda line: line.replace("abc", "\xe9"), r"\('utf-8' codec can't decode byte 0xe9"),
+}
+WAYS = [["--report"], ["--rescore"], ["--dry-run"], [], ["--into", "page.md"]]
+
+
+def refused(plan: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line; every file stays as it was."""
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in plan.parent.rglob("*") if path.is_file() and path.name != "lock"}
+
+    before = files()
+    capsys.readouterr()
+    assert main([str(plan), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert files() == before
+    return line
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_line_is_named(kind: str, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, reason = DAMAGED[kind]
+    path = plan.parent / "out" / "runs.jsonl"
+    first, second, third = path.read_text().splitlines()
+    encoding = "latin-1" if kind == "latin-1" else "utf-8"
+    path.write_text("\n".join([first, damage(second), third]) + "\n", encoding=encoding)
+    expected = rf"study: error: {re.escape(str(path))}:2: is not the line of a run .*; remove it, and its run is rep"
+    line = refused(plan, capsys, "--report")
+    assert re.match(expected, line) and re.search(reason, line), line
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_whatever_reads_the_lines_refuses_them(way: list[str], plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A write that was cut short by another program: the last line's end is missing."""
+    path = plan.parent / "out" / "runs.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{path}:3: is not the line of a run (" in refused(plan, capsys, *way)
+
+
+def test_a_run_with_two_lines_is_named(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two copies of a file put together: which of the two numbers counts is for the reader to say."""
+    path = plan.parent / "out" / "runs.jsonl"
+    key = json.loads(path.read_text().splitlines()[1])["key"]
+    path.write_text(path.read_text() + edited(metrics={"accuracy": 99.0})(path.read_text().splitlines()[1]) + "\n")
+    expected = f"{path}:4: is about the run '{key}' of line 2 again; remove one of the two"
+    for way in WAYS[:3]:
+        assert expected in refused(plan, capsys, *way)
+
+
+def test_lines_that_are_in_order(plan: Path) -> None:
+    """A number that is not finite comes back; a file without lines has none."""
+    path = plan.parent / "out" / "runs.jsonl"
+    lines = read_lines(path)
+    assert [line["seed"] for line in lines] == [1, 2, 3]
+    write_lines(path, [{**lines[0], "metrics": {"accuracy": float("nan")}}])
+    assert np.isnan(read_lines(path)[0]["metrics"]["accuracy"]) and "NaN" not in path.read_text()
+    path.write_text("")
+    assert read_lines(path) == []
+
+
+@pytest.mark.parametrize("content", ["null", "{", '{"task": "\\ud800"}'])
+def test_a_damaged_data_folder_is_named(content: str, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = plan.parent / "data"
+    shutil.copytree(re.search(r"data: (\S+),", plan.read_text())[1], data)  # type: ignore[index]
+    (data / "preprocess.json").write_text(content)
+    plan.write_text(re.sub(r"data: \S+,", f"data: {data},", plan.read_text()))
+    assert f"{data}/preprocess.json: " in refused(plan, capsys, "--dry-run")
