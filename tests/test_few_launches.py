@@ -91,7 +91,7 @@ def test_a_forward_that_does_not_ask_whether_there_is_padding(padded: bool, clas
     assert tokens.eq(1).any() == padded
     for more in ({}, {"return_all_hiddens": True}):
         results = []
-        for around in (torch.enable_grad, encoder_of(model).without_waiting):
+        for around in (torch.enable_grad, encoder_of(model).lean):
             torch.manual_seed(3)
             with around():
                 results.append(model(tokens, features_only=True, **more)[0])

@@ -8,7 +8,7 @@ Another kind of encoder is a subclass with `fits` and `find_insides`, named in `
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..method.dropout import without_dropout
 from . import forward_mode, memory
+from .memory import Replacement, replaced
 from .rounding import rounded
+from .weights import Slots, Substitute
 
 __all__ = ["Encoder", "Forward", "Insides"]
 
@@ -44,10 +46,11 @@ class _Seen(Exception):
 
 
 class Encoder:
-    """A model, whatever wraps it, and what its passes need; built once for a model."""
+    """A model, whatever wraps it, and what its passes need; built once for a model, and what it found stays."""
 
     def __init__(self, model: Any) -> None:
         self.given = model
+        self._lean = False
         while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
             model = model.module  # fairseq's distributed wrappers all keep the model as that
         self.model: Any = model
@@ -89,21 +92,60 @@ class Encoder:
         """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
         return src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()
 
-    def without_waiting(self) -> AbstractContextManager[None]:
-        """Within the block, forwards ask nothing of the device for which the host would have to wait."""
-        return contextlib.nullcontext()
+    # --- passes ------------------------------------------------------------------------------------
 
-    def frozen_weights(self) -> dict[str, Tensor]:
+    def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
+        """By layer, and for the model around them, what is replaced for `lean` passes."""
+        return {}
+
+    @cached_property
+    def _lean_parts(self) -> dict[nn.Module, list[Replacement]]:
+        return self.lean_parts()
+
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Within the block, forwards compute the same by fewer kernels, and never let the host wait for the device."""
+        if self._lean:
+            yield
+            return
+        with replaced([part for parts in self._lean_parts.values() for part in parts]):
+            self._lean = True
+            try:
+                yield
+            finally:
+                self._lean = False
+
+    @cached_property
+    def _all_modules(self) -> list[nn.Module]:
+        return list(self.model.modules())
+
+    def without_dropout(self) -> AbstractContextManager[None]:
+        """Within the block, every module is in evaluation mode."""
+        return without_dropout(self._all_modules)
+
+    @cached_property
+    def _slots(self) -> Slots:
+        return Slots(self.model)
+
+    def frozen_weights(self) -> Mapping[str, Tensor]:
         """The model's own weights without their gradients: a pass under them keeps no activation for them."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return self.cast(self._slots.frozen())
 
-    def under(self, weights: dict[str, Tensor]) -> "Substitute":
+    def cast(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights without gradients, those of linear layers in autocast's precision where it is on."""
+        return self._slots.cast(weights)
+
+    def under(self, weights: Mapping[str, Tensor]) -> Substitute:
         """The model under other weights, for a pass of the ordinary criterion."""
-        return Substitute(self.model, weights)
+        return Substitute(self.model, self._slots, weights)
+
+    @cached_property
+    def _attention_written_out(self) -> list[Replacement]:
+        return forward_mode.attention_written_out(self.model)
 
     def attention_written_out(self) -> AbstractContextManager[None]:
         """Within the block, forwards draw the dropout masks that one with `Forward.products` or `changed` draws."""
-        return forward_mode.attention_written_out(self.model)
+        return replaced(self._attention_written_out)
 
     def recomputed(self, written_out: bool = False) -> AbstractContextManager[None]:
         """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken.
@@ -111,11 +153,21 @@ class Encoder:
         Args:
             written_out: the block is also one of `attention_written_out`.
         """
-        again = forward_mode.attention_written_out if written_out else contextlib.nullcontext
+        lean = self._lean_parts if self._lean else {}
+        attention = self._attention_written_out if written_out else []
+
+        def again(layer: nn.Module) -> AbstractContextManager[None]:
+            return replaced([*lean.get(layer, []), *attention])
+
         return memory.recomputed(self.insides.layers, again)
 
-    def without_gelu_outputs(self) -> AbstractContextManager[None]:
+    @cached_property
+    def _without_gelu_outputs(self) -> list[Replacement]:
         return memory.without_gelu_outputs(self.model)
+
+    def without_gelu_outputs(self) -> AbstractContextManager[None]:
+        """Within the block, forwards keep the input of each layer's gelu for the gradient, and not the output too."""
+        return replaced(self._without_gelu_outputs)
 
     @contextmanager
     def captured(self, place: str, *, differentiable: bool = False, leaf: bool = False) -> Iterator[list[Tensor]]:
@@ -147,7 +199,7 @@ class Encoder:
             raise _Seen
 
         hook = self.insides.places[place].register_forward_hook(stop)
-        with hook, contextlib.suppress(_Seen), torch.no_grad(), without_dropout(self.model):
+        with self.lean(), hook, contextlib.suppress(_Seen), torch.no_grad(), self.without_dropout():
             self.model(**net_input, features_only=True)
         return found[0]
 
@@ -180,31 +232,28 @@ class Encoder:
         if calls != 1:
             raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
 
+    @cached_property
+    def _carrying(self) -> dict[bool, list[Replacement]]:
+        return {
+            differentiable: forward_mode.written_out(self.model, differentiable) for differentiable in (True, False)
+        }
+
     def changed(
         self, direction: Tensor, place: str, leaf: list[Tensor] | None = None
     ) -> AbstractContextManager[list[Tensor]]:
-        """Within the block, one forward also yields J ``direction``; see `forward_mode.changed`."""
-        return forward_mode.changed(self.model, self.insides.places[place], direction, leaf)
+        """Within the block, one forward also yields J ``direction``; see `forward_mode.changed`.
 
-
-class Substitute:
-    """A bare model under other weights; nothing is copied or swapped."""
-
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        self.model, self.weights = model, weights
-
-    def __getattr__(self, name: str) -> Any:  # the model's heads and targets, for which the criterion asks
-        return getattr(self.model, name)
-
-    def __call__(self, **inputs: Any) -> Any:
-        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+        Raises `UsageError` where the model's attention is not known there.
+        """
+        replacements = self._carrying[leaf is None]
+        return forward_mode.changed(self.model, self.insides.places[place], direction, replacements, leaf)
 
 
 class Forward:
     """The classification forward of one batch, under weights and with a perturbation of one's choice.
 
-    Passes under other weights run on the bare model by `torch.func.functional_call`: the module's own code with other
-    tensors in place of its parameters, of which a distributed wrapper sees nothing.
+    Passes under other weights run on the bare model, its own code with other tensors in place of its parameters, of
+    which a distributed wrapper sees nothing.
 
     Args:
         model: as the criterion was given it, distributed wrapper included.
@@ -219,7 +268,7 @@ class Forward:
 
     def __call__(
         self,
-        weights: dict[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         perturbation: Tensor | None = None,
         lookup: Tensor | None = None,
     ) -> Tensor:
@@ -238,7 +287,7 @@ class Forward:
         return run(**self.inputs)[0]  # type: ignore[no-any-return]
 
     def products(
-        self, weights: dict[str, Tensor], direction: Tensor
+        self, weights: Mapping[str, Tensor], direction: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Outputs, their change J d along the ``direction`` d, and the way back (cotangent -> J' cotangent).
 

@@ -10,20 +10,20 @@ LayerNorm, softmax and gelu, keeps its inputs alone for the gradient and is comp
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fairseq.modules import MultiheadAttention, gelu
+from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
-from .memory import Replacement, gelus, replaced
+from .memory import Replacement, gelu_at_once, gelus, replaced
 
-__all__ = ["attention_written_out", "changed"]
+__all__ = ["attention_written_out", "changed", "written_out"]
 
 # (value, change, ...) -> (result, its change)
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -92,7 +92,7 @@ def _softmax_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
 def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     slope = torch.special.ndtr(wide) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
-    return gelu(value), (slope * moved).to(value.dtype)
+    return gelu_at_once(value), (slope * moved).to(value.dtype)
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
@@ -118,8 +118,10 @@ def _self_attention(
 
     q, k, v = (heads(project(query)) for project in (module.q_proj, module.k_proj, module.v_proj))
     scores = q * module.scaling @ k.transpose(-2, -1)
-    if key_padding_mask is not None:
+    if key_padding_mask is not None and key_padding_mask.dim() == 2:
         scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
+    elif key_padding_mask is not None:
+        scores = scores + key_padding_mask  # as `lean.additive` makes it
     shares = nn.functional.dropout(softmax(scores), module.dropout_module.p, module.training)
     return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
 
@@ -134,24 +136,23 @@ def _attention(module: MultiheadAttention, softmax: Callable[..., Tensor]) -> Re
     return module, "forward", functools.partial(_self_attention, module, softmax)
 
 
-def attention_written_out(model: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, forwards draw the dropout masks that one within `changed` draws.
+def attention_written_out(model: nn.Module) -> list[Replacement]:
+    """For `replaced`: forwards draw the dropout masks that one within `changed` draws.
 
     A fused kernel draws other masks from the same state of the generator.
     """
     modules = (module for module in model.modules() if isinstance(module, MultiheadAttention))
-    return replaced([_attention(module, _softmax) for module in modules if module.dropout_module.p > 0])
+    return [_attention(module, _softmax) for module in modules if module.dropout_module.p > 0]
 
 
-@contextmanager
-def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
-    """Run a block with every module whose change torch does not give written out.
+def written_out(model: nn.Module, differentiable: bool) -> list[Replacement]:
+    """For `replaced`: every module whose change torch does not give is written out.
 
     Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
     """
     layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
     softmax = _dual(_softmax_change, _softmax, differentiable)
-    replacements = gelus(model, _dual(_gelu_change, gelu, differentiable))
+    replacements = gelus(model, _dual(_gelu_change, gelu_at_once, differentiable))
     for module in model.modules():
         if isinstance(module, MultiheadAttention):
             replacements.append(_attention(module, softmax))
@@ -159,13 +160,16 @@ def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
             replacements.append((module, "forward", functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
             replacements.append((module, "forward", functools.partial(_normalized, layer_norm, module)))
-    with replaced(replacements):
-        yield
+    return replacements
 
 
 @contextmanager
 def changed(
-    model: nn.Module, place: nn.Module, direction: Tensor, leaf: list[Tensor] | None = None
+    model: nn.Module,
+    place: nn.Module,
+    direction: Tensor,
+    replacements: Sequence[Replacement],
+    leaf: list[Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Within the block, one forward of the model also yields the change of its output along ``direction``.
 
@@ -175,10 +179,10 @@ def changed(
         model: bare.
         place: the module whose output is perturbed.
         direction: d, [B, T, C]; of size 1 or so, whatever the perturbation's size.
+        replacements: `written_out`, differentiable where there is no ``leaf``.
         leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
             in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
     Raises:
-        UsageError: the model's attention is not known here.
         RuntimeError: the direction did not reach the output of one forward.
     """
     changes: list[Tensor] = []
@@ -196,7 +200,7 @@ def changed(
         return (logits, *output[1:])
 
     with place.register_forward_hook(enter), model.register_forward_hook(leave):
-        with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
+        with replaced(replacements), forward_ad.dual_level():
             yield changes
     if len(changes) != 1 or changes[0] is None:
         raise RuntimeError("the direction did not reach the output of one forward")
