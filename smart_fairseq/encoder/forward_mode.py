@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from .memory import Replacement, gelus, replaced
+from .place import Place
 
 __all__ = ["attention_written_out", "changed"]
 
@@ -165,7 +166,7 @@ def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
 
 @contextmanager
 def changed(
-    model: nn.Module, place: nn.Module, direction: Tensor, leaf: list[Tensor] | None = None
+    model: nn.Module, place: Place, direction: Tensor, leaf: list[Tensor] | None = None
 ) -> Iterator[list[Tensor]]:
     """Within the block, one forward of the model also yields the change of its output along ``direction``.
 
@@ -173,21 +174,21 @@ def changed(
 
     Args:
         model: bare.
-        place: the module whose output is perturbed.
+        place: where the perturbation enters.
         direction: d, [B, T, C]; of size 1 or so, whatever the perturbation's size.
-        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
-            in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
+        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out (or what
+            stands in for their change) in this list as a leaf [B, T, C]; the change is then not differentiable.
     Raises:
         UsageError: the model's attention is not known here.
         RuntimeError: the direction did not reach the output of one forward.
     """
     changes: list[Tensor] = []
 
-    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def enter(x: Tensor) -> Tensor:
         if leaf is not None:
-            output = output.detach().requires_grad_()
-            leaf.append(output)
-        return _pair(output, direction.to(output.dtype))
+            x, entered = place.entered(x.detach())
+            leaf.append(entered)
+        return _pair(x, place.scaled(x, direction).to(x.dtype))
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         # taken apart here, inside a distributed wrapper, which would not let the change through
@@ -195,7 +196,7 @@ def changed(
         changes.append(change)
         return (logits, *output[1:])
 
-    with place.register_forward_hook(enter), model.register_forward_hook(leave):
+    with place.hook(enter), model.register_forward_hook(leave):
         with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
             yield changes
     if len(changes) != 1 or changes[0] is None:
