@@ -99,7 +99,7 @@ def test_the_program_prints_that_line_alone(index: int, class_data: Path) -> Non
         ("--smart-norm", "'inf', 'l2'"),
         ("--smart-norm-scope", "'example', 'token'"),
         ("--smart-projection", "'ball', 'normalize'"),
-        ("--smart-embedding", "'token', 'input'"),
+        ("--smart-embedding", "'token', 'normalized', 'input'"),
         ("--smart-dropout", "'shared', 'independent', 'off'"),
         ("--smart-divergence", "'auto', 'sym_kl', 'kl', 'js', 'squared'"),
         ("--smart-mode", "'auto', 'finite', 'tangent'"),

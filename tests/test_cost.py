@@ -127,7 +127,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 def test_one_gradient_of_the_table_for_both_passes(place: str, class_data: Path) -> None:
     """As large as the table, it takes a zero-filled tensor of that size each time; positions have a table too."""
     task, model, criterion = set_up(class_data, *LIKE_ROBERTA, *BOLD, "--smart-embedding", place)

@@ -109,7 +109,7 @@ def test_arithmetic_is_at_the_floor(
 # --- what it moves --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 def test_a_perturbation_moves_the_logits_with_dropout_off(place: str, class_data: Path) -> None:
     """fairseq's R3F passes `token_embeddings`, which RoBERTa ignores: a difference of exactly 0."""
     task, model, _ = set_up(class_data)

@@ -199,7 +199,7 @@ def task_criterion_loss(model: Any, criterion: Any, sample: Any) -> torch.Tensor
     return loss
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize("flags", [["--smart-steps", "3"], ["--smart-norm", "l2", "--smart-norm-scope", "token"]])
 def test_steps_norms_and_places(flags: list[str], place: str, class_data: Path) -> None:
     """In float64 both forms agree to second order for every way to ascend."""

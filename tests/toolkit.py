@@ -100,6 +100,7 @@ _LOUD = ["--r3f-epsilon", "3"]
 CRITERIA = {
     "smart": _smart(),
     "smart, tangent": _smart("--smart-mode", "tangent"),
+    "smart, normalized": _smart("--smart-embedding", "normalized"),
     "pgd": _adversarial("pgd"),
     "freelb": _adversarial("freelb"),
     "freeat": _adversarial("freeat", "--freeat-steps", "1"),

@@ -1,8 +1,8 @@
 """A model as the method sees it: the one place that knows what is inside.
 
-A perturbation enters through a forward hook on the module whose output is perturbed, and the ordinary forward,
-the distributed wrapper's included, does the rest. The hook counts its calls: a forward that the perturbation
-did not reach is an error, never a regulariser that does nothing.
+A perturbation enters through a hook (`place`), and the ordinary forward, the distributed wrapper's included, does the
+rest. The hook counts its calls: a forward that the perturbation did not reach is an error, never a regulariser that
+does nothing.
 
 Another kind of encoder is a subclass with `fits` and `find_insides`, named in ``smart_fairseq.encoder.KINDS``.
 """
@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..method.dropout import without_dropout
 from . import forward_mode, memory
 from .memory import Replacement, replaced
+from .place import NormalizedPlace, Place
 from .rounding import rounded
 from .weights import Slots, Substitute
 
@@ -31,7 +32,7 @@ class Insides(NamedTuple):
     """What a kind of encoder names.
 
     places: "token" and "input" -> the module whose output, [B, T, C], is perturbed there; the one at "token" is the
-        embedding table.
+        embedding table. "normalized" -> the LayerNorm that the embeddings enter; left out where there is none.
     layers: the stack whose activations fill the memory.
     padding_idx: the padding's number among the tokens.
     """
@@ -71,6 +72,16 @@ class Encoder:
     @cached_property
     def insides(self) -> Insides:
         return self.find_insides()
+
+    def place(self, name: str) -> Place:
+        """Where a perturbation enters; raises `UsageError` where this model has no such place."""
+        module = self.insides.places.get(name)
+        if module is None:
+            raise UsageError(
+                f"--smart-embedding is {name}, and this model's embeddings enter no LayerNorm (--smart-recipe sift has "
+                f"that value); use {' or '.join(self.insides.places)}"
+            )
+        return NormalizedPlace(module) if name == "normalized" else Place(module)
 
     @property
     def table(self) -> Tensor:
@@ -174,32 +185,35 @@ class Encoder:
         """What the block's forwards perturb, [B, T, C] each.
 
         Args:
-            place: "token" or "input".
-            differentiable: it requires a gradient, also where nothing before it does.
+            place: a name of `Insides.places`.
+            differentiable: for gradients with respect to it, or to what stands in for its change.
             leaf: it is cut off from what it was computed from as well.
         """
         found: list[Tensor] = []
+        here = self.place(place)
 
-        def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            tensor = output.detach() if leaf else output
-            if (differentiable or leaf) and not tensor.requires_grad:
-                tensor.requires_grad_()
-            found.append(tensor)
-            return tensor
+        def note(x: Tensor) -> Tensor:
+            x = x.detach() if leaf else x
+            if differentiable or leaf:
+                x, entered = here.entered(x)
+                found.append(entered)
+            else:
+                found.append(here.embeddings(x))
+            return x
 
-        with self.insides.places[place].register_forward_hook(note):
+        with here.hook(note):
             yield found
 
     def embeddings(self, place: str, net_input: dict[str, Any]) -> Tensor:
         """What is perturbed, [B, T, C], without dropout and gradients; the forward ends there."""
         found: list[Tensor] = []
+        here = self.place(place)
 
-        def stop(module: nn.Module, args: Any, output: Tensor) -> None:
-            found.append(output)
+        def stop(x: Tensor) -> Tensor:
+            found.append(here.embeddings(x))
             raise _Seen
 
-        hook = self.insides.places[place].register_forward_hook(stop)
-        with self.lean(), hook, contextlib.suppress(_Seen), torch.no_grad(), self.without_dropout():
+        with self.lean(), here.hook(stop), contextlib.suppress(_Seen), torch.no_grad(), self.without_dropout():
             self.model(**net_input, features_only=True)
         return found[0]
 
@@ -209,25 +223,26 @@ class Encoder:
 
         Args:
             perturbation: [B, T, C], float32; gradients reach it.
-            place: "token" or "input".
+            place: a name of `Insides.places`.
             lookup: [B, T, C], what another pass looked up for the same tokens, to be used again: the gradient of the
                 table, which is as large as the table, is then made once for both passes.
         Raises:
             RuntimeError: the block's forward did not pass the perturbed module exactly once.
         """
         calls = 0
+        here = self.place(place)
 
-        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def add(x: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             # the sum is taken in the wider precision of the two and rounded once
-            return rounded(output + perturbation, output.dtype)
+            return rounded(x + here.scaled(x, perturbation), x.dtype)
 
-        places = self.insides.places
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(places[place].register_forward_hook(add))
+            hooks.enter_context(here.hook(add))
             if lookup is not None:  # before the sum
-                hooks.enter_context(places["token"].register_forward_hook(lambda *_: lookup, prepend=True))
+                table = self.insides.places["token"]
+                hooks.enter_context(table.register_forward_hook(lambda *_: lookup, prepend=True))
             yield
         if calls != 1:
             raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
@@ -246,7 +261,7 @@ class Encoder:
         Raises `UsageError` where the model's attention is not known there.
         """
         replacements = self._carrying[leaf is None]
-        return forward_mode.changed(self.model, self.insides.places[place], direction, replacements, leaf)
+        return forward_mode.changed(self.model, self.place(place), direction, replacements, leaf)
 
 
 class Forward:
@@ -259,7 +274,7 @@ class Forward:
         model: as the criterion was given it, distributed wrapper included.
         net_input: of the batch, as fairseq makes it.
         head: the classification head's name.
-        place: "token" or "input".
+        place: a name of `Insides.places`.
     """
 
     def __init__(self, encoder: Encoder, model: Any, net_input: dict[str, Tensor], head: str, place: str) -> None:

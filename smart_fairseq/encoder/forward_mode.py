@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from .memory import Replacement, gelu_at_once, gelus, replaced
+from .place import Place
 
 __all__ = ["attention_written_out", "changed", "written_out"]
 
@@ -166,7 +167,7 @@ def written_out(model: nn.Module, differentiable: bool) -> list[Replacement]:
 @contextmanager
 def changed(
     model: nn.Module,
-    place: nn.Module,
+    place: Place,
     direction: Tensor,
     replacements: Sequence[Replacement],
     leaf: list[Tensor] | None = None,
@@ -177,21 +178,21 @@ def changed(
 
     Args:
         model: bare.
-        place: the module whose output is perturbed.
+        place: where the perturbation enters.
         direction: d, [B, T, C]; of size 1 or so, whatever the perturbation's size.
         replacements: `written_out`, differentiable where there is no ``leaf``.
-        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
-            in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
+        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out (or what
+            stands in for their change) in this list as a leaf [B, T, C]; the change is then not differentiable.
     Raises:
         RuntimeError: the direction did not reach the output of one forward.
     """
     changes: list[Tensor] = []
 
-    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def enter(x: Tensor) -> Tensor:
         if leaf is not None:
-            output = output.detach().requires_grad_()
-            leaf.append(output)
-        return _pair(output, direction.to(output.dtype))
+            x, entered = place.entered(x.detach())
+            leaf.append(entered)
+        return _pair(x, place.scaled(x, direction).to(x.dtype))
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         # taken apart here, inside a distributed wrapper, which would not let the change through
@@ -199,7 +200,7 @@ def changed(
         changes.append(change)
         return (logits, *output[1:])
 
-    with place.register_forward_hook(enter), model.register_forward_hook(leave):
+    with place.hook(enter), model.register_forward_hook(leave):
         with replaced(replacements), forward_ad.dual_level():
             yield changes
     if len(changes) != 1 or changes[0] is None:

@@ -1,11 +1,12 @@
 """How fairseq's RoBERTa, and every model built on it, takes a perturbation.
 
 ``RobertaModel.forward`` accepts ``token_embeddings`` and ignores it (fairseq's R3F fell into that), so a
-perturbation enters through a forward hook on the module whose output is perturbed.
+perturbation enters through a hook on one of these modules.
 
 | --smart-embedding | module of encoder.sentence_encoder | what is perturbed |
 | --- | --- | --- |
 | token | embed_tokens | the embedding lookup, before BERT's token types, positions and LayerNorm |
+| normalized | layernorm_embedding | the sum with positions and token types, as SiFT normalises it (`place`) |
 | input | dropout_module | what enters the first layer, after LayerNorm and dropout |
 """
 
@@ -33,6 +34,8 @@ class RobertaEncoder(Encoder):
     def find_insides(self) -> Insides:
         inner: Any = self.model.encoder.sentence_encoder
         places = {place: getattr(inner, name) for place, name in _PLACES.items()}
+        if getattr(inner, "layernorm_embedding", None) is not None:
+            places["normalized"] = inner.layernorm_embedding
         return Insides(places, list(inner.layers), inner.padding_idx)
 
     def lean_parts(self) -> dict[nn.Module, list[Replacement]]:

@@ -70,9 +70,12 @@ class AdversaryFlags:
             "help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"
         },
     )
-    smart_embedding: Optional[ChoiceEnum(["token", "input"])] = field(  # type: ignore[valid-type]
+    smart_embedding: Optional[ChoiceEnum(["token", "normalized", "input"])] = field(  # type: ignore[valid-type]
         default=None,
-        metadata={"help": "what is perturbed: the embedding lookup, or what enters the first layer"},
+        metadata={
+            "help": "what is perturbed: the embedding lookup; what enters the embeddings' LayerNorm, normalised (SiFT);"
+            " or what enters the first layer"
+        },
     )
     smart_dropout: Optional[ChoiceEnum(["shared", "independent", "off"])] = field(  # type: ignore[valid-type]
         default=None,

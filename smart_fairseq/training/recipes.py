@@ -35,16 +35,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "smart_embedding": "input",
         "smart_dropout": "independent",
     },
-    # microsoft/DeBERTa, sift/sift.py: noise of 1e-2 cut at twice that, and a step that adds next to nothing to it, on
-    # embeddings of unit variance
+    # microsoft/DeBERTa, DeBERTa/sift/sift.py and experiments/glue/mnli.sh: noise of 1e-2 cut at twice that, and a step
+    # that adds next to nothing to it, on embeddings of unit variance
     "sift": {
         **_PAPER,
         "smart_weight": 5.0,
-        "smart_epsilon_unit": "relative",
         "smart_epsilon": 2e-2,
         "smart_noise_std": 1e-2,
         "smart_step_size": 1e-4,
         "smart_norm_scope": "token",
+        "smart_embedding": "normalized",
         "smart_dropout": "independent",
     },
 }
