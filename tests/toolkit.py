@@ -17,6 +17,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules import gelu as fairseq_gelu
 from fairseq.utils import apply_to_sample
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
@@ -349,6 +350,18 @@ def flops(model: Any, criterion: Any, sample: dict[str, Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         criterion(model, sample)[0].backward()
     return int(counter.get_total_flops())
+
+
+class Calls(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.__name__] = self.count.get(func.__name__, 0) + 1
+        return func(*args, **(kwargs or {}))
 
 
 def batch(task: Any, size: int, start: int = 0) -> dict[str, Any]:
