@@ -52,7 +52,7 @@ def table(prefix: str) -> list[list[str]]:
     tables = FLAGS.split("## Recipes")[0] + METHODS
     rows = [line for line in tables.splitlines() if line.startswith(f"| `--{prefix}") and line.count(" | ") == 2]
     cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
-    return list({row[0]: row for row in reversed(cells)}.values())[::-1]
+    return [row for number, row in enumerate(cells) if row[0] not in [before[0] for before in cells[:number]]]
 
 
 @pytest.mark.parametrize("prefix", CONFIGS)
