@@ -85,8 +85,8 @@ class Regularised(NamedTuple):
     in_half: list[str]
 
 
-def _smart(*flags: str) -> Regularised:
-    off, in_half = ["--smart-weight", "0"], ["--smart-epsilon", "5e-2"]
+def _smart(*flags: str, half: str = "5e-2") -> Regularised:
+    off, in_half = ["--smart-weight", "0"], ["--smart-epsilon", half]
     return Regularised("smart_sentence_prediction", [*BOLD, *flags], off, ["smart"], ["smart"], in_half)
 
 
@@ -101,7 +101,9 @@ _LOUD = ["--r3f-epsilon", "3"]
 CRITERIA = {
     "smart": _smart(),
     "smart, tangent": _smart("--smart-mode", "tangent"),
-    "smart, normalized": _smart("--smart-embedding", "normalized"),
+    "smart, normalized": _smart(
+        *("--smart-embedding", "normalized", "--smart-epsilon", "0.1", "--smart-step-size", "1"), half="0.3"
+    ),
     "pgd": _adversarial("pgd"),
     "freelb": _adversarial("freelb"),
     "freeat": _adversarial("freeat", "--freeat-steps", "1"),
