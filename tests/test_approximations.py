@@ -109,7 +109,7 @@ def test_tangent_mode_knows_no_linear_search(class_data: Path) -> None:
 
 
 def test_the_log_says_what_is_searched(class_data: Path) -> None:
-    words = "two forwards, every ascent step to first order from the clean pass, Bregman"
+    words = "two forwards, every ascent step from the clean pass, Bregman"
     assert words in "\n".join(train(command(class_data, "--smart-linear-search", max_update=1))["text"])
 
 

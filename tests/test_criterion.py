@@ -282,7 +282,8 @@ def test_a_perturbation_that_is_not_finite_never_reaches_the_weights(
     ours = step(model, criterion, batch(task, 4))
     monkeypatch.undo()
     criterion.weights["smart"] = 0.0
-    plain = step(model, criterion, batch(task, 4))
+    with encoder_of(model).lean():  # whose backward pass rounds otherwise
+        plain = step(model, criterion, batch(task, 4))
     assert ours.log["smart_dropped"] == 1 and ours.log["smart_loss"] == 0
     assert_equal(ours.loss, plain.loss)
     assert_same_gradients(ours, plain)
