@@ -75,6 +75,8 @@ KERNELS = {
 WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 # per launch of a foreach operation, by the number of lists (ATen/native/cuda/MultiTensorApply.cuh)
 TENSORS_A_LAUNCH, BLOCKS_A_LAUNCH, BLOCK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+# of a mask's rows, for the memory-efficient attention (ATen/native/transformers/attention.cpp)
+MASK_ALIGNMENT = 8
 
 
 class Device(TorchDispatchMode):
@@ -189,7 +191,9 @@ def pretend() -> None:
         if attn_mask is None and half and aligned:
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False)[0]
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+            if any(stride % MASK_ALIGNMENT for stride in attn_mask.stride()[:-1]):
+                attn_mask = functional.pad(attn_mask, (0, MASK_ALIGNMENT - k.shape[2] % MASK_ALIGNMENT))
+            attn_mask = attn_mask[..., : k.shape[2]].expand(*q.shape[:3], k.shape[2])
         keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keeps, dropout_p, is_causal)[0]
 
@@ -270,6 +274,7 @@ class Update:
             def next_phase(loss: torch.Tensor) -> None:
                 device.phase = "backward"
                 backward(loss)
+                device.phase = "forward"  # of the next pass, where there are several
 
             self.optimizer.backward = next_phase
             _, size, _ = self.task.train_step(sample, self.model, self.criterion, self.optimizer, number)
