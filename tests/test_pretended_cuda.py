@@ -1,6 +1,6 @@
 """On a GPU that is not there: no mixed devices, no wait beyond the known, no launch too many, the same draws.
 
-`pretended_cuda.py` takes an update in each form and counts; results are not seen.
+`pretended_updates.py` takes an update in each form and counts; results are not seen.
 """
 
 import json
@@ -124,10 +124,10 @@ WAITS = {
 
 
 def run(folder: Path, data: Path, forms: dict[str, Form]) -> dict[str, Any]:
-    """What `pretended_cuda.py` counts for each of the forms."""
+    """What `pretended_updates.py` counts for each of the forms."""
     shutil.copytree(data, folder / "data")
     program = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "pretended_cuda.py"), str(folder / "data")],
+        [sys.executable, str(ROOT / "tests" / "pretended_updates.py"), str(folder / "data")],
         input=json.dumps(forms),
         capture_output=True,
         text=True,
