@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from fairseq import models
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.sentence_prediction import (
@@ -31,6 +32,8 @@ from ..data.lines import as_number, shown
 from ..data.tasks import Task
 from ..errors import UsageError, require
 from ..training.batches import MultitaskDataset
+from ..training.checks import check_for_several_tasks
+from ..training.criterion import RegularizedCriterion
 from ..training.objective import OF_ONE_TASK, Objective, log_by_task
 
 TASKS_FLAG = "--multitask-tasks"
@@ -123,17 +126,13 @@ class SmartMultitask(SentencePredictionTask):
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        from ..training.checks import check_for_several_tasks
-        from ..training.criterion import RegularizedCriterion
-
-        criterion = FairseqTask.build_criterion(self, cfg, from_checkpoint)
-        if not isinstance(criterion, RegularizedCriterion):
+        if not issubclass(CRITERION_REGISTRY[cfg._name], RegularizedCriterion):
             raise UsageError(
                 f"--criterion is {cfg._name} with --task smart_multitask, which needs one of this package, such as "
                 "smart_sentence_prediction (with --smart-weight 0 without its term)"
             )
-        check_for_several_tasks(criterion.cfg)
-        return criterion
+        check_for_several_tasks(cfg)
+        return FairseqTask.build_criterion(self, cfg, from_checkpoint)
 
     def reduce_metrics(self, logging_outputs: Sequence[Dict[str, Any]], criterion: Any) -> None:
         """What all tasks have in common as the criterion logs it, and under each task's name what it alone has."""
@@ -141,7 +140,8 @@ class SmartMultitask(SentencePredictionTask):
         super().reduce_metrics(common, criterion)
         log_by_task(self.objectives, logging_outputs)
 
-    def logging_outputs_can_be_summed(self, criterion: Any) -> bool:
+    @staticmethod
+    def logging_outputs_can_be_summed(criterion: Any) -> bool:
         """They are gathered: the workers' batches are of different tasks."""
         return False
 

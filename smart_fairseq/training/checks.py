@@ -163,7 +163,7 @@ def check_workers_of_several_tasks(cfg: RegularizedConfig) -> None:
         )
 
 
-def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bool) -> None:
+def check_surroundings(cfg: RegularizedConfig, objective: Objective, regularized: bool) -> None:
     """Raise `UsageError` where the run around the criterion would train something else than the user believes."""
     if cfg.smart_ddp_backend == "fully_sharded":
         raise UsageError(NOT_SHARDED)
@@ -173,7 +173,10 @@ def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bo
             f"--smart-validate-with is teacher but --optimizer is {optimizer}; it needs --optimizer mbpp, which keeps "
             "the teacher"
         )
-    if cfg.regression_target:
+    num_classes = objective.num_classes
+    if objective.name:  # what the data folders say
+        return
+    if objective.regression:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
         if cfg.smart_report_calibration:
             raise UsageError("--smart-report-calibration is set with --regression-target, which has no probabilities")

@@ -74,7 +74,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.divergences: dict[bool, Divergence] = {True: squared_error, False: symmetric_kl}  # l_s, by regression
         self.objectives = objectives_of(task, cfg)
         self.turn_to(self.objectives[0])
-        checks.check_surroundings(cfg, self.objective.num_classes, self.regularized)
+        checks.check_surroundings(cfg, self.objective, self.regularized)
         self._encoder: Encoder | None = None
         self._checked = self._warned = False
         self.teacher = TrainingLink(on_epoch=self._check_before_training)
