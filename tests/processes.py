@@ -54,8 +54,7 @@ def in_worker(arguments: Sequence[str], out: str, options: dict[str, Any]) -> No
 
     def record(self: Any, logs: list[dict[str, Any]], sample_size: float, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
-            common = [key for key in logs[0] if all(key in log for log in logs)]
-            sums = {key: float(sum(log[key] for log in logs)) for key in common}
+            sums = {key: float(sum(log[key] for log in logs)) for key in logs[0]}
             with open(out, "a") as lines:
                 print(json.dumps({**sums, "gnorm": float(grad_norm)}), file=lines)
         return reduce_and_log(self, logs, sample_size, grad_norm)

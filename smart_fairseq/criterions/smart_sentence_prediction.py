@@ -130,8 +130,9 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
         super().reduce_metrics(logging_outputs)
-        # of batches of several tasks, some may be in the log without the term
-        forms = {round(float(log["smart_form"] / log["sample_size"])) for log in logging_outputs if "smart_form" in log}
-        if forms:
-            said = " and ".join(list(FormOfTerm)[number].value for number in sorted(forms))
-            metrics.log_derived("smart_form", lambda _: said)
+        if any("smart_form" in log for log in logging_outputs):
+            number, size = (sum(log.get(key, 0) for log in logging_outputs) for key in ("smart_form", "sample_size"))
+            mean = float(number / size)
+            # batches of several tasks may have different ones
+            form = list(FormOfTerm)[round(mean)].value if mean.is_integer() else "several"
+            metrics.log_derived("smart_form", lambda _: form)

@@ -34,7 +34,7 @@ from ..errors import UsageError, require
 from ..training.batches import MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
-from ..training.objective import OF_ONE_TASK, Objective, log_by_task
+from ..training.objective import Objective, common, log_by_task
 
 TASKS_FLAG = "--multitask-tasks"
 
@@ -136,14 +136,8 @@ class SmartMultitask(SentencePredictionTask):
 
     def reduce_metrics(self, logging_outputs: Sequence[Dict[str, Any]], criterion: Any) -> None:
         """What all tasks have in common as the criterion logs it, and under each task's name what it alone has."""
-        common = [{key: log[key] for key in log.keys() - set(OF_ONE_TASK)} for log in logging_outputs]
-        super().reduce_metrics(common, criterion)
-        log_by_task(self.objectives, logging_outputs)
-
-    @staticmethod
-    def logging_outputs_can_be_summed(criterion: Any) -> bool:
-        """They are gathered: the workers' batches are of different tasks."""
-        return False
+        super().reduce_metrics([common(log) for log in logging_outputs], criterion)
+        log_by_task(self.objectives, logging_outputs, criterion.cfg.smart_report_calibration)
 
 
 def _objective(cfg: MultitaskConfig, name: str, task: Task, folder: Path) -> Objective:

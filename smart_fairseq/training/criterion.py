@@ -42,7 +42,7 @@ from .batches import TASK
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
-from .objective import Objective, keep_outputs, objectives_of
+from .objective import Objective, objectives_of, place_outputs, spread
 
 logger = logging.getLogger(__name__)
 
@@ -163,20 +163,20 @@ class RegularizedCriterion(SentencePredictionCriterion):
         else:
             result = self._train(model, sample, reduce)
         if TASK in sample:
-            result[2][TASK] = sample[TASK]
+            spread(result[2], sample[TASK], len(self.objectives))
         return result
 
     def _evaluate(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
-        calibrated = self.cfg.smart_report_calibration and not self.regression_target
+        several = TASK in sample
         with contextlib.ExitStack() as around:
-            watched = not model.training and (calibrated or self.objective.metrics)
+            watched = not model.training and (several or self.cfg.smart_report_calibration)
             output = around.enter_context(_output_of(self.encoder_for(model).model)) if watched else []
             result: Result = super().forward(self._evaluated(model), sample, reduce)
         place_predictions(result[2], sample["id"], self.task)
-        if output and calibrated:
+        if output and several:
+            place_outputs(result[2], output[0], sample, self.objectives)
+        elif output:
             place_confidence(result[2], output[0], sample, self.task)
-        if output and self.objective.metrics:
-            keep_outputs(result[2], output[0], sample, self.objective)
         return result
 
     def _train(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:

@@ -28,35 +28,37 @@ REPORTED = {
 }
 
 
-def _placed(rows: Tensor, example_ids: Tensor, task: Any) -> Tensor:
+def size_of(task: Any) -> int:
+    """Of the largest of the task's loaded splits, the same on every worker."""
+    return max(len(dataset) for dataset in task.datasets.values())
+
+
+def placed(rows: Tensor, example_ids: Tensor, size: int) -> Tensor:
     """[R, B] -> [R + 1, B], the last row how often the example was seen: 1.
 
-    With several workers [R + 1, N] with zeros at the examples of other batches, so that the workers' tensors can be
-    added. N is the size of the largest of the task's loaded splits, the same on every worker.
+    With several workers [R + 1, size] with zeros at the examples of other batches, so that the workers' tensors can be
+    added.
     """
     values = torch.cat([rows, torch.ones_like(rows[:1])])
-    summed = not hasattr(task, "objectives")  # --task smart_multitask gathers what the workers log
-    if summed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        placed = values.new_zeros(len(values), max(len(dataset) for dataset in task.datasets.values()))
-        placed[:, example_ids] = values
-        values = placed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        found, values = values, values.new_zeros(len(values), size)
+        values[:, example_ids] = found
     return values
 
 
 def place_predictions(log: dict[str, Any], example_ids: Tensor, task: Any) -> None:
-    """Replace the lists ``pred`` and ``targ`` of a batch by one float64 tensor ``predictions`` of `_placed` rows."""
+    """Replace the lists ``pred`` and ``targ`` of a batch by one float64 tensor ``predictions`` of `placed` rows."""
     if "pred" in log:
         pairs = [log.pop("pred"), log.pop("targ")]
-        log["predictions"] = _placed(
-            torch.tensor(pairs, dtype=torch.float64, device=example_ids.device), example_ids, task
-        )
+        rows = torch.tensor(pairs, dtype=torch.float64, device=example_ids.device)
+        log["predictions"] = placed(rows, example_ids, size_of(task))
 
 
 def place_confidence(log: dict[str, Any], logits: Tensor, sample: dict[str, Any], task: Any) -> None:
-    """Add ``confidence``, `_placed` rows: the largest probability, and whether its class is right. Logits [B, K]."""
+    """Add ``confidence``, `placed` rows: the largest probability, and whether its class is right. Logits [B, K]."""
     largest, predicted = logits.detach().double().softmax(-1).max(-1)
     right = predicted == sample["target"].view(-1)
-    log["confidence"] = _placed(torch.stack([largest, right.double()]), sample["id"], task)
+    log["confidence"] = placed(torch.stack([largest, right.double()]), sample["id"], size_of(task))
 
 
 def log_calibration(logging_outputs: Sequence[dict[str, Any]], prefix: str = "") -> None:

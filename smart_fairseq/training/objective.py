@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..data.metrics import METRICS
 from .batches import TASK
-from .metrics import log_calibration, log_terms
+from .metrics import log_calibration, log_terms, placed, size_of
 
-OUTPUTS = "outputs"  # in a validation batch's log, [2, B]: predicted, gold
-# in the log of a batch, what means nothing beyond its task
-OF_ONE_TASK = ("ncorrect", "confidence", OUTPUTS)
+# in a validation batch's log, rows: the task's number, predicted and right number or class, probability of that class
+OUTPUTS = "outputs"
 
 
 @dataclass(frozen=True)
@@ -52,38 +51,84 @@ def objectives_of(task: Any, cfg: SentencePredictionConfig) -> Sequence[Objectiv
     return several or [Objective(task, cfg.classification_head_name, task.cfg.num_classes, cfg.regression_target)]
 
 
-def keep_outputs(log: dict[str, Any], logits: Tensor, sample: dict[str, Any], objective: Objective) -> None:
-    """Add what a validation batch predicts and what is right, numbers or numbers of classes. Logits [B, K]."""
-    predicted = logits.view(-1) if objective.regression else logits.argmax(-1)
-    log[OUTPUTS] = torch.stack([predicted.double(), sample["target"].view(-1).double()]).detach()
+def place_outputs(log: dict[str, Any], logits: Tensor, sample: dict[str, Any], objectives: Sequence[Objective]) -> None:
+    """Add ``OUTPUTS`` for a validation batch: `placed` rows among the examples of all tasks. Logits [B, K]."""
+    number: int = sample[TASK]
+    if objectives[number].regression:
+        predicted, confidence = logits.view(-1).double(), logits.new_zeros(len(logits), dtype=torch.float64)
+    else:
+        confidence, predicted = logits.double().softmax(-1).max(-1)
+    rows = [torch.full_like(confidence, number), predicted, sample["target"].view(-1), confidence]
+    sizes = [size_of(objective.task) if objective.task.datasets else 0 for objective in objectives]
+    ids = sample["id"] + sum(sizes[:number])
+    log[OUTPUTS] = placed(torch.stack([row.detach().double() for row in rows]), ids, sum(sizes))
 
 
-def log_by_task(objectives: Sequence[Objective], logging_outputs: Sequence[dict[str, Any]]) -> None:
+def spread(log: dict[str, Any], number: int, tasks: int) -> None:
+    """Repeat a batch's log for each of the ``tasks``: its own entries for task ``number``, 0 for the others.
+
+    So that workers whose batches are of different tasks have the same entries in the same order, which fairseq adds.
+    """
+    zero = torch.zeros_like(log["loss"])
+    log.setdefault("ncorrect", zero)  # a regression has none
+    for key in [key for key in log if key != OUTPUTS]:
+        nothing = zero if torch.is_tensor(log[key]) else 0
+        log |= {f"{place}/{key}": log[key] if place == number else nothing for place in range(tasks)}
+    entries = sorted(log.items())
+    log.clear()
+    log.update(entries)
+
+
+def common(log: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch's log means something beyond its task."""
+    return {key: value for key, value in log.items() if "/" not in key and key not in ("ncorrect", OUTPUTS)}
+
+
+def log_by_task(
+    objectives: Sequence[Objective], logging_outputs: Sequence[dict[str, Any]], calibration: bool = False
+) -> None:
     """Log under each task's name its loss and terms, or in validation its metrics; and the ``average`` of these."""
     for number, objective in enumerate(objectives):
-        logs = [log for log in logging_outputs if log.get(TASK) == number]
-        if not logs:
-            continue
+        start = f"{number}/"
+        logs = [
+            {key.removeprefix(start): value for key, value in log.items() if key.startswith(start)}
+            for log in logging_outputs
+        ]
         name, size = objective.name, sum(log["sample_size"] for log in logs)
+        if not size:
+            continue
         if "task_loss" in logs[0]:
             log_terms(logs, prefix=f"{name}_", only=("loss",))
         else:
             loss = sum(log["loss"] for log in logs) / size / math.log(2)
             metrics.log_scalar(f"_{name}_loss", loss, size)
             metrics.log_derived(f"{name}_loss", functools.partial(_mean, f"_{name}_loss", digits=3))
-        if OUTPUTS in logs[0]:
-            log_calibration(logs, prefix=f"{name}_")
-            for key, values in zip(("predicted", "gold"), torch.cat([log[OUTPUTS] for log in logs], dim=1)):
-                metrics.log_concat_tensor(f"_{name}_{key}", values.cpu())
-            for metric in objective.metrics:
-                metrics.log_derived(f"{name}_{metric}", functools.partial(_metric, objective, metric))
-        elif not objective.regression:
+        if not objective.regression and not any(OUTPUTS in log for log in logging_outputs):
             correct = sum(log["ncorrect"] for log in logs)
             # the meter is hidden: of an interval without a batch of the task it has nothing
             metrics.log_scalar(f"_{name}_accuracy", 100.0 * correct / size, size)
             metrics.log_derived(f"{name}_accuracy", functools.partial(_mean, f"_{name}_accuracy"))
-    if any(OUTPUTS in log for log in logging_outputs):
-        metrics.log_derived("average", functools.partial(_average, objectives))
+    outputs = [log[OUTPUTS] for log in logging_outputs if OUTPUTS in log]
+    if outputs:
+        _log_outputs(objectives, torch.cat(outputs, dim=1).cpu(), calibration)
+
+
+def _log_outputs(objectives: Sequence[Objective], outputs: Tensor, calibration: bool) -> None:
+    numbers, predicted, gold, confidence, seen = outputs
+    if seen.max() > 1:
+        raise RuntimeError("an example was evaluated twice in one step: the metrics would count it double")
+    for number, objective in enumerate(objectives):
+        own, name = (seen > 0) & (numbers == number), objective.name
+        if not own.any():
+            continue
+        metrics.log_concat_tensor(f"_{name}_predicted", predicted[own])
+        metrics.log_concat_tensor(f"_{name}_gold", gold[own])
+        for metric in objective.metrics:
+            metrics.log_derived(f"{name}_{metric}", functools.partial(_metric, objective, metric))
+        if calibration and not objective.regression:
+            rows = torch.stack([confidence, (predicted == gold).double(), seen])[:, own]
+            log_calibration([{"confidence": rows}], prefix=f"{name}_")
+    metrics.log_derived("average", functools.partial(_average, objectives))
 
 
 def _mean(key: str, meters: Any, digits: int = 1) -> Any:
