@@ -380,6 +380,24 @@ def test_every_split_that_some_tasks_have(place: Path) -> None:
     assert "valid1_MNLI_accuracy" in line and "valid1_RTE_accuracy" not in line
 
 
+def test_a_task_without_a_validation_set_trains(place: Path, tmp_path: Path) -> None:
+    """It takes no part in validation, which the log says, and its metric cannot select."""
+    for name in ("RTE", "MRPC"):
+        shutil.copytree(place / "bins" / f"{name}-bin", tmp_path / f"{name}-bin")
+    manifest = json.loads((tmp_path / "MRPC-bin" / MANIFEST).read_text())
+    del manifest["rows"]["valid"]
+    (tmp_path / "MRPC-bin" / MANIFEST).write_text(json.dumps(manifest))
+    arguments = command(tmp_path, ["RTE", "MRPC"], max_update=8)
+    arguments.remove("--disable-validation")
+    log = train(arguments)
+    assert sum("valid goes without MRPC: " in str(line) for line in log["text"]) == 1
+    assert any(line.get("MRPC_task_loss", "-") != "-" for line in log["train_inner"])
+    (valid,) = log["valid"]
+    assert valid["valid_average"] == pytest.approx(valid["valid_RTE_accuracy"], abs=0.05)
+    assert not [key for key in valid if "MRPC" in key]
+    assert "--best-checkpoint-metric is MRPC_f1" in refused([*arguments, "--best-checkpoint-metric", "MRPC_f1"])
+
+
 @pytest.mark.parametrize("alpha", ["1", "0.5"])
 def test_a_resumed_run_equals_one_that_went_on(alpha: str, place: Path, tmp_path: Path) -> None:
     """From within the second epoch; the same batches, weights, optimizer and teacher, bit for bit."""
@@ -544,9 +562,9 @@ def damage(folder: Path, kind: str) -> None:
         shutil.rmtree(folder)
     elif kind == "no manifest":
         (folder / MANIFEST).unlink()
-    elif kind == "no split":
+    elif kind == "no training part":
         manifest = json.loads((folder / MANIFEST).read_text())
-        del manifest["rows"]["valid"]
+        del manifest["rows"]["train"]
         (folder / MANIFEST).write_text(json.dumps(manifest))
     elif kind == "fewer labels":
         lines = (folder / "label" / "train.label").read_text().splitlines()
@@ -572,7 +590,7 @@ def damage(folder: Path, kind: str) -> None:
 DAMAGES = {  # of STS-B's folder, and what must be said, the file first
     "no folder": r"STS-B-bin: no such folder; --multitask-tasks names folders in ",
     "no manifest": r"STS-B-bin: holds no preprocess\.json; make it with preprocess\.py",
-    "no split": r"STS-B-bin: has no split valid; ",
+    "no training part": r"STS-B-bin: has no split train; ",
     "fewer labels": r"STS-B-bin/label/train\.label: holds 29 rows, and preprocess\.json says 30; ",
     "no number": r"STS-B-bin/label/train\.label:2: the target is 'much'; it must be a number",
     "no labels": r"STS-B-bin/label/valid\.label: is missing, so valid has no labels; ",

@@ -8,6 +8,7 @@ there, update by update.
 
 import contextlib
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from ..training.batches import MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
 from ..training.objective import Objective, common, log_by_task
+
+logger = logging.getLogger(__name__)
 
 TASKS_FLAG = "--multitask-tasks"
 
@@ -100,15 +103,20 @@ class SmartMultitask(SentencePredictionTask):
         return cls(cfg, find_tasks(TASKS_FLAG, Path(cfg.data), names))
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> MultitaskDataset:
-        """All tasks' rows of ``train`` and ``valid``; of another split those of the tasks that have it."""
-        datasets = {}
+        """All tasks' rows of ``train``, of another split those of the tasks that have it; a line names the others."""
+        datasets: Dict[int, Any] = {}
+        without: List[str] = []
         for number, (task, objective) in enumerate(zip(self.tasks, self.objectives)):
             folder = Path(objective.task.cfg.data)
-            if split in ("train", "valid") or split in read_manifest(folder)["rows"]:
-                check_split(folder, split, task, len(self.source_dictionary))
-                datasets[number] = objective.task.load_dataset(split, combine=combine, **kwargs)
+            if split != "train" and split not in read_manifest(folder)["rows"]:
+                without.append(objective.name)
+                continue
+            check_split(folder, split, task, len(self.source_dictionary))
+            datasets[number] = objective.task.load_dataset(split, combine=combine, **kwargs)
         if not datasets:
             raise UsageError(f"{self.cfg.data}: no task has a split {split}; choose another one")
+        if without:
+            logger.warning(f"{split} goes without {', '.join(without)}: {self.cfg.data} holds no such split of it")
         exponent = self.cfg.multitask_alpha if split == "train" else 1.0
         dataset = self.datasets[split] = MultitaskDataset(datasets, exponent, self.cfg.seed)
         return dataset

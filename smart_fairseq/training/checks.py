@@ -48,7 +48,9 @@ def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[
     """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
     if objectives[0].name:
         known = ["average", "loss", "nll_loss"]
-        for objective in objectives:
+        train = cfg.smart_train_subset
+        validated = [objective for objective in objectives if objective.task.datasets.keys() - {train}]
+        for objective in validated or objectives:
             calibration = ["calibration_error"] if cfg.smart_report_calibration and not objective.regression else []
             known += [f"{objective.name}_{what}" for what in (*objective.metrics, *calibration, "loss")]
         require(metric in known, "--best-checkpoint-metric", metric, f"one of {', '.join(known)}")
