@@ -1,5 +1,6 @@
 """`--task smart_multitask`: several prepared data folders, one encoder, a head for each; through fairseq-train."""
 
+import doctest
 import json
 import math
 import re
@@ -44,7 +45,7 @@ from smart_fairseq.errors import UsageError
 from smart_fairseq.evaluation.labels import gold_labels
 from smart_fairseq.inference import Model
 from smart_fairseq.method.divergence import squared_error, symmetric_kl
-from smart_fairseq.training import checks
+from smart_fairseq.training import batches, checks
 from smart_fairseq.training.batches import MultitaskDataset, in_turn, shares
 from smart_fairseq.training.objective import log_by_task, spread
 
@@ -111,6 +112,10 @@ def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 weight.mul_(20)
         torch.save(state, path)
     return folder
+
+
+def test_the_example_holds() -> None:
+    assert doctest.testmod(batches) == (0, 1)
 
 
 # --- which batches ---------------------------------------------------------------------------------
@@ -290,6 +295,18 @@ def test_each_task_has_its_own_head_loss_divergence_and_dropout(place: Path) -> 
         assert_close(log["smart_loss"], divergence(moved, logits).sum(), rtol=1e-3)
         assert_close(loss.detach(), log["task_loss"] + log["smart_loss"])
         assert {found for found, head in heads.items() if head.out_proj.weight.grad is not None} == {name}
+
+
+def test_a_head_rests_while_no_batch_of_its_task_comes(place: Path, tmp_path: Path) -> None:
+    """Between the first update and the second one head moves, that of the second batch, with weight decay on."""
+    states = []
+    for count in (1, 2):
+        flags = [*BOLD, "--weight-decay", "0.1", "--max-update", str(count)]
+        log = train(command(place / "bins", TASKS, *flags, save_dir=tmp_path / str(count)))["train_inner"]
+        states.append(torch.load(tmp_path / str(count) / "checkpoint_last.pt")["model"])
+    (task,) = [name for name in TASKS if log[1].get(f"{name}_task_loss", "-") != "-"]
+    moved = {name.split(".")[1] for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert moved == {task, "sentence_encoder", "lm_head"}  # which shares the embeddings
 
 
 def test_the_terms_are_those_of_each_task(place: Path) -> None:
