@@ -185,7 +185,7 @@ def test_main_forms(name: str, main_forms: dict[str, Any]) -> None:
 
 def test_roberta_large(main_forms: dict[str, Any]) -> None:
     counts = main_forms["RoBERTa-large"]
-    assert counts["form"].startswith("by two forwards, the first ascent step to first order from the clean pass")
+    assert counts["form"].startswith("by two forwards, its first ascent step from the clean pass")
     assert all(0.9 * bound < counts["launches"][phase] <= bound for phase, bound in OF_LARGE.items())
     assert sum(counts["waits"].values()) == 1
 
