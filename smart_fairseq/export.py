@@ -51,7 +51,7 @@ def export(
 
     from smart_fairseq import register
     from smart_fairseq.convert.checkpoint import as_written, load_checkpoint
-    from smart_fairseq.convert.exporting import teacher_weights, to_plain_roberta
+    from smart_fairseq.convert.exporting import left_behind, teacher_weights, to_plain_roberta
     from smart_fairseq.convert.hugging_face import write_hugging_face
 
     register()
@@ -66,7 +66,7 @@ def export(
         exported = to_plain_roberta(checkpoint, state)
     with whole_file(out) as partial, open(partial, "wb") as file:  # which tells why it cannot be written
         torch.save(exported, file)
-    return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16)"
+    return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16){left_behind(state)}"
 
 
 def _main(argv: Sequence[str] | None) -> None:

@@ -63,6 +63,12 @@ def class_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pair_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for pairs of texts, with which `toolkit.command` trains BERT."""
+    return toolkit.write_data(tmp_path_factory.mktemp("pairs") / "data", kind="pairs")
+
+
+@pytest.fixture(scope="session")
 def regression_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny regression data folder."""
     return toolkit.write_data(tmp_path_factory.mktemp("regression") / "data", kind="regression")

@@ -179,7 +179,7 @@ def prepare(task: str, data_dir: Path, bpe: Path, out: Path, *more: str) -> Path
 
 def train(data: Path, save_dir: Path, classes: int, *flags: str) -> Path:
     """Two updates of a tiny RoBERTa; its head is then changed so that predictions differ from row to row."""
-    longer = ["--max-positions", "256", "--seed", "3", "--max-update", "2"]
+    longer = ["--arch", "roberta", "--max-positions", "256", "--seed", "3", "--max-update", "2"]
     plain = {} if data.name == "RTE-bin" else {"criterion": "sentence_prediction", "optimizer": "adam"}
     toolkit.train(toolkit.command(data, *longer, *flags, save_dir=save_dir, num_classes=classes, **plain))
     path = save_dir / "checkpoint_last.pt"

@@ -3,11 +3,15 @@
 The reference is the architecture as published, in float64; it shares no code with fairseq or the importer.
 """
 
+import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
@@ -121,7 +125,9 @@ def write_hf(
     config = config_for(family, len(names))
     tensors = body_of(config)
     if family == "bert":
-        tensors["pooler.dense.weight"] = torch.zeros(DIM, DIM)
+        generator = torch.Generator().manual_seed(6)
+        tensors["pooler.dense.weight"] = torch.randn(DIM, DIM, generator=generator) * 0.3
+        tensors["pooler.dense.bias"] = torch.randn(DIM, generator=generator) * 0.3
     if prefix:
         tensors = {f"{family}.{name}": tensor for name, tensor in tensors.items()}
     if head:
@@ -138,10 +144,11 @@ def write_hf(
 # The architecture as published, in float64
 
 
-def reference(folder: Path, tokens: torch.Tensor, lm_head: bool = False) -> torch.Tensor:
+def reference(folder: Path, tokens: torch.Tensor, lm_head: bool = False, types: Any = 0) -> torch.Tensor:
     """Last hidden state [B, T, C], or log-probabilities of the LM head [B, T, V]; tokens in Hugging Face's ids [B, T].
 
-    Devlin et al. (2019), Vaswani et al. (2017), section 3; all tokens of a row must be real ones (no padding).
+    ``types``: token types, [B, T] or one for all. Devlin et al. (2019), Vaswani et al. (2017), section 3; all tokens of
+    a row must be real ones (no padding).
     """
     config = json.loads((folder / "config.json").read_text())
     family = config["model_type"]
@@ -171,7 +178,7 @@ def reference(folder: Path, tokens: torch.Tensor, lm_head: bool = False) -> torc
     positions = torch.arange(tokens.size(1)) + first
     x = weights["embeddings.word_embeddings.weight"][tokens]
     x = x + weights["embeddings.position_embeddings.weight"][positions]
-    x = norm(x + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+    x = norm(x + weights["embeddings.token_type_embeddings.weight"][types], "embeddings.LayerNorm")
     heads = config["num_attention_heads"]
     for layer in range(config["num_hidden_layers"]):
         start = f"encoder.layer.{layer}."
@@ -200,6 +207,13 @@ def reference(folder: Path, tokens: torch.Tensor, lm_head: bool = False) -> torc
     return (x @ weights["embeddings.word_embeddings.weight"].T + bias).log_softmax(-1)
 
 
+def pooled(folder: Path, hidden: torch.Tensor) -> torch.Tensor:
+    """BERT's pooled output [B, C] of last hidden states [B, T, C]: a dense layer and tanh over [CLS]."""
+    file = {name.removeprefix("bert."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    weight, bias = file["pooler.dense.weight"].double(), file["pooler.dense.bias"].double()
+    return torch.tanh(hidden[:, 0] @ weight.T + bias)
+
+
 def load(folder: Path) -> Any:
     """The imported model through fairseq's hub interface, in eval mode; it loads strictly."""
     arch = json.loads((folder / "import.json").read_text())["flags"][1]
@@ -220,10 +234,10 @@ def fairseq_ids(hf_tokens: torch.Tensor, names: list[str], dictionary: Dictionar
 
 
 def sentences(family: str) -> torch.Tensor:
-    """Two rows of Hugging Face's ids, special tokens included, no padding and no repeated names."""
+    """Two rows of Hugging Face's ids, special tokens included; no padding, no repeated names, no separator within."""
     generator = torch.Generator().manual_seed(5)
     if family == "bert":
-        usable = [row for row, name in enumerate(BERT_TOKENS) if name not in ("[PAD]", "<s>", "the")] + [25]
+        usable = [row for row, name in enumerate(BERT_TOKENS) if name not in ("[PAD]", "[SEP]", "<s>", "the")] + [25]
         start, end = 3, 4
     else:
         usable = [row for row in range(3, len(roberta_tokens())) if row != 1]
@@ -237,15 +251,41 @@ def names_of(family: str) -> list[str]:
     return BERT_TOKENS if family == "bert" else list(roberta_tokens())
 
 
-def write_task_data(folder: Path, dictionary_file: Path) -> Path:
-    """A data folder for --task sentence_prediction over the imported dictionary."""
+def write_task_data(folder: Path, dictionary_file: Path, pairs: bool = False) -> Path:
+    """A data folder for --task sentence_prediction over the imported dictionary, of single texts or of pairs."""
     words, labels = Dictionary.load(str(dictionary_file)), Dictionary()
     labels.add_symbol("0")
     labels.add_symbol("1")
-    for part, dictionary in (("input0", words), ("label", labels)):
+    for part, dictionary in (("input0", words), ("label", labels), *([("input1", words)] if pairs else [])):
         (folder / part).mkdir(parents=True)
         dictionary.save(str(folder / part / "dict.txt"))
     lines = [" ".join(words[4 + (3 * i + j) % 15] for j in range(3 + i % 4)) for i in range(8)]
     _write_indexed(folder / "input0" / "train", lines, words)
+    if pairs:
+        _write_indexed(folder / "input1" / "train", lines[::-1], words)
     _write_indexed(folder / "label" / "train", [str(i % 2) for i in range(8)], labels)
     return folder
+
+
+# transformers itself
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+AROUND = """
+import json, sys
+sys.modules["torchaudio"] = None  # one for CUDA does not load without it, and transformers would try
+import torch
+asked, found = json.loads(sys.stdin.read()), {}
+CODE
+assert not {"fairseq", "smart_fairseq"} & {name.split(".")[0] for name in sys.modules}
+print("RESULT" + json.dumps(found))
+"""
+
+
+def in_transformers(code: str, asked: Any, folder: Path) -> Any:
+    """What ``code`` puts into `found` of ``asked``, in a process that knows neither fairseq nor this package."""
+    program = [sys.executable, "-c", AROUND.replace("CODE", code)]
+    done = subprocess.run(program, input=json.dumps(asked), capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("RESULT")[1])

@@ -31,11 +31,30 @@ def as_function_of_embeddings(model: Any, tokens: Tensor, place: str) -> Callabl
             hidden = encoder.layer_norm(hidden)
         return head(hidden.transpose(0, 1))[0]
 
-    return from_token_embeddings if place == "token" else from_layer_input
+    def from_normalized(x: Tensor) -> Tensor:
+        # the own LayerNorm of s x + u, of which s and u cancel but for its epsilon
+        _, deviation = before_layer_norm(model, tokens)
+        own = encoder.layernorm_embedding
+        centred = x - x.mean(-1, keepdim=True)
+        size = (centred.square().mean(-1, keepdim=True) + own.eps / deviation**2).sqrt()
+        return from_layer_input(centred / size * own.weight + own.bias)
+
+    return {"token": from_token_embeddings, "normalized": from_normalized, "input": from_layer_input}[place]
+
+
+def before_layer_norm(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What a LayerNorm without parameters makes of the sum with the positions, and by what it divides."""
+    encoder = model.encoder.sentence_encoder
+    x = encoder.embed_tokens(tokens) + encoder.embed_positions(tokens[None])[0]
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + 1e-7).sqrt()
+    return centred / deviation, deviation
 
 
 def embeddings_of(model: Any, tokens: Tensor, place: str) -> Tensor:
     encoder = model.encoder.sentence_encoder
+    if place == "normalized":
+        return before_layer_norm(model, tokens)[0]
     return encoder.embed_tokens(tokens) if place == "token" else encoder.forward_embedding(tokens[None])[0][0]
 
 

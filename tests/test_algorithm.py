@@ -77,7 +77,7 @@ class Literal:
         self.task_loss, self.smooth, self.bregman = (torch.stack(column).mean() for column in zip(*terms))
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize(("kind", "steps", "norm", "scope", "projection"), SETTINGS)
 def test_against_the_literal_algorithm(
     kind: str,
@@ -96,7 +96,7 @@ def test_against_the_literal_algorithm(
     check(class_data if kind == "classes" else regression_data, kind, steps, norm, scope, projection, place)
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize(
     ("flags", "classes"), [([], 3), ([], 4), (["--smart-recompute"], 2), (["--smart-recompute"], 3)], ids=str
 )
@@ -108,11 +108,17 @@ def test_more_classes_and_a_first_step_from_a_pass_of_its_own(
 
 @pytest.mark.parametrize("place", ["token", "input"])
 @pytest.mark.parametrize(("steps", "norm"), [(1, "inf"), (2, "l2")])
-def test_a_pre_norm_encoder(steps: int, norm: str, place: str, class_data: Path) -> None:
-    check(class_data, "classes", steps, norm, "example", "ball", place, "--arch", "roberta_prenorm")
+@pytest.mark.parametrize("encoder", ["prenorm", "bert"])
+def test_other_encoders(encoder: str, steps: int, norm: str, place: str, class_data: Path, pair_data: Path) -> None:
+    """Pre-norm RoBERTa, and BERT on pairs: what is perturbed is the lookup, to which token types are added."""
+    settings = (steps, norm, "example", "ball", place)
+    if encoder == "prenorm":
+        check(class_data, "classes", *settings, "--arch", "roberta_prenorm")
+    else:
+        check(pair_data, "pairs", *settings)
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize(("steps", "classes"), [(1, 2), (2, 3), (1, 5)])
 @pytest.mark.parametrize("scope", ["example", "token"])
 @pytest.mark.parametrize("norm", ["inf", "l2"])
@@ -181,7 +187,7 @@ def check(
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize("norm", ["inf", "l2"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_at_small_noise_the_first_order_is_all_there_is(

@@ -95,11 +95,16 @@ def test_the_program_prints_that_line_alone(index: int, class_data: Path) -> Non
     [
         ("--smart-recipe", "'smart', 'paper', 'release', 'sift'"),
         ("--mbpp-recipe", "'smart', 'paper'"),
+        ("--pgd-recipe", "'relative', 'mnli', 'qnli', 'qqp', 'sst_2', 'cola', 'mrpc', 'sts_b'"),
+        ("--freelb-recipe", "'relative', 'mnli', 'qnli', 'qqp', 'sst_2', 'cola', 'mrpc', 'sts_b', 'rte'"),
+        ("--freeat-recipe", "'relative', 'mnli', 'qnli', 'qqp', 'sst_2', 'cola', 'mrpc', 'sts_b'"),
+        ("--r3f-recipe", "'paper', 'rte'"),
+        ("--rdrop-recipe", "'paper', 'mnli', 'qnli', 'qqp', 'sst_2', 'cola', 'mrpc', 'rte', 'sts_b'"),
         ("--smart-epsilon-unit", "'relative', 'absolute'"),
         ("--smart-norm", "'inf', 'l2'"),
         ("--smart-norm-scope", "'example', 'token'"),
         ("--smart-projection", "'ball', 'normalize'"),
-        ("--smart-embedding", "'token', 'input'"),
+        ("--smart-embedding", "'token', 'normalized', 'input'"),
         ("--smart-dropout", "'shared', 'independent', 'off'"),
         ("--smart-divergence", "'auto', 'sym_kl', 'kl', 'js', 'squared'"),
         ("--smart-mode", "'auto', 'finite', 'tangent'"),
@@ -107,8 +112,10 @@ def test_the_program_prints_that_line_alone(index: int, class_data: Path) -> Non
     ],
 )
 def test_unknown_choices(flag: str, choices: str, class_data: Path, capsys: Any) -> None:
+    prefix = flag.split("-")[2]
+    criterion = f"{'smart' if prefix == 'mbpp' else prefix}_sentence_prediction"
     with pytest.raises(SystemExit) as caught:
-        parse(command(class_data, flag, "l3"))
+        parse(command(class_data, flag, "l3", criterion=criterion))
     assert caught.value.code == 2
     assert f"argument {flag}: invalid choice: 'l3' (choose from {choices})" in capsys.readouterr().err
 

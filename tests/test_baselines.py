@@ -362,10 +362,3 @@ def test_freelb_holds_one_graph_at_a_time(class_data: Path) -> None:
 def test_bad_values(name: str, flags: list[str], message: str, class_data: Path) -> None:
     with pytest.raises(ValueError, match=message):
         set_up(class_data, *flags, criterion=f"{name}_sentence_prediction")
-
-
-def test_the_authors_recipes_of_freelb(class_data: Path) -> None:
-    """As the launch script of CoLA has them: 3 ascent steps are 4 passes; a flag that is given wins."""
-    flags = ["--freelb-recipe", "cola", "--freelb-epsilon", "0.5"]
-    _, _, criterion = set_up(class_data, *flags, criterion="freelb_sentence_prediction")
-    assert criterion.ball == (0.5, "absolute", 0.025, 4, 0.4, "l2") and criterion.num_passes == 4

@@ -12,6 +12,7 @@ from toolkit import (
     HALF_TYPES,
     LIKE_ROBERTA,
     ROOT,
+    Calls,
     Step,
     assert_equal,
     assert_same_gradients,
@@ -22,7 +23,6 @@ from toolkit import (
     step,
     train,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from smart_fairseq.encoder import Encoder
 from smart_fairseq.errors import UsageError
@@ -115,19 +115,7 @@ def test_arithmetic_of_recomputing(classes: int, recomputing: int, class_data: P
     assert cost("--smart-recompute", num_classes=classes) / forward == pytest.approx(recomputing, abs=0.1)
 
 
-class Calls(TorchDispatchMode):
-    """How often each operation runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[func.__name__] = self.count.get(func.__name__, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 def test_one_gradient_of_the_table_for_both_passes(place: str, class_data: Path) -> None:
     """As large as the table, it takes a zero-filled tensor of that size each time; positions have a table too."""
     task, model, criterion = set_up(class_data, *LIKE_ROBERTA, *BOLD, "--smart-embedding", place)

@@ -109,7 +109,7 @@ def test_arithmetic_is_at_the_floor(
 # --- what it moves --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 def test_a_perturbation_moves_the_logits_with_dropout_off(place: str, class_data: Path) -> None:
     """fairseq's R3F passes `token_embeddings`, which RoBERTa ignores: a difference of exactly 0."""
     task, model, _ = set_up(class_data)
@@ -282,7 +282,8 @@ def test_a_perturbation_that_is_not_finite_never_reaches_the_weights(
     ours = step(model, criterion, batch(task, 4))
     monkeypatch.undo()
     criterion.weights["smart"] = 0.0
-    plain = step(model, criterion, batch(task, 4))
+    with encoder_of(model).lean():  # whose backward pass rounds otherwise
+        plain = step(model, criterion, batch(task, 4))
     assert ours.log["smart_dropped"] == 1 and ours.log["smart_loss"] == 0
     assert_equal(ours.loss, plain.loss)
     assert_same_gradients(ours, plain)
@@ -336,8 +337,7 @@ def test_the_start_says_what_is_on(class_data: Path) -> None:
         for optimizer in ("mbpp", "adam")
     )
     assert (
-        "smoothness term by two forwards, the first ascent step to first order from the clean pass, Bregman weight 1;"
-        in with_teacher
+        "smoothness term by two forwards, its first ascent step from the clean pass, Bregman weight 1;" in with_teacher
     )
     assert all(words in with_teacher for words in ("--smart-weight 1.0", "--smart-epsilon 1e-05", "--smart-norm inf"))
     assert "--mbpp-base adam --mbpp-recipe paper" in with_teacher and "--mbpp-base" not in without
@@ -360,7 +360,7 @@ def test_below_the_precision_the_term_is_taken_to_first_order(class_data: Path) 
             log = train(command(class_data, *flags, max_update=1))
             text = "\n".join(log["text"])
             assert "(tangent)" not in text
-            assert "by two forwards, the first ascent step to first order from the clean pass" in text
+            assert "by two forwards, its first ascent step from the clean pass" in text
             assert log["train_inner"][0]["smart_form"] == "two_forwards"
 
 

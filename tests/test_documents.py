@@ -12,7 +12,6 @@ from fairseq.optim.adam import FairseqAdamConfig
 from toolkit import ROOT, parse
 
 from smart_fairseq.criterions.freeat_sentence_prediction import FreeATConfig
-from smart_fairseq.criterions.freelb_sentence_prediction import RECIPES as FREELB_RECIPES
 from smart_fairseq.criterions.freelb_sentence_prediction import FreeLBConfig
 from smart_fairseq.criterions.pgd_sentence_prediction import PGDConfig
 from smart_fairseq.criterions.r3f_sentence_prediction import R3FConfig
@@ -20,7 +19,7 @@ from smart_fairseq.criterions.rdrop_sentence_prediction import RDropConfig
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.optim.mbpp import MBPPConfig
 from smart_fairseq.training.flags import RegularizedConfig
-from smart_fairseq.training.recipes import RECIPES
+from smart_fairseq.training.recipes import RECIPES, RECIPES_OF
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -48,10 +47,11 @@ def own_fields(config: Any, base: Any) -> dict[str, Any]:
 
 
 def table(prefix: str) -> list[list[str]]:
-    """Rows of the table of flags whose first cell is a flag with this prefix."""
+    """Rows of the table of flags whose first cell is a flag with this prefix; a table of recipes comes after it."""
     tables = FLAGS.split("## Recipes")[0] + METHODS
     rows = [line for line in tables.splitlines() if line.startswith(f"| `--{prefix}") and line.count(" | ") == 2]
-    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    return [row for number, row in enumerate(cells) if row[0] not in [before[0] for before in cells[:number]]]
 
 
 @pytest.mark.parametrize("prefix", CONFIGS)
@@ -77,13 +77,22 @@ def test_the_table_of_recipes() -> None:
         assert row[1:] == [f"{value:g}" if isinstance(value, float) else value for value in values], flag
 
 
-def test_the_table_of_freelbs_recipes() -> None:
-    rows = [line.strip("| ").split(" | ") for line in METHODS.splitlines() if line.count(" | ") == len(FREELB_RECIPES)]
-    assert rows[0] == [f"`{name}`" for name in FREELB_RECIPES]
-    for row in rows[2:]:
-        key = row[0].strip("`").removeprefix("--freelb-").replace("-", "_")
-        assert row[1:] == [f"{getattr(ball, key):g}" for ball in FREELB_RECIPES.values()]
-    assert len(rows) == 6
+@pytest.mark.parametrize("method", [method for method in RECIPES_OF if method != "smart"])
+def test_the_tables_of_the_methods_recipes(method: str) -> None:
+    """Of the values that are not the same in all recipes; the first column is the default's."""
+    recipes = RECIPES_OF[method]
+    different = [
+        flag for flag in next(iter(recipes.values())) if len({str(values[flag]) for values in recipes.values()}) > 1
+    ]
+    lines = METHODS.splitlines()
+    first = f"| `--{different[0].replace('_', '-')}` | "
+    (start,) = [i for i, line in enumerate(lines) if line.startswith(first) and line.count(" | ") == len(recipes)][-1:]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines[start - 2 : start + len(different)]]
+    assert header == [f"`{name}`" for name in recipes]
+    for row, flag in zip(rows, different, strict=True):
+        values = [recipe[flag] for recipe in recipes.values()]
+        assert row[0] == f"`--{flag.replace('_', '-')}`"
+        assert row[1:] == [value if isinstance(value, str) else f"{value:g}" for value in values]
 
 
 @pytest.mark.parametrize("prefix", CONFIGS)

@@ -36,14 +36,18 @@ def way(request: pytest.FixtureRequest) -> Regularised:
     return CRITERIA[request.param]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, "pairs"])
 def kind(request: pytest.FixtureRequest) -> str:
+    """Pairs with BERT and its token types, the others with RoBERTa."""
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-def data(kind: str, class_data: Path, regression_data: Path) -> Path:
-    return class_data if kind == "classes" else regression_data
+def data(kind: str, class_data: Path, regression_data: Path, pair_data: Path) -> Path:
+    return {"classes": class_data, "regression": regression_data, "pairs": pair_data}[kind]
+
+
+of_classes = pytest.mark.parametrize("kind", ["classes", "pairs"], indirect=True)
 
 
 def test_the_table_holds_every_criterion() -> None:
@@ -99,9 +103,10 @@ def test_evaluation_is_one_forward_and_that_of_sentence_prediction(way: Regulari
 # --- the batch -------------------------------------------------------------------------------------
 
 
-def test_padding_changes_nothing(way: Regularised, class_data: Path) -> None:
+@of_classes
+def test_padding_changes_nothing(way: Regularised, kind: str, data: Path) -> None:
     """The same examples with five more columns of padding: the same terms and gradients."""
-    task, model, criterion = set_up(class_data, *NO_DROPOUT, *way.flags, criterion=way.criterion)
+    task, model, criterion = set_up(data, *NO_DROPOUT, *way.flags, kind=kind, criterion=way.criterion)
     sample = batch(task, 4)
     wider = copy.deepcopy(sample)
     tokens = wider["net_input"]["src_tokens"]
@@ -113,9 +118,10 @@ def test_padding_changes_nothing(way: Regularised, class_data: Path) -> None:
     assert_same_gradients(padded, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_accumulated_batches_equal_one_large_batch(way: Regularised, class_data: Path) -> None:
+@of_classes
+def test_accumulated_batches_equal_one_large_batch(way: Regularised, kind: str, data: Path) -> None:
     """All terms are sums over the examples, and what is drawn belongs to the example."""
-    task, model, criterion = set_up(class_data, *NO_DROPOUT, *way.flags, optimizer="mbpp", criterion=way.criterion)
+    task, model, criterion = set_up(data, *NO_DROPOUT, *way.flags, optimizer="mbpp", kind=kind, criterion=way.criterion)
     large = step(model, criterion, batch(task, 8))
     model.zero_grad()
     torch.manual_seed(3)
@@ -150,7 +156,8 @@ def test_update_freq_2_with_batch_4_equals_batch_8(way: Regularised, class_data:
         assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_the_terms_move_the_weights_and_weight_0_does_not(way: Regularised, class_data: Path, tmp_path: Path) -> None:
+@of_classes
+def test_the_terms_move_the_weights_and_weight_0_does_not(way: Regularised, data: Path, tmp_path: Path) -> None:
     """After six updates, dropout on, against plain `sentence_prediction`; without its terms bit for bit."""
     weights = {}
     for run, criterion, flags in (
@@ -159,7 +166,7 @@ def test_the_terms_move_the_weights_and_weight_0_does_not(way: Regularised, clas
         ("on", way.criterion, way.flags),
     ):
         options = {"criterion": criterion, "optimizer": "adam", "save_dir": tmp_path / run}
-        log = train(command(class_data, *flags, **options))["train_inner"]
+        log = train(command(data, *flags, **options))["train_inner"]
         weights[run] = torch.load(tmp_path / run / "checkpoint_last.pt")["model"]
     assert len(log) == 6 and all(line[f"{term}_loss"] > 1e-5 for line in log for term in way.terms)
     assert weights["plain"].keys() == weights["off"].keys() == weights["on"].keys()
@@ -173,16 +180,17 @@ def test_the_terms_move_the_weights_and_weight_0_does_not(way: Regularised, clas
 # --- whole runs ------------------------------------------------------------------------------------
 
 
-def test_three_and_three_equal_six(way: Regularised, class_data: Path, tmp_path: Path) -> None:
+@of_classes
+def test_three_and_three_equal_six(way: Regularised, data: Path, tmp_path: Path) -> None:
     """Weights, optimizer and teacher bit for bit, dropout on, the stop in the middle of an epoch."""
     flags = [*way.flags, "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
     options: Any = dict(criterion=way.criterion, save_dir=tmp_path / "run")
-    train(command(class_data, *flags, **options))
+    train(command(data, *flags, **options))
     last = tmp_path / "run" / "checkpoint_last.pt"
     last.rename(tmp_path / "straight.pt")
     (tmp_path / "run" / "checkpoint_1_3.pt").rename(last)
     assert torch.load(last)["optimizer_history"][-1]["num_updates"] == 3
-    resumed = train(command(class_data, *flags, **options))
+    resumed = train(command(data, *flags, **options))
     assert [line["num_updates"] for line in resumed["train_inner"]] == [4, 5, 6]
     assert_same_state(last, tmp_path / "straight.pt")
 

@@ -1,10 +1,7 @@
 """export --format huggingface: what transformers, and the published architectures, make of the folder."""
 
-import importlib.util
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_samples import STSB, prepare, write
-from hf_samples import load, reference, write_hf
+from hf_samples import in_transformers, load, needs_transformers, reference, write_hf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
@@ -108,14 +105,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 # What the folder says, without transformers
 
 
-def ids_of(folder: Path, rows: list[list[str]]) -> list[list[int]]:
-    """Devlin et al. (2019), section 3, and Liu et al. (2019), section 4, by the `tokenizers` library."""
+def inputs_of(folder: Path, rows: list[list[str]]) -> list[tuple[list[int], list[int]]]:
+    """Ids and token types: Devlin et al. (2019), section 3, and Liu et al. (2019), section 4, by `tokenizers`."""
     if (folder / "vocab.txt").exists():
         word_pieces = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
-        return [word_pieces.encode(*row).ids for row in rows]
+        return [(pieces.ids, pieces.type_ids) for pieces in (word_pieces.encode(*row) for row in rows)]
     bpe = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     parts = [[bpe.encode(text).ids for text in row] for row in rows]
-    return [[0, *first, 2, *(token for part in more for token in (2, *part, 2))] for first, *more in parts]
+    ids = [[0, *first, 2, *(token for part in more for token in (2, *part, 2))] for first, *more in parts]
+    return [(row, [0] * len(row)) for row in ids]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,8 +123,8 @@ def test_logits_are_those_of_the_published_architecture(runs: dict[str, Run], tm
     weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
     dense, out = CLASSIFIERS[runs[kind].family]
     found = []
-    for ids in ids_of(folder, runs[kind].texts):
-        first = reference(folder, torch.tensor([ids]))[:, 0]
+    for ids, types in inputs_of(folder, runs[kind].texts):
+        first = reference(folder, torch.tensor([ids]), types=torch.tensor([types]))[:, 0]
         pooled = torch.tanh(first @ weights[f"{dense}.weight"].T + weights[f"{dense}.bias"])
         found.append(pooled @ weights[f"{out}.weight"].T + weights[f"{out}.bias"])
     expected = runs[kind].logits()
@@ -142,13 +140,16 @@ def test_import_gives_back_every_weight(runs: dict[str, Run], tmp_path: Path, ki
     before = torch.load(runs[kind].checkpoint, weights_only=True)["model"]
     after = torch.load(tmp_path / "back" / "model.pt", weights_only=True)["model"]
     encoder = [name for name in after if name.startswith("encoder.sentence_encoder.")]
-    assert len(encoder) == 2 + 1 + 2 + 2 * 16
+    bert = runs[kind].family == "bert"  # it has token types
+    assert len(encoder) == 2 + bert + 1 + 2 + 2 * 16
     assert all(torch.equal(after[name], before[name]) for name in encoder)
     written = load_file(folder / "model.safetensors")
     for ours, theirs in zip(CLASSIFIERS[runs[kind].family], ("dense", "out_proj")):
         for part in ("weight", "bias"):
             assert torch.equal(written[f"{ours}.{part}"], before[f"classification_heads.{HEAD}.{theirs}.{part}"])
-    assert len(report["left_out"]) == 4
+    assert len(report["left_out"]) == (2 if bert else 4)
+    for part in ("weight", "bias") if bert else ():
+        assert torch.equal(after[f"pooler.{part}"], before[f"classification_heads.{HEAD}.dense.{part}"])
 
     model = Model(runs[kind].checkpoint, runs[kind].data, cpu=True)
     tokens = next(model.samples("valid", 64))[1]["net_input"]["src_tokens"]
@@ -244,15 +245,9 @@ def test_folders_that_were_moved(runs: dict[str, Run], tmp_path: Path) -> None:
         assert (moved / path.name).read_bytes() == path.read_bytes()
 
 
-# transformers itself, in a process that knows neither fairseq nor this package
-
 TRANSFORMERS = """
-import json, sys
-sys.modules["torchaudio"] = None  # one for CUDA does not load without it, and transformers would try
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-found = {}
-for name, (folder, rows) in json.loads(sys.stdin.read()).items():
+for name, (folder, rows) in asked.items():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
@@ -266,22 +261,16 @@ for name, (folder, rows) in json.loads(sys.stdin.read()).items():
         "problem": model.config.problem_type,
         "classes": [type(model).__name__, tokenizer.model_max_length],
     }
-assert not {"fairseq", "smart_fairseq"} & {name.split(".")[0] for name in sys.modules}
-print("RESULT" + json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@needs_transformers
 def test_transformers_gives_the_same_logits_from_the_texts(runs: dict[str, Run], tmp_path: Path) -> None:
     """Padded batches, pairs with BERT's second token type; the ids are those of the data folder."""
     asked = {name: (str(run.export(tmp_path / name)), run.texts) for name, run in runs.items()}
-    done = subprocess.run(
-        [sys.executable, "-c", TRANSFORMERS], input=json.dumps(asked), capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.split("RESULT")[1])
+    found = in_transformers(TRANSFORMERS, asked, tmp_path)
     for name, run in runs.items():
-        assert found[name]["ids"] == ids_of(tmp_path / name, run.texts)
+        assert found[name]["ids"] == [ids for ids, _ in inputs_of(tmp_path / name, run.texts)]
         assert np.abs(np.array(found[name]["logits"]) - run.logits()).max() < 1e-5
         model = {"bert": "Bert", "roberta": "Roberta"}[run.family] + "ForSequenceClassification"
         assert found[name]["classes"] == [model, 24]

@@ -74,14 +74,14 @@ def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(first @ second / first.norm() / second.norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pairs"])
 @pytest.mark.parametrize("radius", ["1e-5", "1e-4", "1e-3"])
 @pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
 def test_against_finite_perturbations_in_float64(
-    dtype: torch.dtype, radius: str, kind: str, class_data: Path, regression_data: Path
+    dtype: torch.dtype, radius: str, kind: str, class_data: Path, regression_data: Path, pair_data: Path
 ) -> None:
     """R_s within 5 %, its parameter gradient at cosine 0.99 and within 5 % in norm."""
-    data = class_data if kind == "classes" else regression_data
+    data = {"classes": class_data, "regression": regression_data, "pairs": pair_data}[kind]
     flags = [*NO_DROPOUT, "--smart-epsilon", radius, "--smart-step-size", "1"]
     task, model, criterion = set_up_wider(data, *flags, *TANGENT, kind=kind)
     model.to(dtype)
@@ -199,7 +199,7 @@ def task_criterion_loss(model: Any, criterion: Any, sample: Any) -> torch.Tensor
     return loss
 
 
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize("flags", [["--smart-steps", "3"], ["--smart-norm", "l2", "--smart-norm-scope", "token"]])
 def test_steps_norms_and_places(flags: list[str], place: str, class_data: Path) -> None:
     """In float64 both forms agree to second order for every way to ascend."""

@@ -51,26 +51,34 @@ def tuned(kind: str, classes: int, data: Path) -> Any:
     return model
 
 
-def exact(model: Any, sample: Any, kind: str, place: str, radius: float, steps: int) -> tuple[float, torch.Tensor]:
-    """R_s as a mean over the batch, and the perturbation, by the literal algorithm with a first step to first order."""
+def exact(
+    model: Any, sample: Any, kind: str, place: str, radius: float, steps: int, ours: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """R_s as a mean over the batch, and the cosines between its perturbations and ``ours``, [B].
+
+    By the literal algorithm with a first step to first order. An example whose output reacts to next to nothing of the
+    noise may be driven to either side of the clean point; where ours went to the other one, its R_s is that of ours.
+    """
     tokens = sample["net_input"]["src_tokens"]
     regression = kind == "regression"
     noise = example_noise(sample["id"], tokens.shape[1], 128, seed=SEED).double() * NOISE_STD
-    values, offsets = [], []
-    for row, row_noise in zip(tokens, noise):
+    values, cosines = [], []
+    for row, row_noise, our in zip(tokens, noise, ours.double()):
         f = reference.as_function_of_embeddings(model, row, place)
         x = reference.embeddings_of(model, row, place).detach()
         moved = reference.perturb(
             f, x, int(row.ne(1).sum()), row_noise, radius=radius, step_size=100 * radius, steps=steps, norm="inf",
             scope="example", projection="ball", regression=regression, first_step="linearised",
         )  # fmt: skip
-        values.append(float(reference.divergence(f(moved), f(x), regression).detach()))
-        offsets.append(moved - x)
-    return sum(values) / len(values), torch.stack(offsets)
+        cosine = torch.nn.functional.cosine_similarity((moved - x).flatten(), our.flatten(), dim=0)
+        where = moved if cosine > 0 else x + our
+        values.append(float(reference.divergence(f(where), f(x), regression).detach()))
+        cosines.append(cosine)
+    return sum(values) / len(values), torch.stack(cosines)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("place", ["token", "input"])
+@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize(
     ("kind", "classes"),
     [
@@ -85,6 +93,8 @@ def test_auto(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """R_s within 1 % in float32, 8 % in bfloat16 and 5 % in float16, the perturbations at a median cosine above 0.99.
+
+    All but one example at most are driven to the same side.
 
     In bfloat16 5 % on an encoder of the usual size (benchmarks/results/precision.json), whose examples have ten times
     as many entries for rounding to average out over.
@@ -108,12 +118,9 @@ def test_auto(
             if "may be off by more than 5 %" in caplog.text:
                 warned += 1
                 continue
-            value, offsets = exact(wide, sample, kind, place, radius, steps)
+            value, cosines = exact(wide, sample, kind, place, radius, steps, seen[0].perturbation)
             error = float(log["smart_loss"]) / size / value - 1
-            cosines = torch.nn.functional.cosine_similarity(
-                seen[0].perturbation.double().flatten(1), offsets.flatten(1)
-            )
-            cosine = float(cosines.median())
-            if not (abs(error) <= within and cosine > 0.99) or math.isnan(error):
+            cosine, others = float(cosines.median()), int((cosines < 0).sum())
+            if not (abs(error) <= within and cosine > 0.99 and others <= 1) or math.isnan(error):
                 missed.append(f"{dtype} {radius:g}: {error:+.1%}, cosine {cosine:.4f}, {criterion.form.term.value}")
     assert not missed and warned <= 2, missed

@@ -56,9 +56,9 @@ def test_the_papers_recipe_is_its_printed_constants(class_data: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "total", "words"),
     [
-        (["smart"], 1000, "0.99 for the first 0.1 of training, then 0.99"),  # a tenth of them, 100
-        (["smart"], 50, "0.9 for the first 0.1 of training, then 0.9"),  # never less than 10
-        (["smart", "--mbpp-momentum", "0.5"], 50, "0.5 for the first 0.1 of training, then 0.5"),
+        (["smart"], 1000, "0.99, a memory of 100 updates"),  # a tenth of them, 100
+        (["smart"], 50, "0.9, a memory of 10 updates"),  # never less than 10
+        (["smart", "--mbpp-momentum", "0.5"], 50, "0.5, a memory of 2 updates"),
         (["paper"], 50, "0.99 for the first 0.1 of training, then 0.999"),
         (["paper", "--mbpp-momentum", "0.5"], 50, "0.99 for the first 0.1 of training, then 0.5"),
     ],

@@ -9,8 +9,8 @@ import pytest
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.study import document, report, scores
-from smart_fairseq.study.document import arms_of, difference
-from smart_fairseq.study.lines import write_lines
+from smart_fairseq.study.arms import arms_of, difference
+from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 
 PLAN = """
@@ -39,6 +39,9 @@ def logits_of(*probabilities: float) -> np.ndarray:
     """Of two classes, from the probability of class 1."""
     p = np.array(probabilities)
     return np.log(np.stack([1 - p, p], axis=1))
+
+
+BEGIN, END = "<!-- study:movie {} begin -->", "<!-- study:movie end -->"
 
 
 # Scores
@@ -181,8 +184,15 @@ def test_a_table_goes_between_its_marks(plan: Any, tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("nothing", "has no marks"),
-        ("<!-- study:movie begin -->", "must be there once each"),
-        ("<!-- study:movie end -->\n<!-- study:movie begin -->", "in this order"),
+        ("<!-- study:movie begin -->", r"page\.md:1: --into: this mark begins a table, and .* end --> must come next"),
+        ("a\n<!-- study:movie end -->\n<!-- study:movie begin -->", r"page\.md:2: .* ends a table, and .* before it"),
+        ("<!-- study:movie begin -->\n<!-- study:movie begin -->\n<!-- study:movie end -->", r"page\.md:1: .* begins"),
+        (f"{BEGIN.format('columns')}\n{END}", "--into: 'columns' in the mark; it may have columns=A,B rows=METHOD"),
+        (f"{BEGIN.format('colums=cost')}\n{END}", "--into: 'colums=cost' in the mark; it may have columns=A,B"),
+        (f"{BEGIN.format('columns=cost, rows=plain')}\n{END}", "--into: columns has ''; known are seeds, accuracy"),
+        (f"{BEGIN.format('columns=price')}\n{END}", "--into: columns has 'price'; known are seeds, accuracy, "),
+        (f"{BEGIN.format('rows=smart')}\n{END}", "--into: rows has 'smart'; known are plain, smooth"),
+        (f"{BEGIN.format('against=smart')}\n{END}", "--into: against is 'smart'; known are plain, smooth"),
     ],
 )
 def test_marks_that_are_not_right(text: str, expected: str, plan: Any, tmp_path: Path) -> None:
@@ -191,6 +201,81 @@ def test_marks_that_are_not_right(text: str, expected: str, plan: Any, tmp_path:
     with pytest.raises(UsageError, match=expected):
         document.put_into(plan, page)
     assert page.read_text() == text
+
+
+def test_a_mark_chooses_columns_rows_and_whom_they_are_compared_with(plan: Any, tmp_path: Path) -> None:
+    """Two tables of one task; plain's gains over smooth at lr 1 are -1, -2, -3, by hand."""
+    page = tmp_path / "page.md"
+    marks = [
+        BEGIN.format("columns=cost,accuracy,smart_loss/task_loss rows=smooth,plain"),
+        BEGIN.format("against=smooth rows=plain columns=accuracy"),
+        BEGIN.format("columns=seeds"),
+    ]
+    page.write_text("\n".join(part for mark in marks for part in ("text", mark, "old", END)) + "\nend\n")
+    for _ in range(2):
+        assert document.put_into(plan, page) == ["movie"]
+        text = page.read_text()
+        first, second, third = (part.partition(END)[0].strip().splitlines() for part in text.split(" begin -->")[1:])
+        assert first[0] == "| method | cost | accuracy | `smart_loss/task_loss` |"
+        assert first[2] == "| smooth lr=1 smart-epsilon=0.1 | 2.00 | 75.00 (+2.00 [-0.48, +4.48]) | 0.4 |"
+        assert [row.split(" ")[1] for row in first[2:6]] == ["smooth", "smooth", "plain", "plain"]
+        assert second[:2] == ["| method | accuracy |", "| --- | --- |"] and len(second) == 6
+        assert second[2] == "| plain lr=1 | 73.00 (-2.00 [-4.48, +0.48]) |"
+        assert second[-1].endswith("2026-01-01. Differences to smooth.") and "Differences" not in first[-1]
+        assert third[2] == "| plain lr=1 | 3 |" and len(third) == 8
+        assert text.endswith("\nend\n") and text.count("text\n") == 3 and "old" not in text
+
+
+def test_marks_of_other_studies_and_words_about_marks_stay(plan: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    around = "`<!-- study:movie begin -->` and\n<!-- study:cola begin -->\nkept\n<!-- study:cola end -->\n"
+    page.write_text(f"{around}<!-- study:movie begin -->\n{END}")
+    document.put_into(plan, page)
+    assert page.read_text().startswith(around) and "| smooth" in page.read_text()
+
+
+def test_a_report_against_another_method(plan: Any) -> None:
+    """In files of its own; smooth has one arm at plain's learning rates, with which plain is compared."""
+    document.write_report(plan)
+    before = {path.name: path.read_bytes() for path in plan.out.iterdir()}
+    written = document.write_report(plan, "smooth")
+    names = {"report-against-smooth.md", "report-against-smooth.csv"}
+    assert names | {"movie-against-smooth.svg", "movie-against-smooth-cost.svg"} == {path.name for path in written}
+    assert all((plan.out / name).read_bytes() == content for name, content in before.items())
+    text = written[0].read_text()
+    assert "differences to smooth over the same seeds" in text
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if line.count(" | ") == 5}
+    assert rows["| plain lr=1"][1] == "73.00 (-2.00 [-4.48, +0.48])" and rows["| plain lr=1"][-1] == "0.50 |"
+    assert rows["| smooth lr=1 smart-epsilon=0.1"][1] == "75.00 ± 4.58"
+    with pytest.raises(UsageError, match=r"--against is 'smart'; it must be a method of .*: plain, smooth"):
+        document.write_report(plan, "smart")
+
+
+def test_of_several_arms_that_fit_none_is_chosen(plan: Any) -> None:
+    lines = read_lines(plan.out / "runs.jsonl")
+    for asked in plan.runs():
+        if asked.variant.get("smart-epsilon") == 0.2:
+            lines.append(made_line(asked, 50))
+    write_lines(plan.out / "runs.jsonl", lines)
+    arms = {arm.name: arm for arm in arms_of(plan, "smooth")["movie"]}
+    assert arms["plain lr=1"].baseline is None
+    assert arms_of(plan)["movie"][-1].difference("accuracy").mean == -10
+
+
+def test_columns_of_an_attack(plan: Any, tmp_path: Path) -> None:
+    """In the table where some lines have them; what is no attack only among all metrics."""
+    lines = read_lines(plan.out / "runs.jsonl")
+    for line in lines:
+        if line["method"] == "smooth":
+            more = {"accuracy_attack_0%": 80.0, "accuracy_attack_3%": 20.0 + line["seed"], "accuracy_random_3%": 79.0}
+            line["metrics"] |= more
+    write_lines(plan.out / "runs.jsonl", lines)
+    text = document.write_report(plan)[0].read_text()
+    assert "| accuracy attack 3% |" in text and "worst point" in text
+    assert "accuracy random" not in text and "| accuracy_random_3% | smooth lr=1" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| smooth lr=1 smart-epsilon=0.1 | 3 |"))
+    (plain,) = (line for line in text.splitlines() if line.startswith("| plain lr=1 | 3 |"))
+    assert " | 22.00 ± 1.00 | " in row and " |  | " in plain
 
 
 def test_no_report_of_no_runs(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules import gelu as fairseq_gelu
 from fairseq.utils import apply_to_sample
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
@@ -87,8 +88,8 @@ class Regularised(NamedTuple):
     in_half: list[str]
 
 
-def _smart(*flags: str) -> Regularised:
-    off, in_half = ["--smart-weight", "0"], ["--smart-epsilon", "5e-2"]
+def _smart(*flags: str, half: str = "5e-2") -> Regularised:
+    off, in_half = ["--smart-weight", "0"], ["--smart-epsilon", half]
     return Regularised("smart_sentence_prediction", [*BOLD, *flags], off, ["smart"], ["smart"], in_half)
 
 
@@ -103,6 +104,9 @@ _LOUD = ["--r3f-epsilon", "3"]
 CRITERIA = {
     "smart": _smart(),
     "smart, tangent": _smart("--smart-mode", "tangent"),
+    "smart, normalized": _smart(
+        *("--smart-embedding", "normalized", "--smart-epsilon", "0.1", "--smart-step-size", "1"), half="0.3"
+    ),
     "pgd": _adversarial("pgd"),
     "freelb": _adversarial("freelb"),
     "freeat": _adversarial("freeat", "--freeat-steps", "1"),
@@ -117,8 +121,9 @@ def write_data(
 ) -> Path:
     """A data folder for --task sentence_prediction: sequences of 3 to 9 of twelve words.
 
-    ``kind`` "classes": the label says whether the first word is among the first six (labels 1 and 0);
-    "regression": the target is the share of such words. ``wrong``: the share of labels that are not true.
+    ``kind`` "classes": the label says whether the first word is among the first six (labels 1 and 0); "pairs": the
+    same, cut in two texts; "regression": the target is the share of such words. ``wrong``: the share of labels that are
+    not true.
     """
     draw = random.Random(seed)
     words = Dictionary()
@@ -130,12 +135,18 @@ def write_data(
     (folder / "input0").mkdir(parents=True)
     (folder / "label").mkdir()
     words.save(str(folder / "input0" / "dict.txt"))
-    if kind == "classes":
+    if kind == "pairs":
+        (folder / "input1").mkdir()
+        words.save(str(folder / "input1" / "dict.txt"))
+    if kind != "regression":
         labels.save(str(folder / "label" / "dict.txt"))
     for split, count in (("train", train), ("valid", valid)):
         rows = [[draw.choice("abcdefghijkl") for _ in range(draw.randint(3, 9))] for _ in range(count)]
-        _write_indexed(folder / "input0" / split, [" ".join(row) for row in rows], words)
-        if kind == "classes":
+        cuts = [1 + len(row) // 3 if kind == "pairs" else len(row) for row in rows]
+        _write_indexed(folder / "input0" / split, [" ".join(row[:cut]) for row, cut in zip(rows, cuts)], words)
+        if kind == "pairs":
+            _write_indexed(folder / "input1" / split, [" ".join(row[cut:]) for row, cut in zip(rows, cuts)], words)
+        if kind != "regression":
             true = [row[0] in "abcdef" for row in rows]
             answers = ["1" if right != (wrong > 0 and draw.random() < wrong) else "0" for right in true]
             _write_indexed(folder / "label" / split, answers, labels)
@@ -170,10 +181,14 @@ def command(
     optimizer: str = "mbpp",
     max_update: int | None = 6,
 ) -> list[str]:
-    """Arguments for fairseq-train on a tiny model, with the paper's recipes; later flags win over these."""
+    """Arguments for fairseq-train on a tiny model, with the paper's recipes; later flags win over these.
+
+    The model is RoBERTa; for pairs it is BERT, which marks the second text.
+    """
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", str(num_classes)),
-        *("--init-token", "0", *TINY_MODEL, "--criterion", criterion, "--optimizer", optimizer),
+        *("--init-token", "0", *TINY_MODEL, *(("--arch", "smart_bert") if (data / "input1").is_dir() else ())),
+        *("--criterion", criterion, "--optimizer", optimizer),
         *("--lr", "1e-3", "--lr-scheduler", "fixed", "--batch-size", "4", "--seed", "7"),
         *(("--smart-recipe", "paper") if criterion == "smart_sentence_prediction" else ()),
         *(("--mbpp-recipe", "paper") if optimizer == "mbpp" and "--optimizer" not in flags else ()),
@@ -295,6 +310,9 @@ def set_up(
         flags, options = ("--regression-target", *flags), {"num_classes": 1, **options}
     cfg, task, model, criterion = build(command(data, *flags, optimizer=optimizer, **options))
     torch.nn.init.normal_(model.classification_heads[HEAD].out_proj.weight, std=1.0)
+    if kind == "pairs":
+        types = model.encoder.sentence_encoder.token_types
+        torch.nn.init.normal_(types, std=0.02, generator=torch.Generator(DEVICE).manual_seed(2))
     if optimizer == "mbpp":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         criterion.teacher.connect(optim.build_optimizer(cfg.optimizer, trained))
@@ -366,6 +384,18 @@ def flops(model: Any, criterion: Any, sample: dict[str, Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         criterion(model, sample)[0].backward()
     return int(counter.get_total_flops())
+
+
+class Calls(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.__name__] = self.count.get(func.__name__, 0) + 1
+        return func(*args, **(kwargs or {}))
 
 
 def batch(task: Any, size: int, start: int = 0) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from ..errors import UsageError, refuse, unreadable
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
 HEAD_PARTS = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
+# of smart_bert alone: [2, C], and a module that stands in no model but in its checkpoint
+TOKEN_TYPES, POOLER = "encoder.sentence_encoder.token_types", "pooler"
 
 
 def tied(model: dict[str, Tensor]) -> bool:

@@ -7,9 +7,9 @@ The way back of importing.py, by the same tables. The folder receives
     tokenizer_config.json   and vocab.json and merges.txt (gpt2) or vocab.txt (bert)
 
 The vocabulary says which family it is: byte-level BPE is RoBERTa's, WordPiece is BERT's. BERT's classifier is fairseq's
-head in two parts, whose first one is called the pooler. BERT's token types are zeros, both of them: a model that was
-trained without them does not heed them. Rows stand in the order of vocab.txt for BERT, and in fairseq's for RoBERTa,
-where positions begin behind a padding index of 1 on both sides.
+head in two parts, whose first one is called the pooler. Where a checkpoint holds no token types, BERT's are zeros: a
+model that was trained without them does not heed them. Rows stand in the order of vocab.txt for BERT, and in fairseq's
+for RoBERTa, where positions begin behind a padding index of 1 on both sides.
 """
 
 import argparse

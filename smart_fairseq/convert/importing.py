@@ -15,12 +15,14 @@ Where the two models differ, and what is done about it:
 
 - fairseq starts every dictionary with <s> <pad> </s> <unk> and its tasks append <mask>. Rows of the embedding
   (and of the LM head's bias) are permuted to that order; all others keep their order.
-- fairseq has no token types. Type 0 is added to the word embeddings, in the order in which BERT adds them, so nothing
-  is lost; type 1 is left out, and a second sentence is told apart by its separators alone, as in RoBERTa. An LM head
-  that shares the embeddings adds the same number to the logits of all symbols, which no probability can see.
+- fairseq has no token types. BERT's two are smart_bert's; a third one, which no pair of texts has, is left out. Where
+  there is but one, as in RoBERTa, it is added to the word embeddings, in the order in which BERT adds them, so nothing
+  is lost. An LM head that shares the embeddings then adds the same number to the logits of all symbols, which no
+  probability can see.
 - fairseq counts positions from 2 (padding index + 1): BERT's row i becomes row i + 2; RoBERTa's have that offset.
 - fairseq's LayerNorm has epsilon 1e-5; other epsilons need `--arch smart_bert` (models/smart_bert.py).
-- The pooler is left out: fairseq's classification head has its own dense layer, initialised anew.
+- fairseq's classification head has a dense layer of its own in the place of BERT's pooler: model.pt holds the pooler,
+  from which smart_bert starts every head. RoBERTa's, which was not trained, is left out.
 
 Sources: Devlin et al. (2019), arXiv:1810.04805; Liu et al. (2019), arXiv:1907.11692; Radford et al. (2019) for
 the byte-level vocabulary: ids 0 to 255 are the bytes, 256 + i is merge i, then <|endoftext|>.
@@ -39,7 +41,7 @@ from torch import Tensor
 
 from ..errors import refuse
 from ..files import sha256, whole_files
-from .checkpoint import EMBEDDINGS, LM_HEAD, fairseq_checkpoint, plain
+from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES, fairseq_checkpoint, plain
 from .config import Config, architecture, architecture_flags, architecture_overrides
 from .vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
 from .weights import LM_HEAD_SEED, convert_weights, open_weights
@@ -93,6 +95,11 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         "counts in dict.txt are not known to Hugging Face files: 1 for symbols, 0 for fillers (madeupword)",
         "LM head: " + ("taken from the file" if head_from_file else initialised),
     ]
+    if config.model_type == "bert":
+        pooler = POOLER + ".weight" in state
+        notes.append("pooler: " + ("classification heads start from it" if pooler else "the file has none"))
+        types = "the model goes without" if TOKEN_TYPES not in state else f"the first 2 of {config.sizes.token_types}"
+        notes.append(f"token types: {types}")
     if left_out:
         notes.append("left out: " + ", ".join(left_out))
     return {**report, "notes": notes}

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import refuse
-from .checkpoint import EMBEDDINGS, LM_HEAD
+from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES
 from .config import Config, Sizes
 
 LM_HEAD_SEED = 0
@@ -98,7 +98,7 @@ def open_weights(model_dir: Path, config: Config) -> Iterator[Weights]:
 
 
 def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tuple[dict[str, Tensor], bool, list[str]]:
-    """Rename, permute and fold the tensors into the state of fairseq's RobertaModel, all float32.
+    """Rename, permute and fold the tensors into the state of fairseq's RobertaModel or of smart_bert, all float32.
 
     ``rows``: Hugging Face's row for each of fairseq's ids. Returns the state, whether the LM head came from the file,
     and the names of the tensors left out. Raises `UsageError` for layers beyond those that config.json promises.
@@ -110,7 +110,11 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
     words = weights.take("embeddings.word_embeddings.weight", sizes.vocabulary, sizes.embed_dim)
     types = weights.take("embeddings.token_type_embeddings.weight", sizes.token_types, sizes.embed_dim)
     positions = weights.take("embeddings.position_embeddings.weight", sizes.position_rows, sizes.embed_dim)
-    state[EMBEDDINGS] = (words + types[0])[order]
+    if config.model_type == "bert" and sizes.token_types > 1:
+        state[TOKEN_TYPES] = types[:2].contiguous()
+    else:
+        words = words + types[0]
+    state[EMBEDDINGS] = words[order]
     if config.model_type == "bert":
         positions = torch.cat([positions.new_zeros(2, sizes.embed_dim), positions])
     state[ENCODER + "embed_positions.weight"] = positions
@@ -121,6 +125,8 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
 
     for source, target, shape in modules(sizes):
         module(source, target, *shape)
+    if config.model_type == "bert" and "pooler.dense.weight" in weights:
+        module("pooler.dense", POOLER, sizes.embed_dim, sizes.embed_dim)
 
     head, dense, layer_norm = LM_HEADS[config.model_type]
     from_file = f"{head}{dense}.weight" in weights
@@ -152,20 +158,23 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
 
 
 def revert_weights(weights: Weights, config: Config, rows: Sequence[int], head: str, labels: int) -> dict[str, Tensor]:
-    """The tensors of model.safetensors for sequence classification from a state of fairseq's RobertaModel, all float32.
+    """The tensors of model.safetensors for sequence classification from such a state, all float32.
 
-    The token types are zeros, as type 0 is within the word embeddings; the LM head and all classification heads but
-    ``head``, of ``labels`` outputs, are left out; ``rows`` as in `convert_weights`. Raises `UsageError` for what
-    Hugging Face's model has no place for.
+    Where it holds no token types, they are zeros, as type 0 is within the word embeddings; the LM head and all
+    classification heads but ``head``, of ``labels`` outputs, are left out; ``rows`` as in `convert_weights`. Raises
+    `UsageError` for what Hugging Face's model has no place for.
     """
     sizes, start = config.sizes, config.model_type + ".embeddings."
     words = weights.take(EMBEDDINGS, sizes.vocabulary, sizes.embed_dim)
     padding_rows = 2 if config.model_type == "bert" else 0  # BERT's positions begin at row 0
     positions = weights.take(ENCODER + "embed_positions.weight", sizes.position_rows + padding_rows, sizes.embed_dim)
+    types = torch.zeros(sizes.token_types, sizes.embed_dim)
+    if TOKEN_TYPES in weights:
+        types = weights.take(TOKEN_TYPES, *types.shape)
     tensors = {
         start + "word_embeddings.weight": torch.empty_like(words).index_copy_(0, torch.tensor(rows), words),
         start + "position_embeddings.weight": positions[padding_rows:].contiguous(),
-        start + "token_type_embeddings.weight": torch.zeros(sizes.token_types, sizes.embed_dim),
+        start + "token_type_embeddings.weight": types,
     }
     dense, out = CLASSIFIERS[config.model_type]
     pairs = [(f"{config.model_type}.{target}", source, shape) for target, source, shape in modules(sizes)]

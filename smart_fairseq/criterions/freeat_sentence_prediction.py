@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ..encoder import Forward
 from ..method.adversary import ascent_step
-from ..training.adversarial import AdversarialCriterion, Ball, Start, ball_config
+from ..training.adversarial import AdversarialCriterion, Start, ball_config
 from ..training.flags import RegularizedConfig
 from ..training.repeat import repeat_batches
 
-DEFAULTS = Ball(epsilon=0.01, epsilon_unit="relative", step_size=0.006, steps=3, start=0.004, norm="l2")
 FreeATConfig = ball_config(
-    "FreeATConfig", "freeat", __name__, DEFAULTS, "number of updates m on each batch, an ascent step between two"
+    "FreeATConfig", "freeat", __name__, "number of updates m on each batch, an ascent step between two"
 )
 
 
@@ -40,7 +39,7 @@ class FreeATSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeATConfig`."""
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
-        super().__init__(cfg, task, "freeat", Ball.of(cfg, "freeat"))
+        super().__init__(cfg, task, "freeat")
         self.held: dict[tuple[int, ...], _Held] = {}  # by the examples' numbers: the batches of one update
         if self.ball.steps > 1:
             repeat_batches(task, cfg.smart_train_subset, self.ball.steps, cfg.smart_update_freq)

@@ -3,51 +3,25 @@
 Paper: Zhu et al. (2020), algorithm 1: from a random start, K passes of the loss, each with 1 / K of its weight; an
 ascent step, by the gradient that a pass's own backward leaves, between two. One graph is in memory at a time.
 
-In the authors' code ``--adv-steps K`` takes K + 1 passes; the recipes below count passes, as the paper does.
+In the authors' code ``--adv-steps K`` takes K + 1 passes; the recipes count passes, as the paper does.
 """
 
 from collections.abc import Generator
-from dataclasses import field
 from typing import Any, cast
 
 import torch
 from fairseq.criterions import register_criterion
-from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
 from ..encoder import Forward
 from ..method.adversary import ascent_step
 from ..method.dropout import RandomState
-from ..training.adversarial import AdversarialCriterion, Ball, ball_config
+from ..training.adversarial import AdversarialCriterion, ball_config
 from ..training.flags import RegularizedConfig
 from ..training.link import Result
 
-
-def _authors(step_size: float, steps: int, start: float, epsilon: float) -> Ball:
-    return Ball(epsilon, "absolute", step_size, steps + 1, start, "l2")
-
-
-# zhuchen03/FreeLB at eb23701, fairseq-RoBERTa/launch/FreeLB/*.sh; RTE's is commented out there
-RECIPES = {
-    "relative": Ball(epsilon=0.01, epsilon_unit="relative", step_size=0.006, steps=3, start=0.004, norm="l2"),
-    "mnli": _authors(1e-1, 2, 1e-1, 3e-1),
-    "qnli": _authors(1e-1, 2, 2e-1, 2e-1),
-    "qqp": _authors(2e-1, 2, 3.2e-1, 7e-1),
-    "sst_2": _authors(1e-1, 2, 1.0, 6e-1),
-    "cola": _authors(2.5e-2, 3, 4e-1, 3e-1),
-    "mrpc": _authors(4e-2, 3, 6.4e-1, 4e-1),
-    "sts_b": _authors(1e-1, 3, 1.6e-1, 2.8e-1),
-    "rte": _authors(6e-2, 3, 1.6e-1, 1.4e-1),
-}
-FLAG_OF_RECIPE = "freelb_recipe"
-_HELP = "values of the flags that are not given: relative (the default), or the authors' for a task of GLUE, absolute"
 FreeLBConfig = ball_config(
-    "FreeLBConfig",
-    "freelb",
-    __name__,
-    None,
-    "number of passes K, of which one more than of ascent steps",
-    [(FLAG_OF_RECIPE, ChoiceEnum(list(RECIPES)), field(default="relative", metadata={"help": _HELP}))],
+    "FreeLBConfig", "freelb", __name__, "number of passes K, of which one more than of ascent steps"
 )
 
 
@@ -56,8 +30,7 @@ class FreeLBSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeLBConfig`."""
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
-        recipe = str(getattr(cfg, FLAG_OF_RECIPE))
-        super().__init__(cfg, task, "freelb", Ball.of(cfg, "freelb", RECIPES[recipe]))
+        super().__init__(cfg, task, "freelb")
         self.num_passes = self.ball.steps if self.adversarial else 1
         self.entering: Tensor | None = None  # what the pass that is next is perturbed by
 

@@ -13,11 +13,10 @@ from ..encoder import Forward
 from ..method.adversary import ascend, gradient_of
 from ..method.dropout import RandomState
 from ..method.loss import task_loss
-from ..training.adversarial import AdversarialCriterion, Ball, ball_config
+from ..training.adversarial import AdversarialCriterion, ball_config
 from ..training.flags import RegularizedConfig
 
-DEFAULTS = Ball(epsilon=0.01, epsilon_unit="relative", step_size=0.006, steps=2, start=0.004, norm="l2")
-PGDConfig = ball_config("PGDConfig", "pgd", __name__, DEFAULTS, "number of ascent steps K")
+PGDConfig = ball_config("PGDConfig", "pgd", __name__, "number of ascent steps K")
 
 
 @register_criterion("pgd_sentence_prediction", dataclass=PGDConfig)
@@ -25,7 +24,7 @@ class PGDSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `PGDConfig`."""
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
-        super().__init__(cfg, task, "pgd", Ball.of(cfg, "pgd"))
+        super().__init__(cfg, task, "pgd")
 
     def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
         start, weights = self.start(forward, sample), forward.encoder.frozen_weights()

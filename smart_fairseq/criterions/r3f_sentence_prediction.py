@@ -10,7 +10,7 @@ reach a RoBERTa. For a regression, which that code leaves out, the squared diffe
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq.criterions import register_criterion
@@ -26,7 +26,7 @@ from ..method.relative import unit_of
 from ..terms import TermValue
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import RegularizedConfig
+from ..training.flags import ByRecipe, RegularizedConfig, recipe_choices, with_recipe
 
 NOISE = {"normal": example_noise, "uniform": uniform_noise}
 
@@ -34,19 +34,23 @@ NOISE = {"normal": example_noise, "uniform": uniform_noise}
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class R3FConfig(RegularizedConfig):
-    r3f_weight: float = field(default=1.0, metadata={"help": "the paper's lambda; 0 switches the term off"})
-    r3f_epsilon: float = field(
-        default=1e-5, metadata={"help": "standard deviation of normal noise, largest entry of uniform noise"}
+    r3f_recipe: recipe_choices("r3f") = field(  # type: ignore[valid-type]
+        default="paper",
+        metadata={"help": "values of the flags that are not given: paper (the default), rte (the authors' command)"},
     )
-    r3f_epsilon_unit: ChoiceEnum(["absolute", "relative"]) = field(  # type: ignore[valid-type]
-        default="absolute",
+    r3f_weight: ByRecipe = field(default=None, metadata={"help": "the paper's lambda; 0 switches the term off"})
+    r3f_epsilon: ByRecipe = field(
+        default=None, metadata={"help": "standard deviation of normal noise, largest entry of uniform noise"}
+    )
+    r3f_epsilon_unit: Optional[ChoiceEnum(["absolute", "relative"])] = field(  # type: ignore[valid-type]
+        default=None,
         metadata={"help": "unit of the noise: relative, the root mean square of an example's embeddings"},
     )
-    r3f_noise: ChoiceEnum(list(NOISE)) = field(  # type: ignore[valid-type]
-        default="uniform", metadata={"help": "distribution of the noise"}
+    r3f_noise: Optional[ChoiceEnum(list(NOISE))] = field(  # type: ignore[valid-type]
+        default=None, metadata={"help": "distribution of the noise"}
     )
-    r3f_dropout: ChoiceEnum(["independent", "shared"]) = field(  # type: ignore[valid-type]
-        default="independent", metadata={"help": "dropout masks of the noisy pass: fresh ones, or the clean pass's"}
+    r3f_dropout: Optional[ChoiceEnum(["independent", "shared"])] = field(  # type: ignore[valid-type]
+        default=None, metadata={"help": "dropout masks of the noisy pass: fresh ones, or the clean pass's"}
     )
 
 
@@ -55,6 +59,7 @@ class R3FSentencePrediction(RegularizedCriterion):
     """The criterion; its flags are `R3FConfig`."""
 
     def __init__(self, cfg: R3FConfig, task: Any) -> None:
+        cfg = with_recipe(cfg, "r3f")
         super().__init__(cfg, task, weights={"r3f": check_weight("--r3f-weight", cfg.r3f_weight)})
         require(cfg.r3f_epsilon > 0, "--r3f-epsilon", cfg.r3f_epsilon, "above 0 (--r3f-weight 0 switches the term off)")
         self.flags = cfg

@@ -20,7 +20,7 @@ from ..method.loss import task_loss
 from ..terms import TermValue
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import RegularizedConfig
+from ..training.flags import ByRecipe, RegularizedConfig, recipe_choices, with_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,15 @@ logger = logging.getLogger(__name__)
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class RDropConfig(RegularizedConfig):
-    rdrop_weight: float = field(
-        default=1.0,
+    rdrop_recipe: recipe_choices("rdrop") = field(  # type: ignore[valid-type]
+        default="paper",
+        metadata={
+            "help": "values of the flags that are not given: paper (the default), or those of the authors' code for a "
+            "task of GLUE"
+        },
+    )
+    rdrop_weight: ByRecipe = field(
+        default=None,
         metadata={"help": "the paper's alpha, 1 to 5 there; 0 switches the second pass off as well"},
     )
 
@@ -39,6 +46,7 @@ class RDropSentencePrediction(RegularizedCriterion):
     """The criterion; its flags are `RDropConfig`."""
 
     def __init__(self, cfg: RDropConfig, task: Any) -> None:
+        cfg = with_recipe(cfg, "rdrop")
         super().__init__(cfg, task, weights={"rdrop": check_weight("--rdrop-weight", cfg.rdrop_weight) / 2})
 
     def prepare(self, encoder: Encoder) -> str:

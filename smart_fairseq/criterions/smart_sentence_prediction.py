@@ -46,7 +46,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
     """The criterion; its flags are `SmartSentencePredictionConfig`."""
 
     def __init__(self, cfg: SmartSentencePredictionConfig, task: Any) -> None:
-        cfg = with_recipe(cfg)
+        cfg = with_recipe(cfg, "smart")
         weight = check_weight("--smart-weight", cfg.smart_weight)
         require(cfg.smart_every >= 1, "--smart-every", cfg.smart_every, "a whole number from 1")
         super().__init__(cfg, task, weights={"smart": weight}, every={"smart": cfg.smart_every})

@@ -1,14 +1,14 @@
 """A model as the method sees it: the one place that knows what is inside.
 
-A perturbation enters through a forward hook on the module whose output is perturbed, and the ordinary forward,
-the distributed wrapper's included, does the rest. The hook counts its calls: a forward that the perturbation
-did not reach is an error, never a regulariser that does nothing.
+A perturbation enters through a hook (`place`), and the ordinary forward, the distributed wrapper's included, does the
+rest. The hook counts its calls: a forward that the perturbation did not reach is an error, never a regulariser that
+does nothing.
 
 Another kind of encoder is a subclass with `fits` and `find_insides`, named in ``smart_fairseq.encoder.KINDS``.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..method.dropout import without_dropout
 from . import forward_mode, memory
+from .memory import Replacement, replaced
+from .place import NormalizedPlace, Place
 from .rounding import rounded
+from .weights import Slots, Substitute
 
 __all__ = ["Encoder", "Forward", "Insides"]
 
@@ -29,7 +32,7 @@ class Insides(NamedTuple):
     """What a kind of encoder names.
 
     places: "token" and "input" -> the module whose output, [B, T, C], is perturbed there; the one at "token" is the
-        embedding table.
+        embedding table. "normalized" -> the LayerNorm that the embeddings enter; left out where there is none.
     layers: the stack whose activations fill the memory.
     padding_idx: the padding's number among the tokens.
     """
@@ -44,10 +47,11 @@ class _Seen(Exception):
 
 
 class Encoder:
-    """A model, whatever wraps it, and what its passes need; built once for a model."""
+    """A model, whatever wraps it, and what its passes need; built once for a model, and what it found stays."""
 
     def __init__(self, model: Any) -> None:
         self.given = model
+        self._lean = False
         while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
             model = model.module  # fairseq's distributed wrappers all keep the model as that
         self.model: Any = model
@@ -69,6 +73,16 @@ class Encoder:
     def insides(self) -> Insides:
         return self.find_insides()
 
+    def place(self, name: str) -> Place:
+        """Where a perturbation enters; raises `UsageError` where this model has no such place."""
+        module = self.insides.places.get(name)
+        if module is None:
+            raise UsageError(
+                f"--smart-embedding is {name}, and this model's embeddings enter no LayerNorm (--smart-recipe sift has "
+                f"that value); use {' or '.join(self.insides.places)}"
+            )
+        return NormalizedPlace(module) if name == "normalized" else Place(module)
+
     @property
     def table(self) -> Tensor:
         """The embedding table, [V, C]."""
@@ -89,21 +103,60 @@ class Encoder:
         """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
         return src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()
 
-    def without_waiting(self) -> AbstractContextManager[None]:
-        """Within the block, forwards ask nothing of the device for which the host would have to wait."""
-        return contextlib.nullcontext()
+    # --- passes ------------------------------------------------------------------------------------
 
-    def frozen_weights(self) -> dict[str, Tensor]:
+    def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
+        """By layer, and for the model around them, what is replaced for `lean` passes."""
+        return {}
+
+    @cached_property
+    def _lean_parts(self) -> dict[nn.Module, list[Replacement]]:
+        return self.lean_parts()
+
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Within the block, forwards compute the same by fewer kernels, and never let the host wait for the device."""
+        if self._lean:
+            yield
+            return
+        with replaced([part for parts in self._lean_parts.values() for part in parts]):
+            self._lean = True
+            try:
+                yield
+            finally:
+                self._lean = False
+
+    @cached_property
+    def _all_modules(self) -> list[nn.Module]:
+        return list(self.model.modules())
+
+    def without_dropout(self) -> AbstractContextManager[None]:
+        """Within the block, every module is in evaluation mode."""
+        return without_dropout(self._all_modules)
+
+    @cached_property
+    def _slots(self) -> Slots:
+        return Slots(self.model)
+
+    def frozen_weights(self) -> Mapping[str, Tensor]:
         """The model's own weights without their gradients: a pass under them keeps no activation for them."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return self.cast(self._slots.frozen())
 
-    def under(self, weights: dict[str, Tensor]) -> "Substitute":
+    def cast(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights without gradients, those of linear layers in autocast's precision where it is on."""
+        return self._slots.cast(weights)
+
+    def under(self, weights: Mapping[str, Tensor]) -> Substitute:
         """The model under other weights, for a pass of the ordinary criterion."""
-        return Substitute(self.model, weights)
+        return Substitute(self.model, self._slots, weights)
+
+    @cached_property
+    def _attention_written_out(self) -> list[Replacement]:
+        return forward_mode.attention_written_out(self.model)
 
     def attention_written_out(self) -> AbstractContextManager[None]:
         """Within the block, forwards draw the dropout masks that one with `Forward.products` or `changed` draws."""
-        return forward_mode.attention_written_out(self.model)
+        return replaced(self._attention_written_out)
 
     def recomputed(self, written_out: bool = False) -> AbstractContextManager[None]:
         """The block's forward keeps each layer's input alone, and runs the layer again when its gradient is taken.
@@ -111,43 +164,56 @@ class Encoder:
         Args:
             written_out: the block is also one of `attention_written_out`.
         """
-        again = forward_mode.attention_written_out if written_out else contextlib.nullcontext
+        lean = self._lean_parts if self._lean else {}
+        attention = self._attention_written_out if written_out else []
+
+        def again(layer: nn.Module) -> AbstractContextManager[None]:
+            return replaced([*lean.get(layer, []), *attention])
+
         return memory.recomputed(self.insides.layers, again)
 
-    def without_gelu_outputs(self) -> AbstractContextManager[None]:
+    @cached_property
+    def _without_gelu_outputs(self) -> list[Replacement]:
         return memory.without_gelu_outputs(self.model)
+
+    def without_gelu_outputs(self) -> AbstractContextManager[None]:
+        """Within the block, forwards keep the input of each layer's gelu for the gradient, and not the output too."""
+        return replaced(self._without_gelu_outputs)
 
     @contextmanager
     def captured(self, place: str, *, differentiable: bool = False, leaf: bool = False) -> Iterator[list[Tensor]]:
         """What the block's forwards perturb, [B, T, C] each.
 
         Args:
-            place: "token" or "input".
-            differentiable: it requires a gradient, also where nothing before it does.
+            place: a name of `Insides.places`.
+            differentiable: for gradients with respect to it, or to what stands in for its change.
             leaf: it is cut off from what it was computed from as well.
         """
         found: list[Tensor] = []
+        here = self.place(place)
 
-        def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            tensor = output.detach() if leaf else output
-            if (differentiable or leaf) and not tensor.requires_grad:
-                tensor.requires_grad_()
-            found.append(tensor)
-            return tensor
+        def note(x: Tensor) -> Tensor:
+            x = x.detach() if leaf else x
+            if differentiable or leaf:
+                x, entered = here.entered(x)
+                found.append(entered)
+            else:
+                found.append(here.embeddings(x))
+            return x
 
-        with self.insides.places[place].register_forward_hook(note):
+        with here.hook(note):
             yield found
 
     def embeddings(self, place: str, net_input: dict[str, Any]) -> Tensor:
         """What is perturbed, [B, T, C], without dropout and gradients; the forward ends there."""
         found: list[Tensor] = []
+        here = self.place(place)
 
-        def stop(module: nn.Module, args: Any, output: Tensor) -> None:
-            found.append(output)
+        def stop(x: Tensor) -> Tensor:
+            found.append(here.embeddings(x))
             raise _Seen
 
-        hook = self.insides.places[place].register_forward_hook(stop)
-        with hook, contextlib.suppress(_Seen), torch.no_grad(), without_dropout(self.model):
+        with self.lean(), here.hook(stop), contextlib.suppress(_Seen), torch.no_grad(), self.without_dropout():
             self.model(**net_input, features_only=True)
         return found[0]
 
@@ -157,60 +223,58 @@ class Encoder:
 
         Args:
             perturbation: [B, T, C], float32; gradients reach it.
-            place: "token" or "input".
+            place: a name of `Insides.places`.
             lookup: [B, T, C], what another pass looked up for the same tokens, to be used again: the gradient of the
                 table, which is as large as the table, is then made once for both passes.
         Raises:
             RuntimeError: the block's forward did not pass the perturbed module exactly once.
         """
         calls = 0
+        here = self.place(place)
 
-        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def add(x: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             # the sum is taken in the wider precision of the two and rounded once
-            return rounded(output + perturbation, output.dtype)
+            return rounded(x + here.scaled(x, perturbation), x.dtype)
 
-        places = self.insides.places
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(places[place].register_forward_hook(add))
+            hooks.enter_context(here.hook(add))
             if lookup is not None:  # before the sum
-                hooks.enter_context(places["token"].register_forward_hook(lambda *_: lookup, prepend=True))
+                table = self.insides.places["token"]
+                hooks.enter_context(table.register_forward_hook(lambda *_: lookup, prepend=True))
             yield
         if calls != 1:
             raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
 
+    @cached_property
+    def _carrying(self) -> dict[bool, list[Replacement]]:
+        return {
+            differentiable: forward_mode.written_out(self.model, differentiable) for differentiable in (True, False)
+        }
+
     def changed(
         self, direction: Tensor, place: str, leaf: list[Tensor] | None = None
     ) -> AbstractContextManager[list[Tensor]]:
-        """Within the block, one forward also yields J ``direction``; see `forward_mode.changed`."""
-        return forward_mode.changed(self.model, self.insides.places[place], direction, leaf)
+        """Within the block, one forward also yields J ``direction``; see `forward_mode.changed`.
 
-
-class Substitute:
-    """A bare model under other weights; nothing is copied or swapped."""
-
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        self.model, self.weights = model, weights
-
-    def __getattr__(self, name: str) -> Any:  # the model's heads and targets, for which the criterion asks
-        return getattr(self.model, name)
-
-    def __call__(self, **inputs: Any) -> Any:
-        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+        Raises `UsageError` where the model's attention is not known there.
+        """
+        replacements = self._carrying[leaf is None]
+        return forward_mode.changed(self.model, self.place(place), direction, replacements, leaf)
 
 
 class Forward:
     """The classification forward of one batch, under weights and with a perturbation of one's choice.
 
-    Passes under other weights run on the bare model by `torch.func.functional_call`: the module's own code with other
-    tensors in place of its parameters, of which a distributed wrapper sees nothing.
+    Passes under other weights run on the bare model, its own code with other tensors in place of its parameters, of
+    which a distributed wrapper sees nothing.
 
     Args:
         model: as the criterion was given it, distributed wrapper included.
         net_input: of the batch, as fairseq makes it.
         head: the classification head's name.
-        place: "token" or "input".
+        place: a name of `Insides.places`.
     """
 
     def __init__(self, encoder: Encoder, model: Any, net_input: dict[str, Tensor], head: str, place: str) -> None:
@@ -219,7 +283,7 @@ class Forward:
 
     def __call__(
         self,
-        weights: dict[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         perturbation: Tensor | None = None,
         lookup: Tensor | None = None,
     ) -> Tensor:
@@ -238,7 +302,7 @@ class Forward:
         return run(**self.inputs)[0]  # type: ignore[no-any-return]
 
     def products(
-        self, weights: dict[str, Tensor], direction: Tensor
+        self, weights: Mapping[str, Tensor], direction: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Outputs, their change J d along the ``direction`` d, and the way back (cotangent -> J' cotangent).
 

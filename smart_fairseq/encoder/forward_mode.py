@@ -10,20 +10,22 @@ LayerNorm, softmax and gelu, keeps its inputs alone for the gradient and is comp
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fairseq.modules import MultiheadAttention, gelu
+from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
-from .memory import Replacement, gelus, replaced
+from .lean import additive
+from .memory import Replacement, gelu_at_once, gelus, replaced
+from .place import Place
 
-__all__ = ["attention_written_out", "changed"]
+__all__ = ["attention_written_out", "changed", "written_out"]
 
 # (value, change, ...) -> (result, its change)
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -92,7 +94,7 @@ def _softmax_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
 def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     slope = torch.special.ndtr(wide) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
-    return gelu(value), (slope * moved).to(value.dtype)
+    return gelu_at_once(value), (slope * moved).to(value.dtype)
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
@@ -101,71 +103,122 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return result if change is None else _pair(result, nn.functional.linear(change, module.weight))
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    changes: tuple[Tensor, Tensor, Tensor] | None,
+    mask: Tensor | None,
+    dropped: Callable[[Tensor], Tensor],
+    differentiable: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What attention gives, and its change; [B, H, T, C / H]. ``mask`` is added to the scores."""
+    scores = q @ k.transpose(-2, -1)
+    scores = scores if mask is None else scores + mask
+    if changes is None:
+        return dropped(_softmax(scores)) @ v, None
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        moved_q, moved_k, moved_v = changes
+        moved_scores = moved_q @ k.transpose(-2, -1) + q @ moved_k.transpose(-2, -1)
+        shares, moved = _softmax_change(scores, moved_scores)
+    shares = dropped(shares if differentiable else _softmax(scores))
+    attended = shares @ v
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        return attended, dropped(moved) @ v + shares @ moved_v
+
+
 def _self_attention(
     module: Any,
-    softmax: Callable[..., Tensor],
+    differentiable: bool,
     query: Tensor,
     key: Any = None,
     value: Any = None,
     key_padding_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Self-attention as in fairseq's MultiheadAttention; [T, B, C] -> [T, B, C]."""
+    """Self-attention as in fairseq's MultiheadAttention; [T, B, C] -> [T, B, C].
+
+    A differentiable change doubles all that is as large as T x T for each head; none of that but the dropout's mask is
+    kept for the gradient.
+    """
     length, batch, channels = query.shape
 
     def heads(x: Tensor) -> Tensor:  # [T, B, C] -> [B, H, T, C / H]
         return x.reshape(length, batch, module.num_heads, -1).permute(1, 2, 0, 3)
 
-    q, k, v = (heads(project(query)) for project in (module.q_proj, module.k_proj, module.v_proj))
-    scores = q * module.scaling @ k.transpose(-2, -1)
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, :], float("-inf"))
-    shares = nn.functional.dropout(softmax(scores), module.dropout_module.p, module.training)
-    return module.out_proj((shares @ v).permute(2, 0, 1, 3).reshape(length, batch, channels)), None
+    def joined(x: Tensor) -> Tensor:  # and back
+        return x.permute(2, 0, 1, 3).reshape(length, batch, channels)
+
+    projected = [heads(project(query)) for project in (module.q_proj, module.k_proj, module.v_proj)]
+    (q, moved_q), (k, moved_k), (v, moved_v) = (forward_ad.unpack_dual(x) for x in projected)
+    mask = key_padding_mask
+    if mask is not None and mask.dim() == 2:
+        mask = additive(mask.bool(), q)
+    if moved_q is None:
+        dropout = functools.partial(nn.functional.dropout, p=module.dropout_module.p, training=module.training)
+        return module.out_proj(joined(_attend(q * module.scaling, k, v, None, mask, dropout, True)[0])), None
+    dropped = _dropping(module, q)
+    arguments = (q * module.scaling, k, v, (moved_q * module.scaling, moved_k, moved_v), mask, dropped, differentiable)
+    if differentiable:
+        attended, moved = checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False)
+    else:
+        attended, moved = _attend(*arguments)
+    return module.out_proj(_pair(joined(attended), joined(moved))), None
 
 
-def _attention(module: MultiheadAttention, softmax: Callable[..., Tensor]) -> Replacement:
+def _dropping(module: Any, q: Tensor) -> Callable[[Tensor], Tensor]:
+    """The dropout of shares of attention, [B, H, T, T] in the dtype of ``q``: one mask, that of an ordinary pass."""
+    share = module.dropout_module.p
+    if not (module.training and share > 0):
+        return lambda x: x
+    ones = torch.ones(*q.shape[:3], q.shape[2], dtype=q.dtype, device=q.device)
+    kept = nn.functional.dropout(ones, share).bool()
+    return lambda x: torch.where(kept, x / (1 - share), 0)
+
+
+def _attention(module: MultiheadAttention, differentiable: bool = False) -> Replacement:
     """For `replaced`: the module's attention written out; raises `UsageError` for one that is not known here."""
     if module.bias_k is not None or module.add_zero_attn or getattr(module, "use_xformers", False):
         raise UsageError(
             "--arch: this model's attention (xformers, a bias or zeros added to its keys) has no forward-mode "
             "form here, which --smart-mode tangent, more than four classes and half precision need"
         )
-    return module, "forward", functools.partial(_self_attention, module, softmax)
+    return module, "forward", functools.partial(_self_attention, module, differentiable)
 
 
-def attention_written_out(model: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, forwards draw the dropout masks that one within `changed` draws.
+def attention_written_out(model: nn.Module) -> list[Replacement]:
+    """For `replaced`: forwards draw the dropout masks that one within `changed` draws.
 
     A fused kernel draws other masks from the same state of the generator.
     """
     modules = (module for module in model.modules() if isinstance(module, MultiheadAttention))
-    return replaced([_attention(module, _softmax) for module in modules if module.dropout_module.p > 0])
+    return [_attention(module) for module in modules if module.dropout_module.p > 0]
 
 
-@contextmanager
-def _written_out(model: nn.Module, differentiable: bool) -> Iterator[None]:
-    """Run a block with every module whose change torch does not give written out.
+def written_out(model: nn.Module, differentiable: bool) -> list[Replacement]:
+    """For `replaced`: every module whose change torch does not give is written out.
 
     Without ``differentiable`` changes, all keep for the values' gradient what they ordinarily do.
     """
     layer_norm = _dual(_layer_norm_change, _layer_norm, differentiable)
-    softmax = _dual(_softmax_change, _softmax, differentiable)
-    replacements = gelus(model, _dual(_gelu_change, gelu, differentiable))
+    replacements = gelus(model, _dual(_gelu_change, gelu_at_once, differentiable))
     for module in model.modules():
         if isinstance(module, MultiheadAttention):
-            replacements.append(_attention(module, softmax))
+            replacements.append(_attention(module, differentiable))
         elif type(module) is nn.Linear:
             replacements.append((module, "forward", functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
             replacements.append((module, "forward", functools.partial(_normalized, layer_norm, module)))
-    with replaced(replacements):
-        yield
+    return replacements
 
 
 @contextmanager
 def changed(
-    model: nn.Module, place: nn.Module, direction: Tensor, leaf: list[Tensor] | None = None
+    model: nn.Module,
+    place: Place,
+    direction: Tensor,
+    replacements: Sequence[Replacement],
+    leaf: list[Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Within the block, one forward of the model also yields the change of its output along ``direction``.
 
@@ -173,21 +226,21 @@ def changed(
 
     Args:
         model: bare.
-        place: the module whose output is perturbed.
+        place: where the perturbation enters.
         direction: d, [B, T, C]; of size 1 or so, whatever the perturbation's size.
-        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out
-            in this list as a leaf [B, T, C] that requires a gradient; the change is then not differentiable.
+        replacements: `written_out`, differentiable where there is no ``leaf``.
+        leaf: if given, the perturbed embeddings are cut off from what they were computed from, and handed out (or what
+            stands in for their change) in this list as a leaf [B, T, C]; the change is then not differentiable.
     Raises:
-        UsageError: the model's attention is not known here.
         RuntimeError: the direction did not reach the output of one forward.
     """
     changes: list[Tensor] = []
 
-    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def enter(x: Tensor) -> Tensor:
         if leaf is not None:
-            output = output.detach().requires_grad_()
-            leaf.append(output)
-        return _pair(output, direction.to(output.dtype))
+            x, entered = place.entered(x.detach())
+            leaf.append(entered)
+        return _pair(x, place.scaled(x, direction).to(x.dtype))
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         # taken apart here, inside a distributed wrapper, which would not let the change through
@@ -195,8 +248,8 @@ def changed(
         changes.append(change)
         return (logits, *output[1:])
 
-    with place.register_forward_hook(enter), model.register_forward_hook(leave):
-        with _written_out(model, differentiable=leaf is None), forward_ad.dual_level():
+    with place.hook(enter), model.register_forward_hook(leave):
+        with replaced(replacements), forward_ad.dual_level():
             yield changes
     if len(changes) != 1 or changes[0] is None:
         raise RuntimeError("the direction did not reach the output of one forward")

@@ -1,7 +1,6 @@
 """Savers of memory: what a forward keeps for its gradient. They change no number."""
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,26 +10,29 @@ from fairseq.modules import gelu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Replacement", "gelus", "recomputed", "replaced", "without_gelu_outputs"]
+__all__ = ["Replacement", "gelu_at_once", "gelus", "recomputed", "replaced", "without_gelu_outputs"]
 
 # module, name, other value
 Replacement = tuple[nn.Module, str, Any]
+_ABSENT = object()
 
 
 @contextmanager
-def replaced(replacements: list[Replacement]) -> Iterator[None]:
-    """Run a block with other attributes of some modules."""
-    before = [(module, name, vars(module).get(name)) for module, name, _ in replacements]
+def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Run a block with other attributes of some modules; the last of several for the same one holds."""
+    before = []
     for module, name, value in replacements:
-        setattr(module, name, value)
+        own = vars(module)  # nn.Module would first look whether the value is a parameter or a module
+        before.append((own, name, own.get(name, _ABSENT)))
+        own[name] = value
     try:
         yield
     finally:
-        for module, name, own in before:
-            if own is None:  # it is its class's
-                delattr(module, name)
+        for own, name, value in reversed(before):
+            if value is _ABSENT:  # it is its class's
+                del own[name]
             else:
-                setattr(module, name, own)
+                own[name] = value
 
 
 def recomputed(
@@ -50,48 +52,65 @@ def recomputed(
     return replaced([(layer, "forward", forward(layer)) for layer in layers])
 
 
+def gelu_at_once(x: Tensor) -> Tensor:
+    """fairseq's gelu, which widens half precision to float32 and back, by a kernel that does so on its way."""
+    return nn.functional.gelu(x)
+
+
+def _with_gelu(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if getattr(module, "activation_fn", None) in (gelu, gelu_at_once))
+
+
 def gelus(model: nn.Module, function: Callable[[Tensor], Tensor]) -> list[Replacement]:
     """For `replaced`: ``function`` as the activation of every module that has gelu."""
-    with_gelu = (module for module in model.modules() if getattr(module, "activation_fn", None) is gelu)
-    return [(module, "activation_fn", function) for module in with_gelu]
+    return [(module, "activation_fn", function) for module in _with_gelu(model)]
 
 
-@contextmanager
-def without_gelu_outputs(model: nn.Module) -> Iterator[None]:
-    """The block's forwards keep the input of each layer's gelu for the gradient, and not the output too.
+class _GeluAndLinear:
+    """gelu and the linear layer after it, which keeps gelu's input for the gradient in the place of the output.
 
-    The output is what the next linear layer keeps; it is computed again, which costs no product of matrices.
+    The input is kept by gelu itself; the output is computed again, which costs no product of matrices.
     """
-    kept: dict[int, Tensor] = {}  # the input by the output's storage, as long as that lives
-    inputs: list[Tensor] | None = None
 
-    def remembered(x: Tensor) -> Tensor:
-        nonlocal inputs
-        inputs = []
-        output = gelu(x)
-        # in half precision, what gelu keeps is a copy in float32
-        if len(inputs) == 1 and inputs[0].numel() == output.numel():
-            key = output.untyped_storage()._cdata
-            kept[key] = inputs[0].detach()
-            weakref.finalize(output, kept.pop, key, None)
-        inputs = None
-        return output  # type: ignore[no-any-return]
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self._made: tuple[Tensor, Tensor] | None = None
 
-    def pack(tensor: Tensor) -> Any:
-        if inputs is not None:
-            inputs.append(tensor)
-            return tensor
-        source = kept.get(tensor.untyped_storage()._cdata)
-        if source is None or tensor.numel() != source.numel() or not tensor.is_contiguous():
-            return tensor
-        return source, tensor.dtype, tensor.shape
+    def activation(self, x: Tensor) -> Tensor:
+        output = gelu_at_once(x)
+        if torch.is_grad_enabled():
+            self._made = output, x.detach()
+        return output
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        source, dtype, shape = packed
-        with torch.no_grad():
-            return gelu(source).to(dtype).view(shape)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Tensor:
+        made, self._made = self._made, None
+        if made is None or made[0] is not x:  # a dropout stands between the two
+            return nn.functional.linear(x, self.linear.weight, self.linear.bias)
+        source, storage = made[1], x.untyped_storage()._cdata
 
-    with replaced(gelus(model, remembered)), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+        def pack(tensor: Tensor) -> Any:
+            if tensor.untyped_storage()._cdata != storage or tensor.numel() != source.numel():
+                return tensor
+            return source, tensor.shape
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            return nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    source, shape = packed
+    with torch.no_grad():
+        return gelu_at_once(source).view(shape)
+
+
+def without_gelu_outputs(model: nn.Module) -> list[Replacement]:
+    """For `replaced`: forwards keep the input of each layer's gelu for the gradient, and not the output too."""
+    found: list[Replacement] = []
+    for module in _with_gelu(model):
+        linear = getattr(module, "fc2", None)
+        if type(linear) is nn.Linear:
+            both = _GeluAndLinear(linear)
+            found += [(module, "activation_fn", both.activation), (linear, "forward", both.forward)]
+    return found

@@ -1,23 +1,24 @@
 """How fairseq's RoBERTa, and every model built on it, takes a perturbation.
 
 ``RobertaModel.forward`` accepts ``token_embeddings`` and ignores it (fairseq's R3F fell into that), so a
-perturbation enters through a forward hook on the module whose output is perturbed.
+perturbation enters through a hook on one of these modules.
 
 | --smart-embedding | module of encoder.sentence_encoder | what is perturbed |
 | --- | --- | --- |
-| token | embed_tokens | the embedding lookup, before positions and LayerNorm |
+| token | embed_tokens | the embedding lookup, before BERT's token types, positions and LayerNorm |
+| normalized | layernorm_embedding | the sum with positions and token types, as SiFT normalises it (`place`) |
 | input | dropout_module | what enters the first layer, after LayerNorm and dropout |
 """
 
 import functools
-from contextlib import AbstractContextManager
 from typing import Any
 
 from fairseq.models.transformer.transformer_encoder import TransformerEncoderBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Encoder, Insides
-from .memory import replaced
+from .lean import additive, known, lean_layer
+from .memory import Replacement
 
 _PLACES = {"token": "embed_tokens", "input": "dropout_module"}
 
@@ -33,35 +34,45 @@ class RobertaEncoder(Encoder):
     def find_insides(self) -> Insides:
         inner: Any = self.model.encoder.sentence_encoder
         places = {place: getattr(inner, name) for place, name in _PLACES.items()}
+        if getattr(inner, "layernorm_embedding", None) is not None:
+            places["normalized"] = inner.layernorm_embedding
         return Insides(places, list(inner.layers), inner.padding_idx)
 
-    def without_waiting(self) -> AbstractContextManager[None]:
+    def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
         inner: Any = self.model.encoder.sentence_encoder
         if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:
-            return super().without_waiting()
-        return replaced([(inner, "forward_scriptable", functools.partial(_encode, inner))])
+            return {}
+        all_known = all(known(layer) for layer in inner.layers)
+        parts: dict[nn.Module, list[Replacement]] = {layer: lean_layer(layer) for layer in inner.layers if all_known}
+        parts[inner] = [(inner, "forward_scriptable", functools.partial(_encode, inner, all_known))]
+        return parts
 
 
 def _encode(
     inner: Any,
+    lean_layers: bool,
     src_tokens: Tensor,
     src_lengths: Tensor | None = None,
     return_all_hiddens: bool = False,
     token_embeddings: Tensor | None = None,
 ) -> dict[str, Any]:
-    """fairseq's `TransformerEncoderBase.forward_scriptable`, whose layers each ask the device whether there is padding.
+    """fairseq's `TransformerEncoderBase.forward_scriptable` without a question to the device at each layer.
 
-    Off the CPU the mask is used without asking; it masks nothing where there is none.
+    It asks whether there is padding. Off the CPU the mask is used without asking; it masks nothing where there is none.
+
+    Args:
+        lean_layers: they take an `additive` mask, which is made once for all of them.
     """
     if return_all_hiddens:
         return type(inner).forward_scriptable(  # type: ignore[no-any-return]
             inner, src_tokens, src_lengths, return_all_hiddens, token_embeddings
         )
     padding = src_tokens.eq(inner.padding_idx)
-    mask = padding if src_tokens.device.type != "cpu" or padding.any() else None
     x, embedding = inner.forward_embedding(src_tokens, token_embeddings)
-    if mask is not None:
-        x = x * (1 - padding.unsqueeze(-1).type_as(x))
+    mask = None
+    if src_tokens.device.type != "cpu" or padding.any():
+        mask = additive(padding, x) if lean_layers else padding
+        x = x.masked_fill(padding.unsqueeze(-1), 0)
     x = x.transpose(0, 1)
     for layer in inner.layers:
         output = layer(x, encoder_padding_mask=mask)

@@ -93,6 +93,7 @@ def attack(
     temperature: float = 1.0,
     steps: int = STEPS,
     seed: int = 1,
+    kinds: Sequence[str] = ("loss", "divergence"),
 ) -> Attacked:
     """One batch under attack; its model must be in evaluation mode.
 
@@ -102,6 +103,7 @@ def attack(
         gold: the classes, int64 [B], or targets [B, 1] of a regression.
         radii: rising, as shares of r.
         temperature: by which logits are divided before damage is measured.
+        kinds: of damage; those that are not asked for stay empty.
     """
     encoder, weights = forward.encoder, forward.encoder.frozen_weights()
     mask = encoder.mask(tokens)
@@ -122,7 +124,9 @@ def attack(
         return symmetric_kl(outputs / temperature, reference / temperature)
 
     found = Attacked([], [], [])
-    for damage, outputs in ((loss, found.loss), (divergence, found.divergence)):
+    for kind, damage, outputs in (("loss", loss, found.loss), ("divergence", divergence, found.divergence)):
+        if kind not in kinds:
+            continue
         point = radii[0] * torch.erf(noise / math.sqrt(2))  # uniform in the first ball
         for radius in radii:
             point, reached = worst_point(outputs_fn, clean, damage, point, mask, radius, steps)

@@ -5,7 +5,7 @@ what its definition says. Masks are functions of the generators' states, so repl
 the masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,19 +45,20 @@ class RandomState:
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Run a block with every module of ``model`` in evaluation mode, then restore each as it was.
+def without_dropout(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run a block with every one of ``modules`` in evaluation mode, then restore each as it was.
 
     >>> model = nn.Dropout(0.5)
-    >>> with without_dropout(model):
+    >>> with without_dropout(model.modules()):
     ...     model(torch.ones(3))
     tensor([1., 1., 1.])
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    # as nn.Module.__setattr__ would, which first looks whether each is a parameter or a module
+    training = [vars(module) for module in modules if module.training]
+    for attributes in training:
+        attributes["training"] = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for attributes in training:
+            attributes["training"] = True

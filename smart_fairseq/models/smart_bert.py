@@ -1,27 +1,42 @@
-"""RoBERTa whose LayerNorms take their epsilon from a flag, so that BERT's weights compute what BERT computed.
+"""BERT (Devlin et al., 2019): fairseq's RoBERTa with the three things that it leaves out.
 
-fairseq hard-codes the epsilon 1e-5 in `fairseq.modules.LayerNorm`; BERT was trained with 1e-12
-(Devlin et al., 2019, `layer_norm` of the authors' `modeling.py`, by the default of TensorFlow's contrib.layers).
-On MiniLM the difference alone moves the last hidden state by 2.5e-3. Everything else is fairseq's RoBERTa,
-heads, hub interface and flags included; `python -m smart_fairseq.export` turns a trained
-model into one of `--arch roberta`.
+- **Token types.** The second text of a pair, [CLS] a [SEP] b [SEP], is what stands behind the first separator, which is
+  how fairseq's `sentence_prediction` joins the two with --init-token 0 and without --separator-token. A type is added
+  to each looked-up embedding, behind the lookup that is perturbed and before positions and LayerNorm, as BERT does.
+- **The pooler**, BERT's dense layer and tanh over [CLS], is the first layer of fairseq's classification head: a head
+  that a checkpoint does not hold starts from the pooler that the checkpoint does.
+- **The epsilon** of LayerNorm, 1e-12 (the authors' `modeling.py`, by the default of TensorFlow's contrib.layers), where
+  fairseq hard-codes 1e-5 in `fairseq.modules.LayerNorm`. On MiniLM that alone moves the last hidden state by 2.5e-3.
+
+A checkpoint without token types, such as a RoBERTa's of another epsilon or one that this package imported before it
+knew them, stays the model that it is: no parameter is added to it. Heads, hub interface and flags are fairseq's;
+`python -m smart_fairseq.export` says what of a trained model plain fairseq can hold.
 """
 
 import argparse
+import contextlib
+import logging
 import math
 from typing import Any
 
 import torch
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.roberta.model import RobertaModel, base_architecture, roberta_large_architecture
+from fairseq.models.roberta.model import RobertaEncoder, RobertaModel, base_architecture, roberta_large_architecture
+from fairseq.models.transformer import TransformerEncoder
+from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from fairseq.utils import safe_getattr
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor, nn
 
+from smart_fairseq.convert.checkpoint import POOLER
 from smart_fairseq.errors import require
+
+logger = logging.getLogger(__name__)
 
 BERT_LAYER_NORM_EPS = 1e-12
 
 
-def set_layer_norm_eps(model: torch.nn.Module, eps: float) -> None:
+def set_layer_norm_eps(model: nn.Module, eps: float) -> None:
     """Give every LayerNorm inside `model` the epsilon `eps`.
 
     Found by attribute rather than by class, because fairseq uses apex's fused LayerNorm where that is installed.
@@ -31,18 +46,75 @@ def set_layer_norm_eps(model: torch.nn.Module, eps: float) -> None:
             setattr(module, "eps", eps)  # noqa: B010  to mypy, a module's attributes are modules or tensors
 
 
+def in_second_text(src_tokens: Tensor, separator: int) -> Tensor:
+    """Whether a token stands behind the first separator of its row: [B, T] ids -> [B, T] bool.
+
+    Padding behind the only separator counts; nothing is computed from it.
+
+    >>> in_second_text(torch.tensor([[0, 5, 2, 6, 2], [0, 5, 6, 7, 2]]), 2).int().tolist()
+    [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
+    """
+    ends = src_tokens.eq(separator)
+    return ends.cumsum(dim=1).gt(ends)
+
+
+class BertSentenceEncoder(TransformerEncoder):
+    """fairseq's encoder with ``token_types``, [2, C]: a row for each text of a pair; None where it goes without."""
+
+    token_types: nn.Parameter | None
+
+    def __init__(self, args: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
+        super().__init__(args, dictionary, embed_tokens)
+        # zeros: nothing is drawn for it, so that all else starts as it does without
+        self.token_types = nn.Parameter(torch.zeros(2, args.encoder_embed_dim))
+
+    def forward_embedding(self, src_tokens: Tensor, token_embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lookup = self.embed_tokens(src_tokens) if token_embedding is None else token_embedding
+        if self.token_types is not None:
+            first, second = self.token_types
+            lookup = lookup + torch.where(in_second_text(src_tokens, self.dictionary.eos())[..., None], second, first)
+        return super().forward_embedding(src_tokens, lookup)  # type: ignore[no-any-return]
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        if self.token_types is not None and f"{name}.token_types" not in state_dict:
+            self.token_types = None  # before there is an optimizer: fairseq builds it after loading
+            logger.info(
+                "the checkpoint holds no token types, and the model goes without: separators alone tell the texts of a "
+                "pair apart (for BERT's types, import the encoder again)"
+            )
+        return super().upgrade_state_dict_named(state_dict, name)  # type: ignore[no-any-return]
+
+
+class BertEncoder(RobertaEncoder):
+    """fairseq's RoBERTa encoder around `BertSentenceEncoder`."""
+
+    def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
+        encoder = BertSentenceEncoder(args, dictionary, embed_tokens)
+        encoder.apply(init_bert_params)
+        return encoder
+
+
 @register_model("smart_bert")
 class SmartBertModel(RobertaModel):
-    """fairseq's RoBERTa with `--smart-layer-norm-eps` in place of the hard-coded 1e-5.
+    """fairseq's RobertaModel with BERT's token types, pooler, and `--smart-layer-norm-eps`.
 
     Raises `UsageError` for an epsilon that is not a positive number.
     """
 
-    def __init__(self, args: Any, encoder: torch.nn.Module) -> None:
+    def __init__(self, args: Any, encoder: nn.Module) -> None:
         super().__init__(args, encoder)
         eps = safe_getattr(args, "smart_layer_norm_eps", BERT_LAYER_NORM_EPS)
         require(math.isfinite(eps) and eps > 0, "--smart-layer-norm-eps", eps, "a positive number, such as 1e-12")
         set_layer_norm_eps(self.encoder, eps)
+        self.pooler: dict[str, Tensor] = {}  # weight [C, C] and bias [C], once a checkpoint brought them
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "SmartBertModel":
+        with open_dict(args) if OmegaConf.is_config(args) else contextlib.nullcontext():
+            base_architecture(args)
+            if safe_getattr(args, "max_positions") is None:
+                args.max_positions = safe_getattr(args, "tokens_per_sample") or task.max_positions()
+            return cls(args, BertEncoder(args, task.source_dictionary))
 
     @classmethod
     def hub_models(cls) -> dict[str, str]:
@@ -54,6 +126,28 @@ class SmartBertModel(RobertaModel):
         RobertaModel.add_args(parser)
         about = "epsilon of every LayerNorm (default: 1e-12, BERT's)"
         parser.add_argument("--smart-layer-norm-eps", type=float, metavar="E", help=about)
+
+    def register_classification_head(
+        self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
+    ) -> None:
+        super().register_classification_head(name, num_classes, inner_dim, **kwargs)
+        self._start_from_pooler(name)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
+        start = f"{name}." if name else ""
+        pooler = f"{start}{POOLER}."
+        keys = [key for key in state_dict if key.startswith(pooler)]
+        self.pooler = {key.removeprefix(pooler): state_dict.pop(key) for key in keys} or self.pooler
+        for head in self.classification_heads:
+            if f"{start}classification_heads.{head}.dense.weight" not in state_dict:
+                self._start_from_pooler(head)
+        super().upgrade_state_dict_named(state_dict, name)  # gives the state what those heads hold
+
+    def _start_from_pooler(self, head: str) -> None:
+        dense: Any = self.classification_heads[head].dense
+        if self.pooler and dense.weight.shape == self.pooler["weight"].shape:
+            dense.load_state_dict(self.pooler)
+            logger.info(f"the classification head {head} starts from BERT's pooler")
 
 
 @register_model_architecture("smart_bert", "smart_bert")

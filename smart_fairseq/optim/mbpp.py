@@ -153,10 +153,11 @@ class MBPP(FairseqOptimizer):
         require(cfg.mbpp_zero_sharding == "none", "--zero-sharding", cfg.mbpp_zero_sharding, needed)
         self.total_updates = _total_updates(cfg)
         self.warmup_momentum, self.momentum = _momentum(cfg, self.total_updates)
-        logger.info(
-            f"--optimizer mbpp: the teacher's momentum is {self.warmup_momentum:.6g} for the first "
-            f"{cfg.mbpp_warmup_ratio:g} of training, then {self.momentum:.6g}"
-        )
+        first = ""
+        if self.warmup_momentum != self.momentum:
+            first = f"{self.warmup_momentum:.6g} for the first {cfg.mbpp_warmup_ratio:g} of training, then "
+        memory = f", a memory of {cfg.mbpp_inner_steps / (1 - self.momentum):.4g} updates" if self.momentum < 1 else ""
+        logger.info(f"--optimizer mbpp: the teacher's momentum is {first}{self.momentum:.6g}{memory}")
         if self.momentum == 0 and cfg.mbpp_inner_steps == 1:
             logger.warning(
                 "--mbpp-momentum 0 with --mbpp-inner-steps 1: the teacher equals the weights at each update, "

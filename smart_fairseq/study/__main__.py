@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..commands.options import whole_number
 from ..commands.run import run
+from ..errors import UsageError
 from .document import put_into, write_report
 from .plan import Plan, read_plan
 from .runs import TrainingFailed
@@ -27,14 +28,18 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--into", type=Path, metavar="FILE.md", help="put the tables between this file's marks, and end"
     )
+    words = "with --report or --into: the method that the others are compared with (the plan's first)"
+    parser.add_argument("--against", metavar="METHOD", help=words)
     options = parser.parse_args(argv)
     jobs = whole_number("--jobs", options.jobs, 1)
     looking = options.report or options.into
+    if options.against and not looking:
+        raise UsageError(f"--against is {options.against} without --report or --into, which it is for; add one of them")
     plan = read_plan(options.plan, files=not looking)
     if looking:
-        _report(plan)
+        _report(plan, options.against)
         if options.into:
-            print(f"{options.into}: {', '.join(put_into(plan, options.into))}")
+            print(f"{options.into}: {', '.join(put_into(plan, options.into, options.against))}")
         return
     study = Study(plan)
     if options.rescore:
@@ -54,8 +59,8 @@ def _main(argv: Sequence[str] | None) -> None:
         raise TrainingFailed(f"{len(failed)} of the runs failed: {', '.join(failed)}", [])
 
 
-def _report(plan: Plan) -> None:
-    print("report: " + " ".join(map(str, write_report(plan))))
+def _report(plan: Plan, against: str | None = None) -> None:
+    print("report: " + " ".join(map(str, write_report(plan, against))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from ..data.metrics import METRICS
 from ..data.tasks import TASKS
 from ..errors import UsageError
 from . import recipe
+from .attacked import Attack
 from .recipe import Flag
 from .rows import Draw, Source
 
-KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep")
+KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train")
 # in a block of flags: what becomes the number of updates and their schedule
 LENGTH = ("epochs", "warmup")
@@ -66,6 +67,7 @@ class Asked:
     flags: Mapping[str, Flag]
     epochs: float
     warmup: float
+    attack: Attack | None = None
 
     @property
     def arm(self) -> str:
@@ -106,6 +108,7 @@ class Plan:
     encoder_flags: the architecture's.
     bpe: of the encoder, where its folder says it.
     axes: the grid.
+    attacks: by method and seed, what the run's weights are put under at its end.
     """
 
     path: Path
@@ -120,6 +123,7 @@ class Plan:
     seeds: Sequence[int]
     axes: Sequence[Block]
     keep: bool
+    attacks: Callable[[str, int], Attack | None] = lambda method, seed: None
 
     def runs(self) -> list[Asked]:
         """Every run; all with the first seed come first."""
@@ -149,7 +153,7 @@ class Plan:
         _number(self.path, where + "batch-size", flags["batch-size"], 1)
         for name in ("criterion", "optimizer"):
             _require(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
-        return Asked(task, method, variant, seed, flags, epochs, warmup)
+        return Asked(task, method, variant, seed, flags, epochs, warmup, self.attacks(method, seed))
 
     def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
         """fairseq-train's arguments for a run on ``data`` from a checkpoint, all but --save-dir."""
@@ -202,6 +206,7 @@ def read_plan(path: Path, files: bool = True) -> Plan:
         seeds=seeds,
         axes=_axes(path, given.get("grid") or [], [task.name for task in tasks], list(methods)),
         keep=_bool(path, "keep", given.get("keep", False)),
+        attacks=_attacks(path, given.get("attack"), list(methods), seeds),
     )
     names = [asked.name for asked in plan.runs()]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -295,6 +300,26 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     for key in ("flip", "stratified") if source.regression else ():
         _require(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
     return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags)
+
+
+def _attacks(
+    path: Path, given: Any, methods: Sequence[str], seeds: Sequence[int]
+) -> Callable[[str, int], Attack | None]:
+    """Which runs are attacked: all that the key ``attack`` does not leave out."""
+    if given is None:
+        return lambda method, seed: None
+    found = _mapping(path, "attack", given, ("radii", "rows", "methods", "seeds"))
+    radii, rows = found.get("radii"), _whole(path, "attack: rows", found.get("rows", 256))
+    right = isinstance(radii, list) and bool(radii) and all(type(r) in (float, int) and 0 < r <= 1 for r in radii)
+    right = right and sorted(set(radii or [])) == radii
+    _require(path, right, "attack: radii", radii, "a list of rising shares, above 0 and up to 1")
+    chosen = {}
+    for key, all_of in (("methods", list(methods)), ("seeds", list(seeds))):
+        chosen[key] = found.get(key, all_of)
+        right = isinstance(chosen[key], list) and bool(chosen[key]) and all(value in all_of for value in chosen[key])
+        _require(path, right, f"attack: {key}", chosen[key], f"a list of {', '.join(map(str, all_of))}")
+    asked = Attack(tuple(map(float, radii or [])), rows or 0)
+    return lambda method, seed: asked if method in chosen["methods"] and seed in chosen["seeds"] else None
 
 
 def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:

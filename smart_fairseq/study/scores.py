@@ -6,6 +6,7 @@ import numpy as np
 
 from ..data.metrics import score
 from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_temperature
+from .attacked import split_in_halves
 
 
 def measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -33,8 +34,7 @@ def all_scores(
     names = np.array(classes)
     found = score(metrics, list(names[logits.argmax(1)]), list(names[labels]), False)
     found |= measures(logits, labels)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    fitted_on, half = order[: len(order) // 2], order[len(order) // 2 :]
+    fitted_on, half = split_in_halves(len(labels), seed)
     found["temperature"] = fit_temperature(logits[fitted_on], labels[fitted_on])
     before, after = (measures(logits[half] / divisor, labels[half]) for divisor in (1, found["temperature"]))
     for name in ("cross_entropy", "calibration_error"):

@@ -16,6 +16,7 @@ from .. import register
 from ..data.lines import located
 from ..errors import explain
 from ..files import sha256
+from .attacked import scores_under_attack
 from .lines import Line, alone, facts, read_lines, write_lines
 from .plan import Asked, Plan
 from .report import last_tenth
@@ -67,7 +68,8 @@ class Study:
 
     def key(self, asked: Asked) -> str:
         """By all that determines the result, but for the code: a run whose key has a line is not run again."""
-        return _short([asked.settings(), self.data[asked.task.name], self.encoder])
+        attack = [asked.attack.settings()] if asked.attack else []
+        return _short([asked.settings(), self.data[asked.task.name], self.encoder, *attack])
 
     def folder(self, asked: Asked) -> Path:
         """The data folder of a run: the same for all methods."""
@@ -92,7 +94,9 @@ class Study:
             checkpoint = target
         logits = self.logits(self.key(asked))
         logits.parent.mkdir(parents=True, exist_ok=True)
-        keep = "keep" if self.plan.keep else "delete"
+        program = [*WORKER, str(logits), "keep" if self.plan.keep else "delete"]
+        if asked.attack:
+            program.append(asked.attack.argument(asked.seed))
         return Run(
             name=asked.name,
             method=f"{asked.task.name} {asked.arm}",
@@ -101,20 +105,22 @@ class Study:
             folder=self.plan.work,
             updates=asked.updates,
             cost=1.0 if asked.flags["criterion"] == "sentence_prediction" else 2.5,
-            program=(*WORKER, str(logits), keep),
+            program=program,
         )
 
     def metrics(self, asked: Asked, key: str) -> dict[str, float]:
         """From the stored logits. Raises `UsageError` where they are not there."""
         path, task = self.logits(key), asked.task
         try:
-            with np.load(path) as stored:
-                logits, labels = stored["logits"], stored["labels"]
+            with np.load(path) as file:
+                stored = dict(file)
+            logits, labels = stored["logits"], stored["labels"]
+            more = scores_under_attack(stored) if asked.attack else {}
         except (OSError, ValueError, KeyError):
             raise located(
                 path, 0, f"the logits of {asked.name} cannot be read; remove its line and run again"
             ) from None
-        return all_scores(logits, labels, task.metrics, task.source.classes, asked.seed)
+        return {**all_scores(logits, labels, task.metrics, task.source.classes, asked.seed), **more}
 
     def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:
         key = self.key(asked)
@@ -123,6 +129,7 @@ class Study:
         return {
             "key": key,
             **asked.settings(),
+            **({"attack": asked.attack.settings()} if asked.attack else {}),
             "metrics": self.metrics(asked, key),
             "terms": {name: value for name, value in found.items() if value is not None},
             "updates": result.done,
@@ -176,10 +183,19 @@ def _short(value: Any) -> str:
 
 
 def lines_of(plan: Plan) -> list[Line]:
-    """The newest line of each run that the plan asks for, in its order; neither data nor encoder are looked at."""
-    newest = {_short(_settings(line)): line for line in read_lines(plan.out / "runs.jsonl")}
-    found = [newest.get(_short(asked.settings())) for asked in plan.runs()]
-    return [line for line in found if line is not None]
+    """The newest line of each run that the plan asks for, in its order; neither data nor encoder are looked at.
+
+    One that was attacked as the plan asks is taken before one that was not.
+    """
+    lines: dict[str, list[Line]] = {}
+    for line in read_lines(plan.out / "runs.jsonl"):
+        lines.setdefault(_short(_settings(line)), []).append(line)
+    found = []
+    for asked in plan.runs():
+        attack = asked.attack.settings() if asked.attack else None
+        alike = sorted(lines.get(_short(asked.settings()), []), key=lambda line: line.get("attack") == attack)
+        found += alike[-1:]
+    return found
 
 
 def _settings(line: Line) -> Line:

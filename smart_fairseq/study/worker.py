@@ -1,9 +1,9 @@
 """One run of a study, as a process of its own: fairseq-train, then the logits of the valid split.
 
-    python -m smart_fairseq.study.worker LOGITS.npz {keep,delete} FAIRSEQ_TRAIN_FLAGS...
+    python -m smart_fairseq.study.worker LOGITS.npz {keep,delete} [--attack=JSON] FAIRSEQ_TRAIN_FLAGS...
 
-The checkpoint is deleted once the logits are there, unless it is to be kept. The process ends with the one that
-started it, even if that was killed.
+The weights are attacked where that is asked for. The checkpoint is deleted once the logits are there, unless it is to
+be kept. The process ends with the one that started it, even if that was killed.
 """
 
 import json
@@ -22,6 +22,7 @@ import numpy as np
 from ..files import whole_file
 from ..inference import batches
 from ..patches import allow_fairseq_checkpoints
+from .attacked import FLAG, Attack, attacked
 
 MAX_TOKENS = 4096
 NICENESS = 5
@@ -74,42 +75,72 @@ def train(arguments: list[str], common: Mapping[str, Any] | None = None) -> Stop
     return watch
 
 
-def predict(checkpoint: Path, data: str) -> tuple[np.ndarray, np.ndarray]:
-    """(logits [N, K], labels [N]) of the valid split, in the order of its rows."""
-    import torch
-    from fairseq import checkpoint_utils
+class Trained:
+    """A checkpoint with the rows of its data folder's valid split, in their order."""
 
-    overrides = {"data": data, "no_shuffle": True}
-    (model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.common.cpu else "cpu")
-    model.to(device).eval()
-    head = config.criterion.get("classification_head_name") or "sentence_classification_head"
-    dataset: Any = task.load_dataset("valid")
-    logits = np.zeros((len(dataset), config.task.num_classes), dtype=np.float32)
-    labels = np.zeros(len(dataset), dtype=np.float32 if config.task.regression_target else np.int64)
-    with torch.inference_mode():
-        for batch in batches(np.asarray(dataset.sizes[0]), MAX_TOKENS):
-            sample = dataset.collater([dataset[place] for place in batch])
-            inputs = {name: value.to(device) for name, value in sample["net_input"].items()}
-            found, _ = model(**inputs, features_only=True, classification_head_name=head)
-            logits[batch] = found.float().cpu().numpy()
-            labels[batch] = sample["target"].reshape(-1).numpy()
-    return logits, labels
+    def __init__(self, checkpoint: Path, data: str) -> None:
+        import torch
+        from fairseq import checkpoint_utils
+
+        overrides = {"data": data, "no_shuffle": True}
+        (self.model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.common.cpu else "cpu")
+        self.model.to(self.device).eval()
+        self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
+        self.dataset: Any = task.load_dataset("valid")
+        self.sizes = np.asarray(self.dataset.sizes[0])
+        self.num_classes, self.regression = config.task.num_classes, config.task.regression_target
+
+    def sample(self, rows: list[int]) -> tuple[dict[str, Any], Any]:
+        """(the model's inputs, labels [B]) of some rows."""
+        sample = self.dataset.collater([self.dataset[row] for row in rows])
+        inputs = {name: value.to(self.device) for name, value in sample["net_input"].items()}
+        return inputs, sample["target"].reshape(-1)
+
+    def predict(self) -> tuple[np.ndarray, np.ndarray]:
+        """(logits [N, K], labels [N])."""
+        import torch
+
+        logits = np.zeros((len(self.dataset), self.num_classes), dtype=np.float32)
+        labels = np.zeros(len(self.dataset), dtype=np.float32 if self.regression else np.int64)
+        with torch.inference_mode():
+            for rows in batches(self.sizes, MAX_TOKENS):
+                inputs, targets = self.sample(rows)
+                found, _ = self.model(**inputs, features_only=True, classification_head_name=self.head)
+                logits[rows], labels[rows] = found.float().cpu().numpy(), targets.numpy()
+        return logits, labels
+
+    def forward(self, rows: list[int]) -> tuple[Any, Any, Any]:
+        """For `attacked`."""
+        from ..encoder import Forward, encoder_of
+        from ..evaluation.attack import PLACE
+
+        inputs, targets = self.sample(rows)
+        forward = Forward(encoder_of(self.model), self.model, inputs, self.head, PLACE)
+        gold = targets.view(-1, 1) if self.regression else targets
+        return forward, inputs["src_tokens"], gold.to(self.device)
 
 
-def main(out: Path, keep: bool, arguments: list[str]) -> None:
-    """Train, predict, store: ``out`` is there whole or not at all."""
+def main(out: Path, keep: bool, arguments: list[str], attack: str | None = None) -> None:
+    """Train, predict, attack, store: ``out`` is there whole or not at all.
+
+    attack: an `Attack.argument`.
+    """
     leave_with_parent()
     os.nice(NICENESS)
     allow_fairseq_checkpoints()
     save_dir = Path(arguments[arguments.index("--save-dir") + 1])
     shutil.rmtree(save_dir, ignore_errors=True)  # of a run that was cut off: fairseq would go on from there
     watch = train(arguments)
-    logits, labels = predict(save_dir / "checkpoint_last.pt", arguments[0])
+    trained = Trained(save_dir / "checkpoint_last.pt", arguments[0])
+    logits, labels = trained.predict()
     if not np.isfinite(logits).all():
         sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
+    stored: dict[str, Any] = {"logits": logits, "labels": labels}
+    if attack is not None:
+        stored |= attacked(*Attack.of_argument(attack), logits, labels, trained.sizes, trained.forward)
     with whole_file(out) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, logits=logits, labels=labels)
+        np.savez_compressed(file, **stored)
     if not keep:
         shutil.rmtree(save_dir)
     facts = {"rows": len(labels), "cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
@@ -117,4 +148,6 @@ def main(out: Path, keep: bool, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "keep", sys.argv[3:])
+    _out, _keep, *_rest = sys.argv[1:]
+    _attack = _rest.pop(0) if _rest[0].startswith(FLAG) else None
+    main(Path(_out), _keep == "keep", _rest, _attack)

@@ -3,7 +3,7 @@
 Paper: Jiang et al. (2020), equation 3: D_Breg = mean_i l_s(f(x_i; theta), f(x_i; theta~)).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,21 +11,20 @@ from torch import Tensor
 
 from ..encoder import Forward
 from ..method.divergence import Divergence
-from ..method.dropout import without_dropout
 from . import TermValue
 
 __all__ = ["bregman", "teacher_output"]
 
 
-def teacher_output(forward: Forward, weights: dict[str, Tensor], perturbation: Tensor | None = None) -> Tensor:
+def teacher_output(forward: Forward, weights: Mapping[str, Tensor], perturbation: Tensor | None = None) -> Tensor:
     """The teacher's logits [B, K], without dropout and without gradients."""
-    with torch.no_grad(), without_dropout(forward.encoder.model):
-        return forward(weights, perturbation)
+    with torch.no_grad(), forward.encoder.without_dropout():
+        return forward(forward.encoder.cast(weights), perturbation)
 
 
 @contextmanager
 def bregman(
-    forward: Forward, weights: dict[str, Tensor], divergence: Divergence, perturbation: Tensor | None = None
+    forward: Forward, weights: Mapping[str, Tensor], divergence: Divergence, perturbation: Tensor | None = None
 ) -> Iterator[Callable[[Tensor], TermValue]]:
     """D_Breg of one batch, as a `Term`.
 

@@ -54,10 +54,10 @@ class Search(Enum):
 _WORDS = {
     FormOfTerm.TWO_FORWARDS: "by two forwards",
     FormOfTerm.FIRST_ORDER: "to first order (tangent)",
-    Search.CLEAN_PASS: "the first ascent step to first order from the clean pass",
-    Search.OWN_PASS: "the first ascent step to first order from a pass of its own",
-    Search.FORWARD: "the first ascent step by a forward, whose fresh masks move the output more than any noise",
-    Search.EVERY_STEP: "every ascent step to first order from the clean pass",
+    Search.CLEAN_PASS: "its first ascent step from the clean pass",
+    Search.OWN_PASS: "its first ascent step from a pass of its own",
+    Search.FORWARD: "its first ascent step by a forward, whose fresh masks move the output more than any noise",
+    Search.EVERY_STEP: "every ascent step from the clean pass",
 }
 
 

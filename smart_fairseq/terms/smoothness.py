@@ -12,6 +12,7 @@ confident examples in float32, and for all in half precision.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ..method.adversary import (
     norm,
 )
 from ..method.divergence import Divergence
-from ..method.dropout import RandomState, without_dropout
+from ..method.dropout import RandomState
 from ..method.noise import example_noise
 from ..method.relative import noise_in_units, unit_of
 from . import Term, TermValue
@@ -99,7 +100,7 @@ class _Batch:
         if self.settings.dropout == "shared":
             dropout = self.masks.replayed()
         elif self.settings.dropout == "off":
-            dropout = without_dropout(self.encoder.model)
+            dropout = self.encoder.without_dropout()
         with dropout, self.attention():
             yield
 
@@ -152,11 +153,11 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
 
     def find(clean: Tensor, entered: list[Tensor]) -> Tensor:
         """Algorithm 1, lines 4 to 8."""
-        weights, first_gradient = encoder.frozen_weights(), known
+        weights, first_gradient = cache(encoder.frozen_weights), known
 
         def at_the_point(perturbation: Tensor) -> Tensor:
             with batch.dropout():
-                return forward(weights, perturbation)
+                return forward(weights(), perturbation)
 
         logits_fn = batch.in_units(at_the_point)
         if entered:
@@ -172,7 +173,7 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
     def value(clean: Tensor) -> TermValue:
         found = entered
         if settings.dropout == "off":
-            with without_dropout(encoder.model), entering() as found:
+            with encoder.without_dropout(), entering() as found:
                 clean = forward()
         perturbation = find(clean, found)
         with batch.dropout(), encoder.without_gelu_outputs():

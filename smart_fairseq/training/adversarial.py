@@ -11,7 +11,6 @@ l2 norm, or with the norm inf along its sign, then back onto the ball. Padding i
 the same in all passes over a batch, so that they climb one function.
 """
 
-from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -26,7 +25,7 @@ from ..method.noise import uniform_noise
 from ..method.relative import noise_in_units, unit_of
 from .checks import check_model
 from .criterion import RegularizedCriterion
-from .flags import RegularizedConfig
+from .flags import RegularizedConfig, recipe_choices, with_recipe
 from .link import Result
 
 __all__ = ["AdversarialCriterion", "Ball", "Start", "ball_config"]
@@ -43,10 +42,8 @@ class Ball(NamedTuple):
     norm: str
 
     @classmethod
-    def of(cls, cfg: RegularizedConfig, prefix: str, recipe: "Ball | None" = None) -> "Ball":
-        """The flags' values; those of ``recipe`` where a flag is not given."""
-        given = {key: getattr(cfg, f"{prefix}_{key}") for key in cls._fields}
-        return cls(**{key: getattr(recipe, key) if value is None else value for key, value in given.items()})
+    def of(cls, cfg: RegularizedConfig, prefix: str) -> "Ball":
+        return cls(**{key: getattr(cfg, f"{prefix}_{key}") for key in cls._fields})
 
 
 _HELP = {
@@ -57,24 +54,24 @@ _HELP = {
     "start": "size of the random start (uniform; norm l2: over the root of the number of entries); 0: the embeddings",
     "norm": "norm of the ball; l2 steps along the gradient, inf along its sign",
 }
+_RECIPE = "values of the flags that are not given: relative (the default), or the authors' for a task of GLUE, absolute"
 
 
-def ball_config(name: str, prefix: str, module: str, values: Ball | None, steps: str, more: Sequence[Any] = ()) -> Any:
+def ball_config(name: str, prefix: str, module: str, steps: str) -> Any:
     """The dataclass of a criterion whose flags begin with ``prefix``.
 
     Args:
         module: where it is kept under its ``name``.
-        values: defaults; None: by a recipe.
         steps: what the flag of that name counts.
-        more: other fields, as `dataclasses.make_dataclass` takes them.
     """
     types: dict[str, Any] = dict.fromkeys(Ball._fields, float)
     types |= {"epsilon_unit": ChoiceEnum(["relative", "absolute"]), "norm": ChoiceEnum(["l2", "inf"]), "steps": int}
-    fields = []
+    recipe = field(default="relative", metadata={"help": _RECIPE})
+    fields: list[Any] = [(f"{prefix}_recipe", recipe_choices(prefix), recipe)]
     for key in Ball._fields:
-        filled = field(default=getattr(values, key, None), metadata={"help": {**_HELP, "steps": steps}[key]})
-        fields.append((f"{prefix}_{key}", Optional[types[key]], filled))  # noqa: UP045  (fairseq knows no other)
-    config = make_dataclass(name, [*fields, *more], bases=(RegularizedConfig,))
+        not_set = field(default=None, metadata={"help": {**_HELP, "steps": steps}[key]})
+        fields.append((f"{prefix}_{key}", Optional[types[key]], not_set))  # noqa: UP045  (fairseq knows no other)
+    config = make_dataclass(name, fields, bases=(RegularizedConfig,))
     config.__module__ = module  # so that it can be pickled
     return config
 
@@ -96,15 +93,17 @@ class AdversarialCriterion(RegularizedCriterion):
     """What the adversarial criteria share; a subclass has `perturbation`, which sets ``delta`` and ``before``.
 
     Args:
-        name: of the method, with which its flags and its entries in the log begin.
-        ball: values of its flags; errors are `UsageError`s.
+        name: of the method, with which its flags and its entries in the log begin. Errors in them are `UsageError`s.
 
     Attributes:
+        ball: the flags' values.
         delta: size of the batch's perturbations, a sum of norms in the unit of the radius.
         before: task loss of the batch where the ascent began, a sum; None where that is not known.
     """
 
-    def __init__(self, cfg: RegularizedConfig, task: Any, name: str, ball: Ball) -> None:
+    def __init__(self, cfg: RegularizedConfig, task: Any, name: str) -> None:
+        cfg = with_recipe(cfg, name)
+        ball = Ball.of(cfg, name)
         super().__init__(cfg, task, weights={}, adversarial=ball.epsilon > 0)
         self.name, self.ball = name, ball
         self.delta: Tensor | None = None

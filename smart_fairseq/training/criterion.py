@@ -145,7 +145,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         forward = self.forward_of(model, sample)
         encoder = forward.encoder
         weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
-        with encoder.without_waiting(), contextlib.ExitStack() as around:
+        with encoder.lean(), contextlib.ExitStack() as around:
             perturbation = self.perturbation(forward, sample) if self.adversarial else None
             # what needs nothing of the clean pass comes before it; the teacher leaves no graph behind
             values = {
@@ -157,7 +157,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
             output = around.enter_context(_output_of(model))
             loss, sample_size, log = super().forward(model, sample, reduce)
         log["task_loss"] = log["loss"]
-        with encoder.without_waiting():
+        with encoder.lean():
             found = {name: values[name](output[0]) for name in weights}
         if found:
             loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))

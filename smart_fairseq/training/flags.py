@@ -4,6 +4,7 @@ fairseq reads these annotations at run time: no postponed annotations in this fi
 """
 
 import copy
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
@@ -11,7 +12,9 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 from fairseq.dataclass import ChoiceEnum
 from omegaconf import II
 
-from .recipes import RECIPES
+from .recipes import RECIPES, RECIPES_OF
+
+logger = logging.getLogger(__name__)
 
 # None until `with_recipe` has filled it in, before anything reads it
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 else:
     ByRecipe = Optional[float]
 
-__all__ = ["AdversaryFlags", "ByRecipe", "RegularizedConfig", "with_recipe"]
+__all__ = ["AdversaryFlags", "ByRecipe", "RegularizedConfig", "recipe_choices", "with_recipe"]
 
 
 @dataclass
@@ -70,9 +73,12 @@ class AdversaryFlags:
             "help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"
         },
     )
-    smart_embedding: Optional[ChoiceEnum(["token", "input"])] = field(  # type: ignore[valid-type]
+    smart_embedding: Optional[ChoiceEnum(["token", "normalized", "input"])] = field(  # type: ignore[valid-type]
         default=None,
-        metadata={"help": "what is perturbed: the embedding lookup, or what enters the first layer"},
+        metadata={
+            "help": "what is perturbed: the embedding lookup; what enters the embeddings' LayerNorm, normalised (SiFT);"
+            " or what enters the first layer"
+        },
     )
     smart_dropout: Optional[ChoiceEnum(["shared", "independent", "off"])] = field(  # type: ignore[valid-type]
         default=None,
@@ -108,16 +114,37 @@ class AdversaryFlags:
     )
 
 
-Flags = TypeVar("Flags", bound=AdversaryFlags)
+Flags = TypeVar("Flags", "AdversaryFlags", "RegularizedConfig")
 
 
-def with_recipe(flags: Flags) -> Flags:
-    """A copy in which every flag of the recipe has a value: what was given, or else the recipe's."""
-    filled = copy.copy(flags)
-    for name, value in RECIPES[str(flags.smart_recipe)].items():
-        if getattr(filled, name) is None:
-            setattr(filled, name, value)
+def recipe_choices(prefix: str) -> Any:
+    """The type of ``--PREFIX-recipe``."""
+    return ChoiceEnum(list(RECIPES_OF[prefix]))
+
+
+def with_recipe(flags: Flags, prefix: str) -> Flags:
+    """A copy in which every flag of the recipe has a value: what was given, or else the recipe's.
+
+    Sizes of a recipe are in its unit: where another one is given for some of them, a warning names them.
+    """
+    filled, name = copy.copy(flags), str(getattr(flags, f"{prefix}_recipe"))
+    recipe, unit = RECIPES_OF[prefix][name], f"{prefix}_epsilon_unit"
+    taken: dict[str, Any] = {key: value for key, value in recipe.items() if getattr(flags, key) is None}
+    for key, value in taken.items():
+        setattr(filled, key, value)
+    sizes = [f"--{key.replace('_', '-')} {taken[key]:g}" for key in sizes_of(prefix) if key in taken]
+    given = str(getattr(filled, unit, None))
+    if sizes and recipe.get(unit, given) != given:
+        logger.warning(
+            f"--{prefix}-epsilon-unit is {given}, but {', '.join(sizes)} of --{prefix}-recipe {name} are "
+            f"{recipe[unit]} sizes; give these as well"
+        )
     return filled
+
+
+def sizes_of(prefix: str) -> list[str]:
+    """The flags that are measured in ``--PREFIX-epsilon-unit``."""
+    return [f"{prefix}_{size}" for size in ("epsilon", "noise_std", "step_size", "start")]
 
 
 @dataclass

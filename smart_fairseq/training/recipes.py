@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["LEAST_MEMORY", "MEMORY", "MOMENTUM", "RECIPES"]
+__all__ = ["LEAST_MEMORY", "MEMORY", "MOMENTUM", "RECIPES", "RECIPES_OF"]
 
 _PAPER = {
     "smart_weight": 1.0,
@@ -35,17 +35,107 @@ RECIPES: dict[str, dict[str, Any]] = {
         "smart_embedding": "input",
         "smart_dropout": "independent",
     },
-    # microsoft/DeBERTa, sift/sift.py: noise of 1e-2 cut at twice that, and a step that adds next to nothing to it, on
-    # embeddings of unit variance
+    # microsoft/DeBERTa, DeBERTa/sift/sift.py and experiments/glue/mnli.sh: noise of 1e-2 cut at twice that, and a step
+    # that adds next to nothing to it, on embeddings of unit variance
     "sift": {
         **_PAPER,
         "smart_weight": 5.0,
-        "smart_epsilon_unit": "relative",
         "smart_epsilon": 2e-2,
         "smart_noise_std": 1e-2,
         "smart_step_size": 1e-4,
         "smart_norm_scope": "token",
+        "smart_embedding": "normalized",
         "smart_dropout": "independent",
+    },
+}
+
+
+def _balls(method: str, steps: int, passes: int, **authors: tuple[float, int, float, float]) -> dict[str, Any]:
+    """The recipes of an adversarial method: the default, and its authors' for tasks of GLUE.
+
+    Args:
+        steps: of the default.
+        passes: what --METHOD-steps counts more than --adv-steps.
+        authors: --adv-lr, --adv-steps, --rand-init-mag, --max-norm by task; l2 norms in the embeddings' own units.
+    """
+    found = {"relative": ("relative", 0.01, 0.006, steps, 0.004)}
+    for task, (step_size, adv_steps, start, radius) in authors.items():
+        found[task] = ("absolute", radius, step_size, adv_steps + passes, start)
+    keys = ("epsilon_unit", "epsilon", "step_size", "steps", "start")
+    return {
+        name: {f"{method}_{key}": value for key, value in zip(keys, values)} | {f"{method}_norm": "l2"}
+        for name, values in found.items()
+    }
+
+
+def _rdrop(weight: float) -> dict[str, Any]:
+    return {"rdrop_weight": weight}
+
+
+def _r3f(weight: float) -> dict[str, Any]:
+    """fairseq at 3d262bb, examples/rxf: the defaults of its criterion, and of its README's command for RTE."""
+    return {
+        "r3f_weight": weight,
+        "r3f_epsilon": 1e-5,
+        "r3f_epsilon_unit": "absolute",
+        "r3f_noise": "uniform",
+        "r3f_dropout": "independent",
+    }
+
+
+# by the prefix of a criterion's flags, of --PREFIX-recipe; the first is its default
+RECIPES_OF: dict[str, dict[str, dict[str, Any]]] = {
+    "smart": RECIPES,
+    # zhuchen03/FreeLB at d8c1695, fairseq-RoBERTa/launch/VanillaPGD/*.sh; all lines of QNLI are commented out, RTE has
+    # none
+    "pgd": _balls(
+        "pgd",
+        steps=2,
+        passes=0,
+        mnli=(1e-1, 2, 2e-1, 2e-1),
+        qnli=(1e-1, 2, 1.5e-1, 1.5e-1),
+        qqp=(1.5e-1, 2, 3.2e-1, 6.2e-1),
+        sst_2=(1e-1, 2, 1.0, 6e-1),
+        cola=(5e-2, 3, 4e-1, 2e-1),
+        mrpc=(4e-2, 3, 6.4e-1, 4e-1),
+        sts_b=(1e-1, 3, 1.6e-1, 2.8e-1),
+    ),
+    # launch/FreeLB/*.sh, where --adv-steps K takes K + 1 passes; RTE's lines are commented out
+    "freelb": _balls(
+        "freelb",
+        steps=3,
+        passes=1,
+        mnli=(1e-1, 2, 1e-1, 3e-1),
+        qnli=(1e-1, 2, 2e-1, 2e-1),
+        qqp=(2e-1, 2, 3.2e-1, 7e-1),
+        sst_2=(1e-1, 2, 1.0, 6e-1),
+        cola=(2.5e-2, 3, 4e-1, 3e-1),
+        mrpc=(4e-2, 3, 6.4e-1, 4e-1),
+        sts_b=(1e-1, 3, 1.6e-1, 2.8e-1),
+        rte=(6e-2, 3, 1.6e-1, 1.4e-1),
+    ),
+    # launch/FreeAT/*.sh, where --adv-steps m takes m updates on a batch; RTE has none
+    "freeat": _balls(
+        "freeat",
+        steps=3,
+        passes=0,
+        mnli=(1e-1, 2, 1e-2, 2e-1),
+        qnli=(1e-1, 2, 1.5e-1, 1.5e-1),
+        qqp=(1.5e-1, 2, 3.2e-1, 6.2e-1),
+        sst_2=(1e-1, 2, 1.0, 6e-1),
+        cola=(5e-2, 3, 4e-1, 2e-1),
+        mrpc=(4e-2, 3, 6.4e-1, 4e-1),
+        sts_b=(1e-1, 3, 1.6e-1, 2.8e-1),
+    ),
+    "r3f": {"paper": _r3f(1.0), "rte": _r3f(0.7)},
+    # dropreg/R-Drop at 7ab94f4, huggingface_transformer_src: modeling_bert.py adds to both task losses, means over a
+    # batch, half the mean of both KL as a sum over it: an alpha of half the batch, whose size README.md (at 37263d2)
+    # has for each task; for a regression 1
+    "rdrop": {
+        "paper": _rdrop(1.0),
+        **{task: _rdrop(size / 2) for task, size in (("mnli", 32), ("qnli", 32), ("qqp", 32), ("sst_2", 32))},
+        **{task: _rdrop(size / 2) for task, size in (("cola", 16), ("mrpc", 16), ("rte", 8))},
+        "sts_b": _rdrop(1.0),
     },
 }
 # of --mbpp-recipe: the momentum in the first part of training and in the rest; None: that of MEMORY

@@ -1,49 +1,45 @@
-"""Updates on a CUDA device that is not there; a program of its own, run by test_pretended_cuda.py.
+"""Updates on a CUDA device that is not there: their launches, their waits, their memory, and mixed devices.
 
-    python tests/pretended_cuda.py FOLDER < forms.json > counts.json
+Tensors are torch's fake ones, which have a device, a shape and a dtype but no numbers: an operation on mixed devices
+raises as on a GPU, and every operation that would reach the device is seen. Nothing here says that a result is right.
 
-FOLDER holds tiny data, and beside it the guard is compiled; each form is {"flags": [...], "precision": "bf16", ...}, as
-`Update` takes it. Tensors are torch's fake ones, which have a device, a shape and a dtype but no numbers: an operation
-on mixed devices raises as on a GPU, and every operation that would reach the device is seen. Nothing here says that a
-result is right.
-
-A torch built for the CPU takes no gradients on "cuda" without a device guard: pretended_cuda.cpp, compiled on the spot,
-which must be in the process before torch is.
+A torch built for the CPU takes no gradients on "cuda" without a device guard: pretended_cuda.cpp, compiled by g++ when
+this module is imported. It must be in the process before torch is, so a program imports this module first.
 """
 
 # ruff: noqa: E402  the guard comes before torch
 
 import ctypes
 import importlib.util
-import json
 import math
 import subprocess
 import sys
-import traceback
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 
-
-def load_guard(folder: Path) -> None:
+def _load_guard(folder: Path) -> None:
     """Compile the guard into ``folder`` and load it; its symbols come before torch's."""
-    assert "torch" not in sys.modules
+    if "torch" in sys.modules:
+        raise ImportError("pretended_cuda must be imported before torch")
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
     torch_folder, library = Path(found.origin).parent, folder / "pretended_cuda.so"
+    source = Path(__file__).resolve().with_suffix(".cpp")
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{torch_folder}/include", "-o", str(library)]
-    command += [str(HERE / "pretended_cuda.cpp"), f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
+    command += [str(source), f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
     subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-if __name__ == "__main__":
-    load_guard(Path(sys.argv[1]).parent)
+with tempfile.TemporaryDirectory() as name:
+    _load_guard(Path(name))
 
 import fairseq
-import toolkit
 import torch
 from fairseq import optim, tasks
 from fairseq.optim.amp_optimizer import AMPOptimizer
@@ -58,11 +54,8 @@ from smart_fairseq.criterions import smart_sentence_prediction
 from smart_fairseq.terms.precision import Place
 
 aten = torch.ops.aten
-FOLDERS = {
-    "smart_fairseq": Path(smart_fairseq.__file__).parent,
-    "fairseq": Path(fairseq.__file__).parent,
-    "tests": HERE,
-}
+# in whose functions a wait may be, by the name that it is given there
+FOLDERS = {"smart_fairseq": Path(smart_fairseq.__file__).parent, "fairseq": Path(fairseq.__file__).parent}
 # kernels that one operation launches, where they are several
 KERNELS = {
     "_scaled_dot_product_efficient_attention_backward": 2,
@@ -75,6 +68,8 @@ KERNELS = {
 WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 # per launch of a foreach operation, by the number of lists (ATen/native/cuda/MultiTensorApply.cuh)
 TENSORS_A_LAUNCH, BLOCKS_A_LAUNCH, BLOCK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+# of a mask's rows, for the memory-efficient attention (ATen/native/transformers/attention.cpp)
+MASK_ALIGNMENT = 8
 
 
 class Device(TorchDispatchMode):
@@ -153,12 +148,12 @@ def answer(tensor: Any) -> Any:
 
 
 def place() -> str:
-    """The innermost function of the package, of fairseq or of the tests on the stack."""
+    """The innermost function of `FOLDERS` on the stack."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
         for name, folder in FOLDERS.items():
-            if path.startswith(f"{folder}/") and path != __file__:
+            if path.startswith(f"{folder}/"):
                 return f"{name}{path.removeprefix(str(folder))} {frame.f_code.co_name}"
         frame = frame.f_back
     return "torch"
@@ -168,7 +163,18 @@ def current_device() -> Device | None:
     return next((mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Device)), None)
 
 
-def pretend() -> None:
+@contextmanager
+def pretended() -> Iterator[Callable[[Any], Any]]:
+    """A block in which models are built on the device; what it yields moves a batch there.
+
+    One block for all updates of a program: it remembers what an operation gives, and torch stays altered.
+    """
+    _pretend()
+    with FakeTensorMode() as mode:
+        yield lambda sample: apply_to_sample(lambda tensor: mode.from_tensor(tensor).to("cuda"), sample)
+
+
+def _pretend() -> None:
     """What a build without CUDA has not in Python."""
     on_cpu, from_list = functional.scaled_dot_product_attention, FakeTensor.tolist
     state = torch.zeros(16, dtype=torch.uint8)
@@ -189,7 +195,9 @@ def pretend() -> None:
         if attn_mask is None and half and aligned:
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False)[0]
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+            if any(stride % MASK_ALIGNMENT for stride in attn_mask.stride()[:-1]):
+                attn_mask = functional.pad(attn_mask, (0, MASK_ALIGNMENT - k.shape[2] % MASK_ALIGNMENT))
+            attn_mask = attn_mask[..., : k.shape[2]].expand(*q.shape[:3], k.shape[2])
         keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keeps, dropout_p, is_causal)[0]
 
@@ -229,16 +237,11 @@ class Update:
     """A model on the device with what trains it.
 
     Args:
-        data: folder of class data.
-        flags: of fairseq-train.
+        cfg: fairseq's.
         precision: "fp32", "bf16", "fp16", "fp16 flat" or "amp", as fairseq's flags of these names set them up.
-        change: what is done to the smoothness term, from `CHANGES`; to see that the counts would show it.
-        options: as `toolkit.command` takes them.
     """
 
-    def __init__(self, data: Path, flags: list[str], precision: str, change: str = "", **options: Any) -> None:
-        # heads of a multiple of 8 channels, as fused kernels want them
-        cfg = toolkit.parse(toolkit.command(data, "--encoder-embed-dim", "32", *flags, **options))
+    def __init__(self, cfg: Any, precision: str) -> None:
         cfg.common.bf16 = precision == "bf16"
         cfg.common.fp16 = precision.startswith("fp16")
         cfg.common.fp16_no_flatten_grads = precision == "fp16"
@@ -250,9 +253,6 @@ class Update:
         self.model = self.task.build_model(cfg.model)
         move(self.model, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.split()[0], torch.float32))
         self.criterion = self.task.build_criterion(cfg.criterion)
-        if change:
-            altered = CHANGES[change]
-            toolkit.alter_terms(self.criterion, lambda _, found: found._replace(value=altered(found.value)))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if cfg.common.bf16 or cfg.common.fp16:
             self.optimizer = optim.FP16Optimizer.build_optimizer(cfg, trained)
@@ -260,6 +260,12 @@ class Update:
             self.optimizer = AMPOptimizer.build_optimizer(cfg, trained)
         else:
             self.optimizer = optim.build_optimizer(cfg.optimizer, trained)
+
+    @property
+    def form(self) -> str:
+        """Of the smoothness term, in words, after the first update; "" where there is none."""
+        form = getattr(self.criterion, "form", None)
+        return form.in_words() if form else ""
 
     def take(self, sample: Any, number: int) -> Device:
         """One update, as fairseq's trainer takes it; what it asked of the device."""
@@ -270,6 +276,7 @@ class Update:
             def next_phase(loss: torch.Tensor) -> None:
                 device.phase = "backward"
                 backward(loss)
+                device.phase = "forward"  # of the next pass, where there are several
 
             self.optimizer.backward = next_phase
             _, size, _ = self.task.train_step(sample, self.model, self.criterion, self.optimizer, number)
@@ -279,58 +286,3 @@ class Update:
             self.optimizer.clip_grad_norm(self.clip_norm)
             self.optimizer.step()
         return device
-
-
-def read(value: torch.Tensor) -> torch.Tensor:
-    return value * float(value)
-
-
-def add_on_cpu(value: torch.Tensor) -> torch.Tensor:
-    return (value + torch.zeros(1)).sum()
-
-
-def add_copied(value: torch.Tensor) -> torch.Tensor:
-    return value + torch.zeros(()).to(value.device)
-
-
-def ten_launches(value: torch.Tensor) -> torch.Tensor:
-    for _ in range(10):
-        value = value * 1.0
-    return value
-
-
-CHANGES = {"float()": read, "CPU tensor": add_on_cpu, "copied CPU tensor": add_copied, "ten launches": ten_launches}
-
-
-def counts(data: Path, sample: Any, form: dict[str, Any]) -> dict[str, Any]:
-    """Of an update that is not the first, which makes the optimizer's state and the teacher."""
-    try:
-        update = Update(data, **form)
-        update.take(sample, 0)
-        device = update.take(sample, 1)
-    except Exception:
-        return {"error": traceback.format_exc(limit=-6)}
-    chosen = getattr(update.criterion, "form", None)
-    return {
-        "form": chosen.in_words() if chosen else "",
-        "launches": device.launches,
-        "waits": device.waits,
-        "draws": [stretch for stretch in device.draws if stretch],
-        "operations": dict(device.operations.most_common()),
-    }
-
-
-def main() -> None:
-    pretend()
-    data = Path(sys.argv[1])
-    _, task, _, _ = toolkit.build(toolkit.command(data))
-    batch = toolkit.batch(task, 4)
-    # one mode for all, because it remembers what an operation gives
-    with FakeTensorMode() as mode:
-        sample = apply_to_sample(lambda tensor: mode.from_tensor(tensor).to("cuda"), batch)
-        found = {name: counts(data, sample, form) for name, form in json.load(sys.stdin).items()}
-    json.dump(found, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

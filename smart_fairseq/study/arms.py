@@ -1,0 +1,101 @@
+"""A study's lines by task and method, and the differences between methods over the same seeds."""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import NamedTuple
+
+from ..data.lines import shown
+from ..errors import UsageError
+from .lines import Line
+from .plan import Asked, Plan, arm_of
+from .report import half_width
+from .studying import lines_of
+
+SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
+
+
+class Difference(NamedTuple):
+    """Of two arms over the seeds that both have: the mean, half of its 95 % t interval (nan for one seed)."""
+
+    mean: float
+    half: float
+    pairs: int
+
+
+class Arm(NamedTuple):
+    """A method with the grid's values on one task, the lines of its seeds, and the arm that it is compared with."""
+
+    name: str
+    lines: Mapping[int, Line]
+    baseline: "Arm | None"
+
+    def values(self, metric: str) -> dict[int, float]:
+        """By seed: a metric, seconds, or a term's share of the task loss (``smart_loss/task_loss``)."""
+        found = {seed: _value(line, metric) for seed, line in self.lines.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def numbers(self, metric: str) -> list[float]:
+        """The `values`, without the seeds."""
+        return list(self.values(metric).values())
+
+    def difference(self, metric: str) -> Difference | None:
+        """To the baseline; None without one, or without a seed that both have."""
+        return None if self.baseline is None else difference(self.values(metric), self.baseline.values(metric))
+
+    @property
+    def method(self) -> str:
+        return self.name.split(" ")[0]
+
+    def cost(self) -> float:
+        """Processor time of an update as a multiple of the baseline's, over the seeds that both have."""
+        if self.baseline is None:
+            return 1.0
+        ours, theirs = self.values(SECONDS[1]), self.baseline.values(SECONDS[1])
+        ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+        return fmean(ratios) if ratios else math.nan
+
+
+def _value(line: Line, name: str) -> float | None:
+    if "/" in name:
+        term, task = (line["terms"].get(part) for part in name.split("/"))
+        return None if term is None or not task else float(term / task)
+    value = line["metrics"].get(name, line.get(name))
+    return None if value is None else float(value)
+
+
+def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Paired by seed; a pair with a number that is not finite is left out."""
+    gains = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    gains = [gain for gain in gains if math.isfinite(gain)]
+    return Difference(fmean(gains), half_width(gains), len(gains)) if gains else None
+
+
+def arms_of(plan: Plan, against: str | None = None) -> dict[str, list[Arm]]:
+    """Per task, the arms that have lines, in the plan's order.
+
+    Each is compared with the method ``against`` (None: the plan's first), with the same values of the grid where that
+    has them too; where that has more values, with its only arm that has these. Raises `UsageError` for a method that
+    the plan does not have.
+    """
+    if against is not None and against not in plan.methods:
+        names = ", ".join(plan.methods)
+        raise UsageError(f"--against is {shown(against)}; it must be a method of {plan.path}: {names}")
+    first = against or next(iter(plan.methods))
+    found: dict[tuple[str, str], tuple[Asked, dict[int, Line]]] = {}
+    for asked in plan.runs():
+        found.setdefault((asked.task.name, asked.arm), (asked, {}))
+    for line in lines_of(plan):
+        found[line["task"], arm_of(line["method"], line["variant"])][1][line["seed"]] = line
+    there = [(asked, lines) for asked, lines in found.values() if lines]
+    baselines = [(asked, Arm(asked.arm, lines, None)) for asked, lines in there if asked.method == first]
+    tasks: dict[str, list[Arm]] = {task.name: [] for task in plan.tasks}
+    for asked, lines in there:
+        baseline = None
+        if asked.method != first:
+            ours, same_task = asked.variant.items(), [pair for pair in baselines if pair[0].task is asked.task]
+            alike = [arm for of, arm in same_task if of.variant.items() <= ours]
+            wider = [arm for of, arm in same_task if of.variant.items() > ours]
+            baseline = alike[0] if alike else wider[0] if len(wider) == 1 else None
+        tasks[asked.task.name].append(Arm(asked.arm, lines, baseline))
+    return tasks

@@ -1,0 +1,109 @@
+"""A run's weights under attack (`evaluation.attack`), before they are deleted.
+
+For a seed all methods have the same rows attacked, from the same start. Logits are divided by a temperature that is
+fitted on the half of the rows on which `scores` fits it: overconfidence alone hides the direction of an attack.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.calibration import fit_temperature
+
+__all__ = ["FLAG", "Attack", "attacked", "scores_under_attack", "split_in_halves"]
+
+FLAG = "--attack="  # of the worker
+MAX_TOKENS = 1024  # of a batch: a gradient keeps activations, which a prediction does not
+_DRAW = 1  # the rows that are attacked are another draw than the half that fits the temperature
+
+# rows -> their classification forward, token ids [B, T] and labels [B], on the model's device
+Forwards = Callable[[list[int]], tuple[Any, Any, Any]]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is asked for: rising radii, as shares of an example's own embeddings; so many rows, drawn by the seed."""
+
+    radii: tuple[float, ...]
+    rows: int
+
+    def settings(self) -> dict[str, Any]:
+        """For a run's key and line."""
+        return {"radii": list(self.radii), "rows": self.rows}
+
+    def argument(self, seed: int) -> str:
+        """Of the worker."""
+        return FLAG + json.dumps({**dataclasses.asdict(self), "seed": seed})
+
+    @staticmethod
+    def of_argument(text: str) -> tuple["Attack", int]:
+        """The attack and the seed."""
+        given = json.loads(text.removeprefix(FLAG))
+        return Attack(tuple(given["radii"]), given["rows"]), given["seed"]
+
+
+def split_in_halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that a temperature is fitted on, and the others; drawn by the seed."""
+    order = np.random.default_rng(seed).permutation(rows)
+    return order[: rows // 2], order[rows // 2 :]
+
+
+def attacked(
+    asked: Attack, seed: int, logits: np.ndarray, labels: np.ndarray, sizes: np.ndarray, forwards: Forwards
+) -> dict[str, np.ndarray]:
+    """What a run stores beside its logits [N, K].
+
+    ``attack_rows`` [M], ``attack_radii`` [R], and the outputs at the worst points found and at random corners of each
+    ball, ``attack_loss`` and ``attack_random`` [R, M, K].
+
+    Args:
+        labels: [N], classes, or targets of a regression.
+        sizes: tokens of each row.
+    """
+    import torch
+
+    from ..evaluation.attack import attack
+    from ..inference import batches
+
+    temperature = 1.0
+    if labels.dtype.kind == "i":
+        half, _ = split_in_halves(len(labels), seed)
+        temperature = fit_temperature(logits[half].astype(np.float64), labels[half])
+    rows = np.sort(np.random.default_rng([seed, _DRAW]).permutation(len(labels))[: asked.rows])
+    found = {name: np.zeros((len(asked.radii), len(rows), logits.shape[1]), np.float32) for name in ("loss", "random")}
+    for places in batches(sizes[rows], MAX_TOKENS):
+        forward, tokens, gold = forwards(rows[places].tolist())
+        ids = torch.from_numpy(rows[places]).to(tokens.device)
+        result = attack(forward, tokens, ids, gold, asked.radii, temperature, seed=seed, kinds=("loss",))
+        for name, outputs in found.items():
+            outputs[:, places] = torch.stack(getattr(result, name)).cpu().numpy()
+    return {
+        "attack_rows": rows,
+        "attack_radii": np.array(asked.radii),
+        **{f"attack_{name}": outputs for name, outputs in found.items()},
+    }
+
+
+def scores_under_attack(stored: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Accuracy in percent of the attacked rows, without and with attack at each radius, and at random corners.
+
+    For a regression the mean squared error.
+    """
+    rows, labels = stored["attack_rows"], stored["labels"]
+    regression = labels.dtype.kind == "f"
+    gold, name = labels[rows], "squared_error" if regression else "accuracy"
+
+    def score(outputs: np.ndarray) -> float:
+        if regression:
+            return float(((outputs[:, 0].astype(np.float64) - gold) ** 2).mean())
+        return float(100 * (outputs.argmax(1) == gold).mean())
+
+    found = {f"{name}_attack_0%": score(stored["logits"][rows])}
+    for kind, outputs in (("attack", stored["attack_loss"]), ("random", stored["attack_random"])):
+        for radius, values in zip(stored["attack_radii"], outputs):
+            found[f"{name}_{kind}_{100 * radius:g}%"] = score(values)
+    return found

@@ -1,0 +1,84 @@
+"""A study's pictures: differences with their intervals, and against what they cost."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..evaluation.report import pyplot, save
+from .arms import Arm
+from .tables import metrics_of
+
+# of the first picture
+LEFT_OUT = re.compile(r"^temperature$|^(cross_entropy|calibration_error)_half$|_random_|_attack_0%$")
+
+
+def _plots() -> Any:
+    """pyplot, or None with a word where matplotlib is not installed."""
+    try:
+        return pyplot()
+    except UsageError:
+        print("no picture: that needs matplotlib; install it with pip install matplotlib")
+        return None
+
+
+def _save(figure: Any, path: Path) -> bool:
+    figure.tight_layout()
+    # the same bytes for the same numbers
+    with pyplot().rc_context({"svg.hashsalt": path.stem}):
+        save(figure, path, metadata={"Date": None})
+    return True
+
+
+def draw(arms: Sequence[Arm], path: Path) -> bool:
+    """Dots with intervals: each arm's difference to its baseline, a panel for each metric. False if there is none."""
+    compared = [arm for arm in arms if arm.baseline is not None]
+    metrics = [name for name in metrics_of(arms) if not LEFT_OUT.search(name)]
+    plots = _plots() if compared else None
+    if plots is None:
+        return False
+    columns = min(3, len(metrics))
+    height = 0.9 + 0.28 * len(compared)
+    rows = -(-len(metrics) // columns)
+    figure, axes = plots.subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, metrics):
+        axis.axvline(0, color="grey", linewidth=0.8)
+        for place, arm in enumerate(compared):
+            found = arm.difference(name)
+            if found is not None:
+                half = None if math.isnan(found.half) else found.half
+                axis.errorbar(found.mean, place, xerr=half, fmt="o", color="C0", markersize=4, capsize=2)
+        axis.set_title(name.replace("_", " "), fontsize="medium")
+        axis.set_yticks(range(len(compared)), [arm.name for arm in compared], fontsize="small")
+        axis.set_ylim(len(compared) - 0.5, -0.5)
+        axis.tick_params(axis="x", labelsize="small")
+        axis.locator_params(axis="x", nbins=4)
+    return _save(figure, path)
+
+
+def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
+    """Each arm's difference to its baseline over its cost, for the task's first metric and the scaled cross entropy."""
+    compared = [arm for arm in arms if arm.baseline is not None]
+    metrics = [name for i, name in enumerate(metrics_of(arms)) if i == 0 or name == "cross_entropy_scaled"]
+    plots = _plots() if compared else None
+    if plots is None:
+        return False
+    (against,) = {arm.baseline.method for arm in compared if arm.baseline is not None}
+    figure, axes = plots.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False)
+    for axis, name in zip(axes.flat, metrics):
+        axis.axhline(0, color="grey", linewidth=0.8)
+        for arm in compared:
+            found = arm.difference(name)
+            if found is not None:
+                axis.plot(arm.cost(), found.mean, "o", color="C0", markersize=4)
+                offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": "x-small"}
+                axis.annotate(arm.name, (arm.cost(), found.mean), **offset)
+        axis.set_title(name.replace("_", " "), fontsize="medium")
+        axis.set_xlabel(f"processor time of an update, {against} = 1", fontsize="small")
+        axis.tick_params(labelsize="small")
+        axis.margins(x=0.2, y=0.15)
+    return _save(figure, path)
