@@ -31,8 +31,9 @@ def register() -> None:
 
 
 install_excepthook()
-# for `python -m smart_fairseq.commands`, Python imports this package while it looks for the program, which registers
-# when it comes to need fairseq: its help and its errors do not wait for that
+# A command registers when it comes to need fairseq: its help and its errors do not wait for that. For `python -m
+# smart_fairseq.commands`, Python imports this package while it looks for the program; the scripts in examples say so.
 PROGRAMS = ("commands", "export", "import_hf", "study")
-if not (sys.argv[:1] == ["-m"] and any(f"{__name__}.{program}" in sys.orig_argv for program in PROGRAMS)):
+_as_program = sys.argv[:1] == ["-m"] and any(f"{__name__}.{program}" in sys.orig_argv for program in PROGRAMS)
+if not (_as_program or getattr(sys.modules["__main__"], "REGISTER_ON_DEMAND", False)):
     register()

@@ -53,21 +53,22 @@ def export(
     import torch  # what takes seconds to load comes after what can be said without
 
     from smart_fairseq import register
-    from smart_fairseq.convert.checkpoint import load_checkpoint
+    from smart_fairseq.convert.checkpoint import as_written, load_checkpoint
     from smart_fairseq.convert.exporting import left_behind, teacher_weights, to_plain_roberta
     from smart_fairseq.convert.hugging_face import write_hugging_face
     from smart_fairseq.convert.single_task import chosen_task
 
     register()
     state = load_checkpoint(checkpoint)
-    if teacher:
-        state["model"] = teacher_weights(checkpoint, state)
-    state = chosen_task(checkpoint, state, "--task", task)
     whose = "the teacher's weights, " if teacher else ""
-    if format == "huggingface":
-        write_hugging_face(checkpoint, state, out, data_dir, bpe_dir)
-        return f"wrote {out}: {whose}for AutoModelForSequenceClassification and AutoTokenizer of transformers"
-    exported = to_plain_roberta(checkpoint, state)
+    with as_written(checkpoint):
+        if teacher:
+            state["model"] = teacher_weights(checkpoint, state)
+        state = chosen_task(checkpoint, state, "--task", task)
+        if format == "huggingface":
+            write_hugging_face(checkpoint, state, out, data_dir, bpe_dir)
+            return f"wrote {out}: {whose}for AutoModelForSequenceClassification and AutoTokenizer of transformers"
+        exported = to_plain_roberta(checkpoint, state)
     with whole_file(out) as partial, open(partial, "wb") as file:  # which tells why it cannot be written
         torch.save(exported, file)
     return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16){left_behind(state)}"

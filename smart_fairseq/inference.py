@@ -37,8 +37,12 @@ class Predictions:
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
 
-def read_ids(folder: Path, split: str) -> list[str]:
-    """The ids of a split's rows, from ids/SPLIT.tsv."""
+def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
+    """The ids of a split's rows, from ids/SPLIT.tsv.
+
+    None may stand there twice, but in a part to train on: rows are trained on by their place, and preprocess may
+    repeat them (--weights). ``by_id``: not there either, as what is predicted for a row will be found by its id.
+    """
     path = folder / "ids" / f"{split}.tsv"
     if not path.is_file():
         raise located(path, 0, f"is missing, so {folder} has no split {split}; run preprocess again")
@@ -46,8 +50,9 @@ def read_ids(folder: Path, split: str) -> list[str]:
     rows = len(read_index(folder / "input0" / split)[1])
     if len(ids) != rows:
         raise located(path, 0, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
-    if len(set(ids)) != rows and not split.startswith("train"):
-        raise located(path, 0, "holds an id twice, and predictions are found by their ids; run preprocess again")
+    if len(set(ids)) != rows and (by_id or not split.startswith("train")):
+        advice = "predict another split" if split.startswith("train") else "run preprocess again"
+        raise located(path, 0, f"holds an id twice, and predictions are found by their ids; {advice}")
     return ids
 
 
@@ -86,7 +91,7 @@ class Model:
         """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
 
-        from .convert.checkpoint import check_head
+        from .convert.checkpoint import as_written, check_head
         from .convert.single_task import folder_of, of_several_tasks, single_task
 
         path = str(self._path)
@@ -112,8 +117,9 @@ class Model:
             reason = unfit(str(error)) if "state_dict" in str(error) else f"cannot be loaded ({type(error).__name__})"
             self._refuse(f"{reason}; give a checkpoint of fairseq-train and the data folder that it was trained on")
         self.model = models[0]
-        self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
-        check_head(self._path, state["model"], self.head)
+        with as_written(self._path):
+            self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+            check_head(self._path, state["model"], self.head)
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Fixtures; what tests import stands in toolkit.py."""
 
+import gc
 import logging
 import os
 import random
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and toolkit.DEVICE != "cuda":
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu"))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries have made by now stays: the collector, which tests set off, need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from data_samples import ROOT, make_gpt2_bpe, make_pairs, write
@@ -36,14 +37,16 @@ def test_each_has_its_help(name, capsys):
     assert name not in OWN or usage.startswith(f"usage: {PROGRAM} {name} [-h]")
 
 
-def as_a_program(program, *argv):
+def as_a_program(*argv):
     """The program's run, and the modules that it imports."""
-    command = [sys.executable, "-X", "importtime", "-m", f"smart_fairseq.{program}", *argv]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-X", "importtime", *argv], capture_output=True, text=True, cwd=ROOT)
     imports = re.compile(r"^import time:.*\| +([\w. -]+)\n", re.MULTILINE)
     return run.returncode, run.stdout + imports.sub("", run.stderr), set(imports.findall(run.stderr))
 
 
+EXAMPLES = ROOT / "examples"
+LIGHT_PREDICT = ["--checkpoint", "x", "--data-dir", "nowhere", "--out", "x"]
+LIGHT_EVALUATE = ["--checkpoint", "x", "--data-dir", "nowhere"]
 LIGHT = {  # arguments to the exit status and what they give
     (): (0, "usage: "),
     ("--help",): (0, "usage: "),
@@ -51,8 +54,8 @@ LIGHT = {  # arguments to the exit status and what they give
     **{(name, "--help"): (0, "usage: ") for name in COMMANDS},
     **{(name, "--no-such-option"): (2, "usage: ") for name in COMMANDS},
     ("preprocess", "--task", "RTE", "--data-dir", "nowhere"): (2, "preprocess: error: nowhere: "),
-    ("predict", "--checkpoint", "x", "--data-dir", "nowhere", "--out", "x"): (2, "predict: error: nowhere: "),
-    ("evaluate", "--checkpoint", "x", "--data-dir", "nowhere"): (2, "evaluate: error: nowhere: "),
+    ("predict", *LIGHT_PREDICT): (2, "predict: error: nowhere: "),
+    ("evaluate", *LIGHT_EVALUATE): (2, "evaluate: error: nowhere: "),
     ("agreement", "--predictions", "x", "--data-dir", "nowhere"): (2, "agreement: error: nowhere: "),
     ("export", "nowhere", "x"): (2, "export: error: nowhere: "),
     ("import-hf", "nowhere", "x"): (2, "import_hf: error: nowhere: "),
@@ -61,7 +64,7 @@ LIGHT = {  # arguments to the exit status and what they give
 
 @pytest.mark.parametrize("argv", LIGHT, ids=" ".join)
 def test_help_and_errors_load_nothing_heavy(argv):
-    status, said, loaded = as_a_program("commands", *argv)
+    status, said, loaded = as_a_program("-m", "smart_fairseq.commands", *argv)
     assert not {"torch", "fairseq"} & loaded and "smart_fairseq.commands" in loaded
     assert (status, said[: len(LIGHT[argv][1])]) == LIGHT[argv]
     assert "INFO" not in said and "tensorboardX" not in said
@@ -70,10 +73,37 @@ def test_help_and_errors_load_nothing_heavy(argv):
 
 @pytest.mark.parametrize("program", ["export", "import_hf", "study"])
 def test_programs_of_their_own_load_nothing_heavy_either(program):
-    status, said, loaded = as_a_program(program, "--help")
+    status, said, loaded = as_a_program("-m", f"smart_fairseq.{program}", "--help")
     assert status == 0 and said.startswith("usage: ") and not {"torch", "fairseq"} & loaded
-    status, said, loaded = as_a_program(program, "nowhere", *([] if program == "study" else ["x"]))
+    more = [] if program == "study" else ["x"]
+    status, said, loaded = as_a_program("-m", f"smart_fairseq.{program}", "nowhere", *more)
     assert status == 2 and said.startswith(f"{program}: error: nowhere: ") and said.count("\n") == 1
+    assert not {"torch", "fairseq"} & loaded
+
+
+SCRIPTS = {  # in examples, to a mistake
+    "glue/download.py": ["--tasks", "RTF", "nowhere"],
+    "anli/download.py": ["--tasks", "RTF", "nowhere"],
+    "glue/preprocess.py": ["--task", "RTE", "--data-dir", "nowhere"],
+    "anli/preprocess.py": ["--data-dir", "nowhere"],
+    **{f"{name}/predict.py": LIGHT_PREDICT for name in ("glue", "anli")},
+    **{f"{name}/evaluate.py": LIGHT_EVALUATE for name in ("glue", "anli")},
+    "glue/agreement.py": ["--predictions", "x", "--data-dir", "nowhere"],
+}
+
+
+def test_the_scripts_are_all_here():
+    there = {f"{path.parent.name}/{path.name}" for name in ("glue", "anli") for path in EXAMPLES.glob(f"{name}/*.py")}
+    assert there == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_load_nothing_heavy_either(script):
+    name = Path(script).stem
+    status, said, loaded = as_a_program(str(EXAMPLES / script), "--help")
+    assert status == 0 and said.startswith(f"usage: {name}.py [-h]") and not {"torch", "fairseq"} & loaded
+    status, said, loaded = as_a_program(str(EXAMPLES / script), *SCRIPTS[script])
+    assert (status, said.count("\n")) == (2, 1) and said.startswith(f"{name}: error: "), said
     assert not {"torch", "fairseq"} & loaded
 
 

@@ -21,7 +21,7 @@ from smart_fairseq.errors import UsageError
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("errors"), ("RTE", "MRPC", "MNLI"))
+    return make_place(tmp_path_factory.mktemp("errors"), ("RTE", "MRPC", "MNLI", "STS-B"))
 
 
 def refused(main, capsys, *flags: str) -> str:
@@ -73,6 +73,62 @@ def test_files_that_are_no_checkpoint(place, tmp_path, capsys, monkeypatch, kind
     assert re.match(rf"{name}: error: bad\.pt: .*{message}", line) and line.isprintable()
     assert not re.search("weights_only|add_safe_globals|http", line)
     assert os.listdir() == ["bad.pt"]
+
+
+def inside(*path, value):
+    """Another value in the checkpoint."""
+
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return change
+
+
+EMBEDDINGS = "encoder.sentence_encoder.embed_tokens.weight"
+CHANGED = {  # what is changed in a whole checkpoint, and whether predict can do without it
+    "weights in words": (inside("model", EMBEDDINGS, value="many"), False),
+    "weights in a list": (inside("model", "encoder.lm_head.bias", value=[0.0]), False),
+    "weights without a size": (inside("model", EMBEDDINGS, value=torch.tensor(1.0)), False),
+    "a number for a name": (inside("model", 7, value=torch.zeros(1)), False),
+    "a head without a part": (inside("model", "classification_heads.mine", value=torch.zeros(1)), False),
+    "a configuration in words": (inside("cfg", value="roberta_large"), False),
+    "a model in words": (inside("cfg", "model", value="roberta"), False),
+    "no model's settings": (inside("cfg", "model", value=None), False),
+    "no task's settings": (inside("cfg", "task", value=None), False),
+    "no criterion's settings": (inside("cfg", "criterion", value=3), False),
+    "a history in words": (inside("optimizer_history", value="long"), True),
+    "an epoch in words": (inside("extra_state", value={"train_iterator": "first"}), True),
+    "a teacher in words": (inside("last_optimizer_state", value="wise"), True),
+    "a teacher of one": (inside("last_optimizer_state", value={"mbpp": {"teacher": ["wise"]}}), True),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_checkpoints_that_something_changed(place, tmp_path, capsys, kind):
+    """Each command says so in a line, or what was changed does not matter to it."""
+    change, may_predict = CHANGED[kind]
+    state = torch.load(checkpoint(place, "RTE"))
+    change(state)
+    model, data = str(tmp_path / "changed.pt"), str(place / "bins" / "RTE-bin")
+    torch.save(state, model)
+    statuses = []
+    for main, flags in (
+        (predict.main, ["--data-dir", data, "--checkpoint", model, "--cpu", "--out", str(tmp_path / "out")]),
+        (export.main, [model, str(tmp_path / "out.pt")]),
+        (export.main, [model, str(tmp_path / "out.pt"), "--teacher", "--overwrite"]),
+        (export.main, [model, str(tmp_path / "hf"), "--format=huggingface", f"--bpe-dir={place / 'bpe'}"]),
+    ):
+        capsys.readouterr()
+        statuses.append(main(flags))
+        lines = capsys.readouterr().err.splitlines()
+        assert statuses[-1] == 0 or (
+            len(lines) == 1 and re.match(r"(predict|export): error: .*changed\.pt: ", lines[0])
+        )
+    assert 2 in statuses and (may_predict or statuses[0] == 2)
+    there = [name for name, status in zip(("out", "out.pt", "out.pt", "hf"), statuses) if status == 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"changed.pt", *there}
 
 
 HEADS = {  # what becomes of the names of the head's weights, "" where they go, and what must be said
@@ -258,6 +314,9 @@ DAMAGED = {
 }
 
 
+UNSEEN = {"labels 0", "labels 3", "labels of others", "divisor a word"}
+
+
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_data_folders_that_are_damaged(place, tmp_path, capsys, kind):
     damage, message = DAMAGED[kind]
@@ -267,7 +326,46 @@ def test_data_folders_that_are_damaged(place, tmp_path, capsys, kind):
     flags = ["--data-dir", str(damaged), "--checkpoint", str(model), "--cpu", "--json", str(tmp_path / "scores")]
     split = ["--split", "valid/../../x"] if kind == "split elsewhere" else []
     assert re.search(message, refused(evaluate.main, capsys, *flags, *split))
+    # predict, which needs fewer of the files, says the same or predicts
+    flags[-2:] = ["--split", "valid", "--out", str(tmp_path / "out")]
+    if predict.main([*flags, *split]) == 2:
+        assert re.search(rf"{message}|: another task's$|--split is 'valid'; .* has$", capsys.readouterr().err)
+    else:
+        assert kind in UNSEEN
+        shutil.rmtree(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["RTE-bin", "bad.pt"]
+
+
+def test_targets_that_are_damaged(place, tmp_path, capsys):
+    shutil.copytree(place / "bins" / "STS-B-bin", tmp_path / "STS-B-bin")
+    path = tmp_path / "STS-B-bin" / "label" / "valid.label"
+    lines = path.read_text().splitlines()
+    (tmp_path / "p.tsv").write_text("index\tprediction\n0\t1\n")
+    flags = ["--data-dir", str(tmp_path / "STS-B-bin"), "--predictions", str(tmp_path / "p.tsv")]
+    for third, message in (
+        ("", "'' is no number"),
+        ("nan", "'nan' is no number"),
+        ("0.5 0.5", "'0.5 0.5' is no number"),
+    ):
+        path.write_text("\n".join([*lines[:2], third, *lines[3:]]) + "\n")
+        assert f"valid.label:3: {message}" in refused(evaluate.main, capsys, *flags)
+    path.write_text("\n".join(lines[1:]) + "\n")
+    expected = f"label/valid.label: does not have the {len(lines)} rows of ids/valid.tsv"
+    for main, more in ((predict.main, ["--out", str(tmp_path / "out")]), (evaluate.main, [])):
+        model = ["--checkpoint", checkpoint(place, "STS-B"), "--cpu", "--split", "valid"]
+        assert expected in refused(main, capsys, *flags[:2], *model, *more)
+
+
+def test_repeated_ids_of_a_training_part(place, tmp_path, capsys):
+    """Rows are trained on and scored by their place; what predict writes would be found by id."""
+    data, model = tmp_path / "RTE-bin", ["--checkpoint", checkpoint(place, "RTE"), "--cpu", "--split", "train"]
+    shutil.copytree(place / "bins" / "RTE-bin", data)
+    edit("ids/train.tsv", lambda raw: raw.replace(b"\n1\t", b"\n0\t"))(data)
+    flags = ["--data-dir", str(data), *model]
+    assert evaluate.main(flags) == 0
+    line = refused(predict.main, capsys, *flags, "--out", str(tmp_path / "out"))
+    assert "ids/train.tsv: holds an id twice, and predictions are found by their ids; predict another split" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["RTE-bin"]
 
 
 def test_a_checkpoint_that_diverged(place, tmp_path, capsys):

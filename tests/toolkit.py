@@ -1,11 +1,13 @@
 """What several tests share: tolerances, tiny data, tiny models, fairseq's programs in this process."""
 
+import argparse
 import contextlib
 import copy
+import functools
 import json
 import os
+import pickle
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules import gelu as fairseq_gelu
 from fairseq.utils import apply_to_sample
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -198,10 +201,39 @@ def command(
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """fairseq's configuration for these arguments of fairseq-train."""
-    with contextlib.redirect_stderr(sys.stderr):
-        parser = options.get_training_parser()
-        return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=list(arguments)))
+    """fairseq's configuration for these arguments of fairseq-train.
+
+    hydra takes 0.3 s to compose one, so it is asked once for the same arguments; where files are does not matter.
+    """
+    paths = {path: f"/place{number}" for number, path in enumerate(dict.fromkeys(filter(_is_place, arguments)))}
+    settings = pickle.loads(_parsed(*(paths.get(argument, argument) for argument in arguments)))
+    return _put_in(settings, paths)
+
+
+def _is_place(argument: str) -> bool:
+    return argument.startswith(("/", "tcp://")) and argument != USER_DIR
+
+
+@functools.cache
+def _parsed(*arguments: str) -> bytes:
+    """Pickled, as omegaconf's own copies share what they do not know, the model's settings among it."""
+    parser = options.get_training_parser()
+    settings = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=list(arguments)))
+    return pickle.dumps(settings)
+
+
+def _put_in(settings: Any, paths: dict[str, str]) -> Any:
+    """The same settings with ``paths`` for what stands for them; fairseq keeps all in several places."""
+    real = {stand_in: path for path, stand_in in paths.items()}
+    owners = [settings]
+    for owner in owners:
+        inside = vars(owner) if isinstance(owner, argparse.Namespace) else owner
+        for name, value in inside.items():
+            if isinstance(value, str) and value in real:
+                inside[name] = real[value]
+            elif isinstance(value, argparse.Namespace) or OmegaConf.is_dict(value):
+                owners.append(value)
+    return settings
 
 
 def train(arguments: Sequence[str], **common: Any) -> dict[str, list[dict[str, Any]]]:

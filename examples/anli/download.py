@@ -1,6 +1,8 @@
 """Fetches the official files, checked and resumable; --help lists the options, README.md says more."""
 
-from smart_fairseq.commands.download import anli_main
+REGISTER_ON_DEMAND = True  # help and errors wait neither for torch nor for fairseq
+
+from smart_fairseq.commands.download import anli_main  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(anli_main())

@@ -1,6 +1,8 @@
 """Official metrics of checkpoints or prediction files; --help lists the options, README.md says more."""
 
-from smart_fairseq.commands.evaluate import main
+REGISTER_ON_DEMAND = True  # help and errors wait neither for torch nor for fairseq
+
+from smart_fairseq.commands.evaluate import main  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(main())

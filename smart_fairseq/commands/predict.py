@@ -15,7 +15,7 @@ from ..data.readers import find_sources
 from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
 from ..files import check_place, finite, whole_file
-from ..inference import Model, Predictions
+from ..inference import Model, Predictions, read_ids
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
 
@@ -179,6 +179,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
             if not splits[name]:
                 other = "leave the task out, or name another with --split"
                 raise located(folders[name], 0, f"has no test split of {name}; {other}")
+            for split in splits[name]:
+                read_ids(folders[name], split, by_id=True)
         for name, checkpoint in checkpoints.items():
             model = Model(checkpoint, folders[name], options.cpu, options.fp16)
             written = [(split, predict_task(name, model, split, out, options)) for split in splits[name]]

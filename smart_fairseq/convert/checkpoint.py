@@ -1,7 +1,8 @@
 """Checkpoints of plain containers and tensors, as fairseq-train writes them."""
 
 import argparse
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..data.lines import located
-from ..errors import refuse, unreadable
+from ..errors import UsageError, refuse, unreadable
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
 HEAD_PARTS = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
@@ -32,6 +33,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
         refuse(path, "holds no model or no configuration", "a checkpoint written by fairseq-train is needed")
     return state
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Turn whatever a checkpoint's configuration or weights of another form lead to into a `UsageError`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        what = f"its configuration or weights are not as fairseq-train writes them ({type(error).__name__})"
+        raise located(path, 0, f"{what}; a checkpoint that nothing else has changed is needed") from error
 
 
 def check_head(path: Path, weights: Iterable[str], head: str) -> None:
