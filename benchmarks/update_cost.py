@@ -37,7 +37,10 @@ from smart_fairseq.method.divergence import symmetric_kl
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = "sentence_classification_head"
+# to try a benchmark with
+TINY = ["--arch", "roberta", "--encoder-layers", "2", "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"]
 MODELS = {
+    "tiny": ([*TINY, "--encoder-attention-heads", "2"], 64),
     "minilm": (["--arch", "smart_bert_minilm_l6"], 30522),
     "roberta_base": (["--arch", "roberta_base"], 50265),
     "roberta_large": (["--arch", "roberta_large"], 50265),

@@ -202,3 +202,32 @@ def test_every_form_in_every_precision(class_data: Path, tmp_path: Path) -> None
     found = {name: faults(*in_precision(name), counts) for name, counts in run(tmp_path, class_data, forms).items()}
     assert not {name: wrong for name, wrong in found.items() if wrong}
     assert len(found) == len(FORMS) * len(PRECISIONS)
+
+
+def test_the_table_of_launches_and_memory(tmp_path: Path) -> None:
+    """By hand, of P weights: bf16 weights and gradients, float32 copies, their gradients and two moments: 20 P bytes.
+
+    A teacher in float32 and its copy in bf16 are 6 P more.
+    """
+    out = tmp_path / "counts.json"
+    command = ["--model", "tiny", "--batch", "2", "--lengths", "8", "256", "--out", str(out), "--forms"]
+    program = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "count_updates.py"), *command, "plain", "MBPP alone"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert program.returncode == 0, program.stderr[-3000:]
+    rows = json.loads(out.read_text())["rows"]
+    plain, mbpp = rows["plain"], rows["MBPP alone"]
+    # tables of words and positions, two layers, two heads, the language model's
+    layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 64
+    weights = (64 + 514 + 2) * 32 + 64 + 2 * layer + (32 * 32 + 32) + (2 * 32 + 2) + (32 * 32 + 32) + 64 + 64
+    sizes = {label: {length: row[f"GiB at 2 x {length}"] * 2**30 for length in (8, 256)} for label, row in rows.items()}
+    assert 20 * weights < sizes["plain"][8] < 24 * weights
+    # at least what each layer keeps of its inputs
+    assert sizes["plain"][256] > sizes["plain"][8] + 2 * 2 * 256 * (4 * 32 + 64)
+    assert sizes["MBPP alone"][8] - sizes["plain"][8] == pytest.approx(6 * weights, rel=0.02)
+    assert 79 == plain["launches"][0] < mbpp["launches"][0] < 150 and [plain["of ours"], mbpp["of ours"]] == [0, 1]
+    # a line of the table
+    assert f"| plain | 79 + {plain['launches'][1]} + {plain['launches'][2]} | 2 | 0 | 0.0 | 0.0 |" in program.stdout
