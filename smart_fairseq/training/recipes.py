@@ -83,23 +83,20 @@ def _r3f(weight: float) -> dict[str, Any]:
     }
 
 
+# zhuchen03/FreeLB at d8c1695, fairseq-RoBERTa/launch/VanillaPGD/*.sh and launch/FreeAT/*.sh, which differ for MNLI
+# alone; FreeAT's --adv-steps m takes m updates on a batch. RTE has no lines, and all of PGD's for QNLI are commented out
+_PGD_AND_FREEAT = {
+    "qnli": (1e-1, 2, 1.5e-1, 1.5e-1),
+    "qqp": (1.5e-1, 2, 3.2e-1, 6.2e-1),
+    "sst_2": (1e-1, 2, 1.0, 6e-1),
+    "cola": (5e-2, 3, 4e-1, 2e-1),
+    "mrpc": (4e-2, 3, 6.4e-1, 4e-1),
+    "sts_b": (1e-1, 3, 1.6e-1, 2.8e-1),
+}
 # by the prefix of a criterion's flags, of --PREFIX-recipe; the first is its default
 RECIPES_OF: dict[str, dict[str, dict[str, Any]]] = {
     "smart": RECIPES,
-    # zhuchen03/FreeLB at d8c1695, fairseq-RoBERTa/launch/VanillaPGD/*.sh; all lines of QNLI are commented out, RTE has
-    # none
-    "pgd": _balls(
-        "pgd",
-        steps=2,
-        passes=0,
-        mnli=(1e-1, 2, 2e-1, 2e-1),
-        qnli=(1e-1, 2, 1.5e-1, 1.5e-1),
-        qqp=(1.5e-1, 2, 3.2e-1, 6.2e-1),
-        sst_2=(1e-1, 2, 1.0, 6e-1),
-        cola=(5e-2, 3, 4e-1, 2e-1),
-        mrpc=(4e-2, 3, 6.4e-1, 4e-1),
-        sts_b=(1e-1, 3, 1.6e-1, 2.8e-1),
-    ),
+    "pgd": _balls("pgd", steps=2, passes=0, mnli=(1e-1, 2, 2e-1, 2e-1), **_PGD_AND_FREEAT),
     # launch/FreeLB/*.sh, where --adv-steps K takes K + 1 passes; RTE's lines are commented out
     "freelb": _balls(
         "freelb",
@@ -114,19 +111,7 @@ RECIPES_OF: dict[str, dict[str, dict[str, Any]]] = {
         sts_b=(1e-1, 3, 1.6e-1, 2.8e-1),
         rte=(6e-2, 3, 1.6e-1, 1.4e-1),
     ),
-    # launch/FreeAT/*.sh, where --adv-steps m takes m updates on a batch; RTE has none
-    "freeat": _balls(
-        "freeat",
-        steps=3,
-        passes=0,
-        mnli=(1e-1, 2, 1e-2, 2e-1),
-        qnli=(1e-1, 2, 1.5e-1, 1.5e-1),
-        qqp=(1.5e-1, 2, 3.2e-1, 6.2e-1),
-        sst_2=(1e-1, 2, 1.0, 6e-1),
-        cola=(5e-2, 3, 4e-1, 2e-1),
-        mrpc=(4e-2, 3, 6.4e-1, 4e-1),
-        sts_b=(1e-1, 3, 1.6e-1, 2.8e-1),
-    ),
+    "freeat": _balls("freeat", steps=3, passes=0, mnli=(1e-1, 2, 1e-2, 2e-1), **_PGD_AND_FREEAT),
     "r3f": {"paper": _r3f(1.0), "rte": _r3f(0.7)},
     # dropreg/R-Drop at 7ab94f4, huggingface_transformer_src: modeling_bert.py adds to both task losses, means over a
     # batch, half the mean of both KL as a sum over it: an alpha of half the batch, whose size README.md (at 37263d2)
