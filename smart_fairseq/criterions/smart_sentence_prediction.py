@@ -23,6 +23,7 @@ from ..terms.smoothness import Settings, smoothness
 from ..training.checks import check_adversary, check_model, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
 from ..training.flags import AdversaryFlags, ByRecipe, RegularizedConfig, with_recipe
+from ..training.objective import Objective
 
 # of the training set, at which the form of the term is chosen
 EXAMPLES = 32
@@ -53,11 +54,15 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         check_adversary(cfg, weight, all(objective.regression for objective in self.objectives))
         self.place = str(cfg.smart_embedding)
         self.divergences[False] = DIVERGENCES[divergence_name(cfg, regression=False)]
+        self.all_settings = {objective.name: self._settings_of(objective) for objective in self.objectives}
         self.forms: Dict[str, Form] = {}  # of the term by the objective's name, once the model is known
 
     @property
     def settings(self) -> Settings:
         """What is the same for every batch of a task."""
+        return self.all_settings[self.objective.name]
+
+    def _settings_of(self, objective: Objective) -> Settings:
         cfg = self.cfg
         # kl and js have the symmetric KL's direction; their value of a change is not there
         of_classes = squared_change_of_classes if cfg.smart_divergence == "squared" else symmetric_kl_of_change
@@ -74,9 +79,9 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
             relative=cfg.smart_epsilon_unit == "relative",
             dropout=str(cfg.smart_dropout),
             recompute=cfg.smart_recompute,
-            num_classes=self.objective.num_classes,
-            divergence=self.divergence,
-            divergence_of_change=squared_change if self.objective.regression else of_classes,
+            num_classes=objective.num_classes,
+            divergence=self.divergences[objective.regression],
+            divergence_of_change=squared_change if objective.regression else of_classes,
         )
 
     @property

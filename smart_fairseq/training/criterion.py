@@ -180,7 +180,6 @@ class RegularizedCriterion(SentencePredictionCriterion):
         return result
 
     def _train(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
-
         forward = self.forward_of(model, sample)
         encoder = forward.encoder
         weights = {name: weight for name in self.weights if (weight := self.weight_now(name))}
