@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toolkit import ROOT, TINY_MODEL, command, train, write_data
+from study_samples import MODEL, PLAN, write_plan
+from toolkit import ROOT, command, train, write_data
 
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
 from smart_fairseq.data.binarize import indexed_writer, read_indexed
@@ -25,20 +26,6 @@ from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Draw, Source, cut_out, drawn, flipped
 from smart_fairseq.study.vocabulary import cut_checkpoint
 
-PLAN = """
-out: {folder}/out
-work: {folder}/work
-encoder:
-  flags: {{{model}}}
-train: {{batch-size: 4, lr: 1e-3, epochs: 2}}
-tasks:
-  letters: {{data: {data}, rows: 12}}
-methods:
-  plain: {{criterion: sentence_prediction, optimizer: adam}}
-  smart: {{criterion: smart_sentence_prediction, optimizer: adam, smart-weight: 0}}
-seeds: [1, 2]
-"""
-MODEL = ", ".join(f"{name.removeprefix('--')}: {value}" for name, value in zip(TINY_MODEL[::2], TINY_MODEL[1::2]))
 # a worker that trains nothing: 3 updates, then logits by seed and method
 FAKE = """
 import json, sys, time
@@ -53,13 +40,6 @@ labels = np.arange(22) % 2
 np.savez(out, logits=draw.normal(size=(22, 2)), labels=labels)
 print('x | INFO | scored | {"rows": 22, "cpu_seconds": 1, "cpu_seconds_per_update": 0.1}')
 """
-
-
-def write_plan(folder: Path, data: Path, text: str = PLAN) -> Path:
-    path = folder / "plan.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.format(folder=folder, data=data, model=MODEL))
-    return path
 
 
 def write_fake(folder: Path, sleep: float = 0) -> Path:

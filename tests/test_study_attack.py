@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toolkit import ROOT, TINY_MODEL, write_data
+from study_samples import PLAN, write_plan
+from toolkit import ROOT, write_data
 
 from smart_fairseq.encoder import Forward, encoder_of
 from smart_fairseq.evaluation.attack import PLACE, attack
@@ -20,20 +21,6 @@ from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.worker import Trained
 
-PLAN = """
-out: {folder}/out
-work: {folder}/work
-encoder:
-  flags: {{{model}}}
-train: {{batch-size: 4, lr: 1e-3, epochs: 2}}
-tasks:
-  letters: {{data: {data}, rows: 12}}
-methods:
-  plain: {{criterion: sentence_prediction, optimizer: adam}}
-  smart: {{criterion: smart_sentence_prediction, optimizer: adam, smart-weight: 0}}
-seeds: [1, 2]
-"""
-MODEL = ", ".join(f"{name.removeprefix('--')}: {value}" for name, value in zip(TINY_MODEL[::2], TINY_MODEL[1::2]))
 ATTACK = "attack: {{radii: [0.1, 1], rows: 7}}\n"
 # a worker that trains nothing; under attack every answer is class 0
 FAKE = """
@@ -52,13 +39,6 @@ if flags[0].startswith("--attack="):
 np.savez(out, **stored)
 print('x | INFO | scored | {"rows": 22, "cpu_seconds": 1, "cpu_seconds_per_update": 0.1}')
 """
-
-
-def write_plan(folder: Path, data: Path, more: str = "", text: str = PLAN) -> Path:
-    path = folder / "plan.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text((text + more).format(folder=folder, data=data, model=MODEL))
-    return path
 
 
 @pytest.fixture
@@ -108,10 +88,12 @@ def test_committed_lines_are_found_by_their_plans(name: str) -> None:
 def test_an_attack_is_in_the_key_of_the_runs_that_it_is_for(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     before = keys(write_plan(tmp_path, data))
-    after = keys(write_plan(tmp_path, data, ATTACK))
-    other = keys(write_plan(tmp_path, data, ATTACK.replace("7", "8")))
+    after = keys(write_plan(tmp_path, data, PLAN + ATTACK))
+    other = keys(write_plan(tmp_path, data, PLAN + ATTACK.replace("7", "8")))
     assert not set(before.values()) & set(after.values()) and not set(after.values()) & set(other.values())
-    some = keys(write_plan(tmp_path, data, "attack: {{radii: [0.1, 1], rows: 7, methods: [smart], seeds: [2]}}\n"))
+    some = keys(
+        write_plan(tmp_path, data, PLAN + "attack: {{radii: [0.1, 1], rows: 7, methods: [smart], seeds: [2]}}\n")
+    )
     assert some == {**before, "letters-smart-seed2": after["letters-smart-seed2"]}
 
 
@@ -142,7 +124,7 @@ def test_runs_are_attacked_once_and_found_again(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("fake")
 def test_logits_that_were_not_attacked_are_named(tmp_path: Path) -> None:
-    plan = write_plan(tmp_path / "a", write_data(tmp_path / "data"), ATTACK)
+    plan = write_plan(tmp_path / "a", write_data(tmp_path / "data"), PLAN + ATTACK)
     assert main([str(plan), "--jobs", "1"]) == 0
     study = studying.Study(read_plan(plan))
     logits = study.logits(study.key(study.plan.runs()[0]))
@@ -171,7 +153,7 @@ def test_logits_that_were_not_attacked_are_named(tmp_path: Path) -> None:
 def test_bad_attacks_are_refused_before_any_run(
     given: str, expected: str, tmp_path: Path, class_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(write_plan(tmp_path, class_data, f"attack: {given}\n"))]) == 2
+    assert main([str(write_plan(tmp_path, class_data, PLAN + f"attack: {given}\n"))]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and expected in said, said
     assert not (tmp_path / "work").exists()
@@ -231,7 +213,7 @@ def test_a_run_is_attacked_before_its_checkpoint_goes(kind: str, tmp_path: Path)
     data = write_data(tmp_path / "data", kind=kind, valid=40)
     text = PLAN.replace("epochs: 2", "epochs: 30, lr: 1e-2").replace("[1, 2]", "[1]") + "keep: true\n"
     text = text.replace("lr: 1e-3, ", "").replace("smart-weight: 0", "smart-weight: 1")
-    plan = write_plan(tmp_path, data, ATTACK.replace("7", "30"), text)
+    plan = write_plan(tmp_path, data, text + ATTACK.replace("7", "30"))
     assert main([str(plan), "--jobs", "2"]) == 0
     study = studying.Study(read_plan(plan))
     stored: list[Any] = []

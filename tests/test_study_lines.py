@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toolkit import TINY_MODEL
+from study_samples import write_plan
 
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
@@ -26,15 +26,13 @@ methods:
   plain: {{criterion: sentence_prediction, optimizer: adam}}
 seeds: [1, 2, 3, 4]
 """
-MODEL = ", ".join(f"{name.removeprefix('--')}: {value}" for name, value in zip(TINY_MODEL[::2], TINY_MODEL[1::2]))
 FACTS = {"commit": "abc", "torch": "2", "date": "2026-01-01"}
 
 
 @pytest.fixture
 def plan(tmp_path: Path, class_data: Path) -> Path:
     """A plan of four runs, three of which have lines."""
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN.format(folder=tmp_path, data=class_data, model=MODEL))
+    path = write_plan(tmp_path, class_data, PLAN)
     study = studying.Study(read_plan(path))
     lines = []
     for asked in study.plan.runs()[:3]:
