@@ -84,7 +84,7 @@ def _r3f(weight: float) -> dict[str, Any]:
 
 
 # zhuchen03/FreeLB at d8c1695, fairseq-RoBERTa/launch/VanillaPGD/*.sh and launch/FreeAT/*.sh, which differ for MNLI
-# alone; FreeAT's --adv-steps m takes m updates on a batch. RTE has no lines, and all of PGD's for QNLI are commented out
+# alone; FreeAT's --adv-steps m takes m updates on a batch. RTE has no lines; all of PGD's for QNLI are commented out
 _PGD_AND_FREEAT = {
     "qnli": (1e-1, 2, 1.5e-1, 1.5e-1),
     "qqp": (1.5e-1, 2, 3.2e-1, 6.2e-1),
