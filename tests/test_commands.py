@@ -111,10 +111,13 @@ def test_scripts_load_nothing_heavy_either(script):
     "code",
     [
         "import smart_fairseq",
-        "import smart_fairseq.data.readers",
+        pytest.param("import smart_fairseq.data.readers", marks=pytest.mark.slow),
         # what a process that multiprocessing starts does first, within a command
         "sys.argv = ['-c']; import pickle; pickle.loads(b'csmart_fairseq.data.pool\\nCHUNK\\n.')",
-        "from fairseq import utils; utils.import_user_module(argparse.Namespace(user_dir='smart_fairseq'))",
+        pytest.param(
+            "from fairseq import utils; utils.import_user_module(argparse.Namespace(user_dir='smart_fairseq'))",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_everything_else_registers(code):
