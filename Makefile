@@ -12,11 +12,11 @@ READY := $(VENV)/ready
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint style bench clean
+.PHONY: help setup demo test test-slow test-gpu lint style bench bench-count gpu-report clean
 
 help:
 	@sed -n '1,4p' Makefile
-	@echo '#   make test-slow, make test-gpu, make style, make bench, make clean'
+	@echo '#   make test-slow, make test-gpu, make style, make bench, make bench-count, make gpu-report, make clean'
 
 setup: $(READY)
 
@@ -63,6 +63,22 @@ BENCH_FLAGS = $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) \
 
 bench: $(READY)
 	$(RUN) benchmarks/update_cost.py $(BENCH_FLAGS)
+
+# launches, waits and memory on a GPU, counted without one; LENGTHS="128 512"
+COUNT_FLAGS = $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) \
+    $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(DTYPE),--dtype $(DTYPE))
+
+bench-count: $(READY)
+	$(RUN) benchmarks/count_updates.py $(COUNT_FLAGS)
+
+# on a machine with a GPU: tests, an update's time and memory, and 60 updates of RTE, as a file to send back
+# GLUE: folder with RTE and gpt2_bpe; CHECKPOINT: roberta.large/model.pt
+REPORT_FLAGS = $(if $(GLUE),--glue "$(GLUE)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+    $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) $(if $(LENGTH),--length $(LENGTH)) \
+    $(if $(DTYPE),--dtype $(DTYPE)) $(if $(UPDATES),--updates $(UPDATES)) $(if $(DEVICE),--device $(DEVICE))
+
+gpu-report: $(READY)
+	$(RUN) benchmarks/gpu_report.py $(REPORT_FLAGS)
 
 clean:
 	rm -rf $(VENV) .cache .demo build dist *.egg-info

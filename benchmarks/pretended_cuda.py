@@ -12,6 +12,8 @@ this module is imported. It must be in the process before torch is, so a program
 import ctypes
 import importlib.util
 import math
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,13 @@ def _load_guard(folder: Path) -> None:
         raise ImportError("pretended_cuda must be imported before torch")
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
+    if shutil.which("g++") is None:
+        raise SystemExit("a pretended device needs g++, which is not there")
+    if re.search(r"^cuda\b.*= None$", (Path(found.origin).parent / "version.py").read_text(), re.MULTILINE) is None:
+        raise SystemExit(
+            "a pretended device needs a torch that was built for the CPU, and this one was built for CUDA; install "
+            "torch's build for the CPU in an environment of its own"
+        )
     torch_folder, library = Path(found.origin).parent, folder / "pretended_cuda.so"
     source = Path(__file__).resolve().with_suffix(".cpp")
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{torch_folder}/include", "-o", str(library)]

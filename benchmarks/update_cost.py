@@ -37,7 +37,10 @@ from smart_fairseq.method.divergence import symmetric_kl
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = "sentence_classification_head"
+# to try a benchmark with
+TINY = ["--arch", "roberta", "--encoder-layers", "2", "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"]
 MODELS = {
+    "tiny": ([*TINY, "--encoder-attention-heads", "2"], 64),
     "minilm": (["--arch", "smart_bert_minilm_l6"], 30522),
     "roberta_base": (["--arch", "roberta_base"], 50265),
     "roberta_large": (["--arch", "roberta_large"], 50265),
@@ -66,6 +69,13 @@ VARIANTS = [
     ("PGD, 2 steps", ["--criterion", "pgd_sentence_prediction", "--optimizer", "adam"]),
     ("FreeLB, 3 passes", ["--criterion", "freelb_sentence_prediction", "--optimizer", "adam"]),
     ("FreeAT, one of its updates", ["--criterion", "freeat_sentence_prediction", "--optimizer", "adam"]),
+]
+# named with --variants alone
+DEFAULT = ["--criterion", "smart_sentence_prediction", "--optimizer", "mbpp"]
+ON_DEMAND = [
+    ("SMART + MBPP, the default recipe", DEFAULT),
+    ("SMART + MBPP, the default recipe, --mbpp-base adamw_fused", [*DEFAULT, "--mbpp-base", "adamw_fused"]),
+    ("SMART + MBPP, the release's recipe", [*DEFAULT, "--smart-recipe", "release"]),
 ]
 
 
@@ -96,6 +106,10 @@ class Variant:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if args.dtype == "fp32":
             self.optimizer = optim.build_optimizer(cfg.optimizer, parameters)
+        elif args.float32_copies:
+            cfg.common.bf16, cfg.common.fp16 = args.dtype == "bf16", args.dtype == "fp16"
+            cfg.common.fp16_no_flatten_grads = args.device == "cpu"
+            self.optimizer = optim.FP16Optimizer.build_optimizer(cfg, parameters)
         else:
             self.optimizer = optim.MemoryEfficientFP16Optimizer.build_optimizer(cfg, parameters)
             self.optimizer.scaler = None
@@ -114,7 +128,7 @@ class Variant:
 
     def backward(self, sample: dict[str, Any]) -> None:
         for loss in self.losses(sample):
-            (loss / len(sample["id"])).backward()
+            self.optimizer.backward(loss / len(sample["id"]))
 
     def update(self, sample: dict[str, Any]) -> None:
         self.optimizer.zero_grad()
@@ -221,6 +235,13 @@ def peak_activations(variant: Variant, sample: dict[str, Any], device: str) -> f
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def peak_memory(variant: Variant, sample: dict[str, Any]) -> float:
+    """GiB of a whole update, of all that is in the process."""
+    torch.cuda.reset_peak_memory_stats()
+    variant.update(sample)
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
 def cuda_counts(variant: Variant, sample: dict[str, Any]) -> dict[str, int]:
     """How often an update waits for the device, and how many kernels it launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -239,7 +260,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         write_dictionaries(folder, MODELS[args.model][1])
         chosen = args.variants or [*(label for label, _ in VARIANTS), "literal"]
         variants: dict[str, Variant] = {
-            label: Variant(flags, args, folder) for label, flags in VARIANTS if label in chosen
+            label: Variant(flags, args, folder) for label, flags in [*VARIANTS, *ON_DEMAND] if label in chosen
         }
         if "literal" in chosen:
             variants["literal"] = Literal(args, folder)
@@ -251,6 +272,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows[label]["flops"] = counter.get_total_flops()
         rows[label]["activations_gib"] = peak_activations(variant, samples[0], args.device)
         if args.device == "cuda":
+            rows[label]["peak_gib"] = peak_memory(variant, samples[0])
             rows[label].update(cuda_counts(variant, samples[0]))
     times: dict[str, list[float]] = {label: [] for label in variants}
     rounds = tqdm(samples[1:], desc="rounds", disable=not sys.stderr.isatty())
@@ -274,8 +296,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    names = [*(label for label, _ in VARIANTS), "literal"]
-    parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help="rows of the table; default: all")
+    names = [*(label for label, _ in [*VARIANTS, *ON_DEMAND]), "literal"]
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"rows of the table; default: the first {len(VARIANTS)}",
+    )
+    parser.add_argument(
+        "--float32-copies",
+        action="store_true",
+        help="half precision as fairseq's --fp16 and --bf16, with weights in float32",
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as a line of JSON")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
@@ -289,14 +323,17 @@ def main() -> None:
     columns += ["synchronisations", "launches"] if args.device == "cuda" else []
     columns = [column for column in columns if column in rows[0]]
     about["largest_resident_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    if args.out:
+        args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    if args.json:
+        print(json.dumps({**about, "rows": rows}))
+        return
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
     print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
     print("|" + " --- |" * len(columns))
     for row in rows:
         cells = [f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
         print("| " + " | ".join(cells) + " |")
-    if args.out:
-        args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The command export: `python -m smart_fairseq.export CHECKPOINT OUT.pt [--teacher]`.
+"""The command export: `python -m smart_fairseq.export CHECKPOINT OUT.pt [--teacher] [--task TASK]`.
 
 It turns a checkpoint of this plugin into one that plain fairseq loads, with the same predictions: convert/exporting.py.
 With ``--format huggingface`` it writes a folder for transformers instead: convert/hugging_face.py.
+With ``--task`` it takes one task of a checkpoint of several: convert/single_task.py.
 With ``--teacher`` the weights are those of the teacher that --optimizer mbpp keeps, instead of the model's.
 """
 
@@ -25,10 +26,12 @@ def export(
     format: str = "fairseq",
     data_dir: Path | None = None,
     bpe_dir: Path | None = None,
+    task: str | None = None,
 ) -> str:
     """Write a checkpoint, or the teacher in it, in another format, completely or not at all; a line for the user.
 
-    ``data_dir`` and ``bpe_dir``, for huggingface alone, stand in for the folders that the checkpoint's run had.
+    ``data_dir`` and ``bpe_dir``, for huggingface alone, stand in for the folders that the checkpoint's run had;
+    ``task``: which of a smart_multitask checkpoint.
     Raises `UsageError` for what is no checkpoint of smart_bert or RoBERTa, for impossible places, and for an ``out``
     that is there unless ``overwrite`` is set.
     """
@@ -53,6 +56,7 @@ def export(
     from smart_fairseq.convert.checkpoint import as_written, load_checkpoint
     from smart_fairseq.convert.exporting import left_behind, teacher_weights, to_plain_roberta
     from smart_fairseq.convert.hugging_face import write_hugging_face
+    from smart_fairseq.convert.single_task import chosen_task
 
     register()
     state = load_checkpoint(checkpoint)
@@ -60,6 +64,7 @@ def export(
     with as_written(checkpoint):
         if teacher:
             state["model"] = teacher_weights(checkpoint, state)
+        state = chosen_task(checkpoint, state, "--task", task)
         if format == "huggingface":
             write_hugging_face(checkpoint, state, out, data_dir, bpe_dir)
             return f"wrote {out}: {whose}for AutoModelForSequenceClassification and AutoTokenizer of transformers"
@@ -77,6 +82,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for huggingface the folder")
     help_of_teacher = "write the teacher's weights, which --optimizer mbpp keeps"
     parser.add_argument("--teacher", action="store_true", help=help_of_teacher)
+    parser.add_argument("--task", metavar="TASK", help="of a checkpoint of --task smart_multitask: which, as RTE")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("--format", choices=FORMATS, default="fairseq", help="plain fairseq's (default) or the folder")
     data = "huggingface: the data folder, for label names (default: the one it was trained on)"

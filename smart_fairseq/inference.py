@@ -9,11 +9,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import register
-from .data.binarize import MANIFEST, read_ids_of, read_index, read_manifest, read_targets
-from .data.lines import located, read_lines, shown
-from .data.tasks import ANLI_JOINED, TASKS, Task
+from .data.binarize import read_ids_of, read_index, read_manifest, read_targets
+from .data.folders import task_of
+from .data.lines import located, read_lines
+from .data.tasks import Task
 from .errors import UsageError, unfit
 from .progress import Progress
+
+# a task without a training part, and the one whose model predicts it
+STAND_INS = {"AX": "MNLI"}
 
 
 @dataclass
@@ -31,20 +35,6 @@ class Predictions:
     scores: np.ndarray
     classes: tuple[str, ...] = ()
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-
-
-def task_of(manifest: dict[str, Any], folder: Path) -> Task:
-    """The task of a data folder; ANLI's joined rounds count as one."""
-    name = manifest["task"]
-    if name == "ANLI":
-        return ANLI_JOINED
-    if name not in TASKS and {"labels", "divisor"} <= manifest.keys():  # a task of one's own
-        labels = tuple(manifest["labels"])
-        metrics = ("accuracy",) if labels else TASKS["STS-B"].metrics
-        return Task(str(name), (), {}, labels=labels, divisor=manifest["divisor"], metrics=metrics)
-    if name not in TASKS:
-        raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
-    return TASKS[name]
 
 
 def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
@@ -73,7 +63,7 @@ def label_order(folder: Path, count: int) -> tuple[str, ...]:
 
 
 class Model:
-    """A checkpoint that `sentence_prediction` wrote, with the data of one folder.
+    """A checkpoint that `sentence_prediction` wrote, or of `smart_multitask` the folder's task, with its data.
 
     ``model``: fairseq's, in evaluation mode; ``head``: the name of its classification head.
     """
@@ -102,15 +92,24 @@ class Model:
         from fairseq import checkpoint_utils
 
         from .convert.checkpoint import as_written, check_head
+        from .convert.single_task import folder_of, of_several_tasks, single_task
 
         path = str(self._path)
         try:
             state = checkpoint_utils.load_checkpoint_to_cpu(path)
             trained_on = str(_setting(state, "data") or "")
-            if _setting(state, "_name") not in (None, "sentence_prediction"):
-                self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
             overrides = {"data": str(self.folder), "no_shuffle": True}
-            models, self._config, self._fairseq_task = checkpoint_utils.load_model_ensemble_and_task([path], overrides)
+            given = None  # instead of the file
+            if of_several_tasks(state):
+                name = STAND_INS.get(self.task.name, self.task.name)
+                trained_on = str(folder_of(state, name) or self.folder)
+                given = state = single_task(self._path, state, name, self.folder)
+                state["cfg"]["task"]["no_shuffle"] = True
+            elif _setting(state, "_name") not in (None, "sentence_prediction"):
+                self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
+            models, self._config, self._fairseq_task = checkpoint_utils.load_model_ensemble_and_task(
+                [path], overrides, state=given
+            )
         except UsageError:
             raise
         except Exception as error:

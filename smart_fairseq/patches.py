@@ -155,7 +155,10 @@ def _forget_removed_flags(cfg: Any) -> None:
 
 def _demand_head(path: str, state: dict[str, Any]) -> None:
     from .convert.checkpoint import check_head
+    from .convert.single_task import of_several_tasks
 
+    if of_several_tasks(state):  # whose heads the task demands
+        return
     settings = (state.get("cfg") or {}).get("criterion") or state.get("args")
     head = getattr(settings, "classification_head_name", None)
     if head:
@@ -176,7 +179,7 @@ def cover_validation_sets(task: Any, train_subset: str) -> None:
             return get_batch_iterator(*call.args, **call.kwargs)
         iterator = get_batch_iterator(*call.args, **call.kwargs)
         used = sum(len(batch) for batch in iterator.frozen_batches)
-        if used < len(dataset):
+        if used < len(dataset) and dataset.can_reuse_epoch_itr_across_epochs:  # another epoch takes others
             logger.info(
                 f"training uses {used} of {len(dataset)} examples: fairseq leaves out a last batch that is no multiple "
                 "of --required-batch-size-multiple (1 takes all), and examples longer than --max-positions"

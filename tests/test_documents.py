@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 from fairseq.optim.adam import FairseqAdamConfig
+from fairseq.tasks.sentence_prediction import SentencePredictionConfig as SentencePredictionTaskConfig
 from toolkit import ROOT, parse
 
 from smart_fairseq.criterions.freeat_sentence_prediction import FreeATConfig
@@ -18,6 +19,7 @@ from smart_fairseq.criterions.r3f_sentence_prediction import R3FConfig
 from smart_fairseq.criterions.rdrop_sentence_prediction import RDropConfig
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.optim.mbpp import MBPPConfig
+from smart_fairseq.tasks.smart_multitask import MultitaskConfig
 from smart_fairseq.training.flags import RegularizedConfig
 from smart_fairseq.training.recipes import RECIPES, RECIPES_OF
 
@@ -35,6 +37,7 @@ CONFIGS = {
     "freeat-": (FreeATConfig, RegularizedConfig),
     "r3f-": (R3FConfig, RegularizedConfig),
     "rdrop-": (RDropConfig, RegularizedConfig),
+    "multitask-": (MultitaskConfig, SentencePredictionTaskConfig),
 }
 # named to say that they went
 REMOVED = {"--smart-reuse", "--smart-bregman-every", "--smart-search-layers"}

@@ -9,6 +9,7 @@ import pytest
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models import MODEL_REGISTRY
 from fairseq.optim import OPTIMIZER_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
 from toolkit import ROOT
 
 import smart_fairseq  # noqa: F401  registers its names
@@ -96,7 +97,12 @@ def test_no_postponed_annotations_beside_a_fairseq_dataclass(path: Path) -> None
 
 @pytest.mark.parametrize(
     ("folder", "registry"),
-    [("criterions", CRITERION_REGISTRY), ("optim", OPTIMIZER_REGISTRY), ("models", MODEL_REGISTRY)],
+    [
+        ("criterions", CRITERION_REGISTRY),
+        ("optim", OPTIMIZER_REGISTRY),
+        ("models", MODEL_REGISTRY),
+        ("tasks", TASK_REGISTRY),
+    ],
 )
 def test_one_file_per_registered_name(folder: str, registry: dict[str, type]) -> None:
     files = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
+from ..data.folders import task_of
 from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
 from ..data.readers import find_sources, read_source
@@ -20,7 +21,7 @@ from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
 from ..files import check_place
-from ..inference import Model, read_ids, task_of
+from ..inference import Model, read_ids
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .predict import LETTERS, write_json
 from .run import run

@@ -50,13 +50,18 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         weight = check_weight("--smart-weight", cfg.smart_weight)
         require(cfg.smart_every >= 1, "--smart-every", cfg.smart_every, "a whole number from 1")
         super().__init__(cfg, task, weights={"smart": weight}, every={"smart": cfg.smart_every})
-        check_adversary(cfg, weight, cfg.regression_target)
+        check_adversary(cfg, weight, all(objective.regression for objective in self.objectives))
         self.place = str(cfg.smart_embedding)
-        if not cfg.regression_target:
-            self.divergence = DIVERGENCES[divergence_name(cfg, regression=False)]
+        self.divergences[False] = DIVERGENCES[divergence_name(cfg, regression=False)]
+        self.forms: Dict[str, Form] = {}  # of the term by the objective's name, once the model is known
+
+    @property
+    def settings(self) -> Settings:
+        """What is the same for every batch of a task."""
+        cfg = self.cfg
         # kl and js have the symmetric KL's direction; their value of a change is not there
         of_classes = squared_change_of_classes if cfg.smart_divergence == "squared" else symmetric_kl_of_change
-        self.settings = Settings(
+        return Settings(
             adversary=Adversary(
                 radius=cfg.smart_epsilon,
                 step_size=cfg.smart_step_size,
@@ -69,35 +74,49 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
             relative=cfg.smart_epsilon_unit == "relative",
             dropout=str(cfg.smart_dropout),
             recompute=cfg.smart_recompute,
-            num_classes=task.cfg.num_classes,
+            num_classes=self.objective.num_classes,
             divergence=self.divergence,
-            divergence_of_change=squared_change if cfg.regression_target else of_classes,
+            divergence_of_change=squared_change if self.objective.regression else of_classes,
         )
-        self.form: Form | None = None  # of the term, once the model is known
+
+    @property
+    def form(self) -> Form | None:
+        """Of the term for the batch's task, once the model is known."""
+        return self.forms.get(self.objective.name)
+
+    @form.setter
+    def form(self, form: Form) -> None:
+        self.forms[self.objective.name] = form
 
     def prepare(self, encoder: Encoder) -> str:
         if not self.weights["smart"]:
             return "SMART: smoothness term not at all, "
         check_model(encoder)
-        return f"SMART: smoothness term {self.form_for(encoder, sample={}).in_words()}, "
+        words: Dict[str, List[str]] = {}
+        for objective in self.objectives:
+            self.turn_to(objective)
+            words.setdefault(self.form_for(encoder, sample={}).in_words(), []).append(objective.name)
+        said = [f"{form} ({', '.join(names)})" if words.keys() - {form} else form for form, names in words.items()]
+        return f"SMART: smoothness term {'; '.join(said)}, "
 
     def form_for(self, encoder: Encoder, sample: Dict[str, Any]) -> Form:
         """The form of the term, chosen at the training set's first examples, which every worker has.
 
         ``sample`` stands in for them where no training set is loaded.
         """
-        if self.form is None:
-            data = self.task.datasets.get(self.cfg.smart_train_subset)
+        form = self.form
+        if form is None:
+            data = self.objective.task.datasets.get(self.cfg.smart_train_subset)
             if data is not None:
                 sample = data.collater([data[index] for index in range(min(len(data), EXAMPLES))])
-            self.form = choose_form(
+            form = self.form = choose_form(
                 self.cfg,
                 encoder,
                 measure_place(encoder, self.place, sample["net_input"]),
-                self.settings.num_classes,
+                self.objective.num_classes,
                 working_precision(encoder, self.cfg.smart_amp),
             )
-        return self.form
+        return form
 
     def term(self, name: str, forward: Forward, sample: Dict[str, Any]) -> Term:
         return smoothness(self.settings, self.form_for(forward.encoder, sample), forward, sample)
@@ -113,5 +132,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         super().reduce_metrics(logging_outputs)
         if any("smart_form" in log for log in logging_outputs):
             number, size = (sum(log.get(key, 0) for log in logging_outputs) for key in ("smart_form", "sample_size"))
-            form = list(FormOfTerm)[round(float(number / size))]
-            metrics.log_derived("smart_form", lambda _: form.value)
+            mean = float(number / size)
+            # batches of several tasks may have different ones
+            form = list(FormOfTerm)[round(mean)].value if mean.is_integer() else "several"
+            metrics.log_derived("smart_form", lambda _: form)

@@ -6,14 +6,18 @@ Each raises `UsageError` with one line, or returns.
 import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from .flags import AdversaryFlags, RegularizedConfig
 from .metrics import REPORTED
+from .objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +44,17 @@ def check_restore_file(path: str, save_dir: str) -> None:
         )
 
 
-def check_best_metric(cfg: RegularizedConfig, metric: str) -> None:
+def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:
     """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
+    if objectives[0].name:
+        known = ["average", "loss", "nll_loss"]
+        train = cfg.smart_train_subset
+        validated = [objective for objective in objectives if objective.task.datasets.keys() - {train}]
+        for objective in validated or objectives:
+            calibration = ["calibration_error"] if cfg.smart_report_calibration and not objective.regression else []
+            known += [f"{objective.name}_{what}" for what in (*objective.metrics, *calibration, "loss")]
+        require(metric in known, "--best-checkpoint-metric", metric, f"one of {', '.join(known)}")
+        return
     known = ["loss", "nll_loss", *(() if cfg.regression_target else ("accuracy",))]
     for flag, names in {**REPORTED, "smart_report_calibration": ["calibration_error"]}.items():
         if getattr(cfg, flag):
@@ -126,7 +139,33 @@ def bregman_weight(cfg: RegularizedConfig) -> float:
     return weight
 
 
-def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bool) -> None:
+def check_for_several_tasks(cfg: RegularizedConfig) -> None:
+    """Raise `UsageError` for flags of the criterion that stand for one task."""
+    for flag in ("regression_target", *REPORTED):
+        if getattr(cfg, flag):
+            raise UsageError(
+                f"--{flag.replace('_', '-')} is set with --task smart_multitask, which knows each task's kind and "
+                "reports its metrics; leave it out"
+            )
+    head = SentencePredictionConfig.classification_head_name
+    if cfg.classification_head_name != head:
+        raise UsageError(
+            f"--classification-head-name is {cfg.classification_head_name} with --task smart_multitask, whose heads "
+            "have the names of the tasks; leave it out"
+        )
+
+
+def check_workers_of_several_tasks(cfg: RegularizedConfig) -> None:
+    """Raise `UsageError` where workers would wait for gradients of heads that their batch does not have."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and cfg.smart_ddp_backend not in ("legacy_ddp", "no_c10d"):
+        raise UsageError(
+            f"--ddp-backend is {cfg.smart_ddp_backend} with --task smart_multitask on several workers, whose batches "
+            "may be of different tasks; use legacy_ddp"
+        )
+
+
+def check_surroundings(cfg: RegularizedConfig, objective: Objective, regularized: bool) -> None:
     """Raise `UsageError` where the run around the criterion would train something else than the user believes."""
     if cfg.smart_ddp_backend == "fully_sharded":
         raise UsageError(NOT_SHARDED)
@@ -136,7 +175,10 @@ def check_surroundings(cfg: RegularizedConfig, num_classes: int, regularized: bo
             f"--smart-validate-with is teacher but --optimizer is {optimizer}; it needs --optimizer mbpp, which keeps "
             "the teacher"
         )
-    if cfg.regression_target:
+    num_classes = objective.num_classes
+    if objective.name:  # what the data folders say
+        return
+    if objective.regression:
         require(num_classes == 1, "--num-classes", num_classes, "1 with --regression-target")
         if cfg.smart_report_calibration:
             raise UsageError("--smart-report-calibration is set with --regression-target, which has no probabilities")

@@ -38,9 +38,11 @@ from ..terms.bregman import bregman
 from ..terms.precision import working_precision
 from . import checks
 from .acting import Acting
+from .batches import TASK
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
+from .objective import Objective, objectives_of, place_outputs, spread
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +71,34 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.adversarial = adversarial
         self.weights = {**weights, "bregman": checks.bregman_weight(cfg)}
         self.every = every or {}
-        self.divergence: Divergence = squared_error if cfg.regression_target else symmetric_kl  # l_s
-        checks.check_surroundings(cfg, task.cfg.num_classes, self.regularized)
+        self.divergences: dict[bool, Divergence] = {True: squared_error, False: symmetric_kl}  # l_s, by regression
+        self.objectives = objectives_of(task, cfg)
+        self.turn_to(self.objectives[0])
+        checks.check_surroundings(cfg, self.objective, self.regularized)
         self._encoder: Encoder | None = None
         self._checked = self._warned = False
         self.teacher = TrainingLink(on_epoch=self._check_before_training)
         self.teacher.listen(task)
         self.acting = Acting(after=int(getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0))
         cover_validation_sets(task, cfg.smart_train_subset)
+
+    # --- what a batch is judged by ----------------------------------------------------------------
+
+    def turn_to(self, objective: Objective) -> None:
+        """Judge what comes by this objective."""
+        self.objective = objective
+        self.classification_head_name = objective.head
+        self.regression_target = objective.regression
+        self.label_dict = objective.task.label_dictionary
+
+    def _turn_to_task_of(self, sample: dict[str, Any]) -> None:
+        if TASK in sample:
+            self.turn_to(self.objectives[sample[TASK]])
+
+    @property
+    def divergence(self) -> Divergence:
+        """l_s for the batch's task."""
+        return self.divergences[self.regression_target]
 
     # --- what a criterion adds --------------------------------------------------------------------
 
@@ -109,8 +131,11 @@ class RegularizedCriterion(SentencePredictionCriterion):
         if self._checked:
             return
         checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
-        checks.check_labels(self.task, self.regression_target)
-        checks.check_best_metric(self.cfg, self.cfg.smart_best_metric)
+        for objective in self.objectives:
+            checks.check_labels(objective.task, objective.regression)
+        if self.objectives[0].name:
+            checks.check_workers_of_several_tasks(self.cfg)
+        checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
         words = self.prepare(self.encoder_for(model))
         self._checked = True
         logger.info(f"{words}Bregman weight {self.weights['bregman']:g}; {self._flags()}")
@@ -132,15 +157,29 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         """Loss (sum over the batch), number of examples, log entries; as `sentence_prediction` returns them."""
+        self._turn_to_task_of(sample)
         if not model.training or not self.regularized:
-            with contextlib.ExitStack() as around:
-                calibrated = self.cfg.smart_report_calibration and not model.training
-                output = around.enter_context(_output_of(self.encoder_for(model).model)) if calibrated else []
-                result: Result = super().forward(self._evaluated(model), sample, reduce)
-            place_predictions(result[2], sample["id"], self.task)
-            if output:
-                place_confidence(result[2], output[0], sample, self.task)
-            return result
+            result = self._evaluate(model, sample, reduce)
+        else:
+            result = self._train(model, sample, reduce)
+        if TASK in sample:
+            spread(result[2], sample[TASK], len(self.objectives))
+        return result
+
+    def _evaluate(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
+        several = TASK in sample
+        with contextlib.ExitStack() as around:
+            watched = not model.training and (several or self.cfg.smart_report_calibration)
+            output = around.enter_context(_output_of(self.encoder_for(model).model)) if watched else []
+            result: Result = super().forward(self._evaluated(model), sample, reduce)
+        place_predictions(result[2], sample["id"], self.task)
+        if output and several:
+            place_outputs(result[2], output[0], sample, self.objectives)
+        elif output:
+            place_confidence(result[2], output[0], sample, self.task)
+        return result
+
+    def _train(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
 
         forward = self.forward_of(model, sample)
         encoder = forward.encoder
@@ -168,6 +207,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     def forward_of(self, model: Any, sample: dict[str, Any]) -> Forward:
         """The classification forward of a batch."""
+        self._turn_to_task_of(sample)
         head = self.classification_head_name
         return Forward(self.encoder_for(model), model, sample["net_input"], head, self.place)
 

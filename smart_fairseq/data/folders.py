@@ -1,0 +1,95 @@
+"""Data folders that preprocess wrote: their task, where several of them stand, and whether a split of one is whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .binarize import MANIFEST, read_ids_of, read_manifest
+from .bpe import SPECIAL_SYMBOLS
+from .lines import as_number, located, read_lines, shown
+from .tasks import ANLI_JOINED, TASKS, Task
+
+
+def task_of(manifest: dict[str, Any], folder: Path) -> Task:
+    """The task of a data folder; ANLI's joined rounds count as one."""
+    name = manifest["task"]
+    if name == "ANLI":
+        return ANLI_JOINED
+    if name not in TASKS and {"labels", "divisor"} <= manifest.keys():  # a task of one's own
+        labels = tuple(manifest["labels"])
+        metrics = ("accuracy",) if labels else TASKS["STS-B"].metrics
+        return Task(str(name), (), {}, labels=labels, divisor=manifest["divisor"], metrics=metrics)
+    if name not in TASKS:
+        raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, tuple[Task, Path]]:
+    """By its name each task of ``data``, a folder of data folders or one of them, and the folder.
+
+    ``names``: of folders in it, as ``flag`` gives them; None for all. Raises `UsageError` for what is not there, is no
+    data folder, or is prepared with another dictionary than the first.
+    """
+    if not data.is_dir():
+        raise located(data, 0, "no such folder; name the folder of the data folders that preprocess.py wrote")
+    if names is None:
+        places = [data] if (data / MANIFEST).is_file() else sorted(data.iterdir())
+        places = [place for place in places if (place / MANIFEST).is_file()]
+        if not places:
+            raise located(data, 0, f"holds no data folder; make some with preprocess.py, or name them by {flag}")
+    else:
+        places = [data / name.strip() for name in names if name.strip()]
+        if not places:
+            raise UsageError(f"{flag} names no folder; it must be as RTE-bin,MRPC-bin")
+    found: dict[str, tuple[Task, Path]] = {}
+    for place in places:
+        if not place.is_dir():
+            raise located(place, 0, f"no such folder; {flag} names folders in {data}")
+        task = task_of(read_manifest(place), place)
+        if task.name in found:
+            other = f"choose one of the two by {flag}"
+            raise located(place, 0, f"holds {task.name}, as {found[task.name][1]} does; {other}")
+        first = next(iter(found.values()), (task, place))[1]
+        if _dictionary(place) != _dictionary(first):
+            other = f"that of {first}, and all tasks share one encoder; preprocess both with the same --bpe-dir"
+            raise located(place / "input0" / "dict.txt", 0, f"is not {other}")
+        found[task.name] = (task, place)
+    return found
+
+
+def _dictionary(folder: Path) -> bytes:
+    path = folder / "input0" / "dict.txt"
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise located(path, 0, f"cannot be read ({error.strerror}); run preprocess again") from None
+
+
+def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
+    """Raise `UsageError` where a labelled split lacks a file, or its files do not belong together.
+
+    ``symbols``: in the dictionary of its texts.
+    """
+    rows = read_manifest(folder)["rows"].get(split)
+    if rows is None:
+        raise located(folder, 0, f"has no split {split}; preprocess a folder that holds it")
+    if not rows:
+        raise located(folder, 0, f"has no rows in its split {split}")
+    texts = ["input0", "input1"] if (folder / "input1").is_dir() else ["input0"]
+    files = {folder / text / f"{split}.bin": len(read_ids_of(folder / text / split, symbols)[1]) for text in texts}
+    labels = folder / "label" / f"{split}.{'label' if task.regression else 'bin'}"
+    if not labels.is_file():
+        raise located(labels, 0, f"is missing, so {split} has no labels; run preprocess again")
+    if task.regression:
+        lines = list(read_lines(labels))
+        for number, line in lines:
+            if not abs(as_number(line)) < float("inf"):
+                raise located(labels, number, f"the target is {shown(line)}; it must be a number")
+        files[labels] = len(lines)
+    else:
+        known = sum(1 for _ in read_lines(folder / "label" / "dict.txt")) + len(SPECIAL_SYMBOLS)
+        files[labels] = len(read_ids_of(folder / "label" / split, known)[1])
+    for path, count in files.items():
+        if count != rows:
+            raise located(path, 0, f"holds {count} rows, and {MANIFEST} says {rows}; run preprocess again")

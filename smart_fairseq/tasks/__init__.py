@@ -1,0 +1,1 @@
+"""Tasks that fairseq registers, one file a name."""

@@ -1,0 +1,121 @@
+"""Batches of several data sets, each batch of one of them, in proportion to their sizes or to a power of these."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from fairseq.data import FairseqDataset
+
+# of a batch, and of what is logged of it: the number of its task
+TASK = "multitask"
+
+
+def shares(sizes: Sequence[int], exponent: float) -> list[int]:
+    """As many as ``sizes`` has together, dealt in proportion to size^exponent; at least one of each.
+
+    What is left by rounding down goes to those that lost most by it.
+
+    >>> shares([90, 10], 1.0), shares([90, 10], 0.5), shares([90, 10], 0.0)
+    ([90, 10], [75, 25], [50, 50])
+    """
+    if exponent == 1:
+        return list(sizes)
+    weights = np.array(sizes, dtype=float) ** exponent
+    exact = sum(sizes) * weights / weights.sum()
+    dealt = np.floor(exact).astype(int)
+    most_lost = np.argsort(dealt - exact, kind="stable")[: sum(sizes) - int(dealt.sum())]
+    dealt[most_lost] += 1
+    return [max(1, int(count)) for count in dealt]
+
+
+def in_turn(count: int, size: int, epoch: int, seed: Sequence[int]) -> list[int]:
+    """Which ``count`` of ``size`` batches an epoch takes, so that over the epochs each comes as often as the others.
+
+    They are a piece of an endless row of permutations, which ``seed`` determines; all of them in order where an epoch
+    takes each once. ``epoch`` counts from 1.
+    """
+    if count == size:
+        return list(range(size))
+    start = (epoch - 1) * count
+    rounds = range(start // size, (start + count - 1) // size + 1)
+    orders = [np.random.default_rng([*seed, number]).permutation(size) for number in rounds]
+    first = start - rounds[0] * size
+    return [int(place) for place in np.concatenate(orders)[first : first + count]]
+
+
+class MultitaskDataset(FairseqDataset):
+    """The rows of several data sets, one set after the other.
+
+    Args:
+        datasets: by the number of their task.
+        exponent: of the sizes, counted in batches; 1 takes each batch once an epoch.
+        seed: of the order in which the batches of a task come where an epoch does not take each once.
+    """
+
+    def __init__(self, datasets: Mapping[int, FairseqDataset], exponent: float = 1.0, seed: int = 1) -> None:
+        super().__init__()
+        self.datasets, self.exponent, self.seed, self.epoch = dict(datasets), exponent, seed, 1
+        self.starts = np.cumsum([0, *(len(dataset) for dataset in self.datasets.values())])
+
+    def _parts(self) -> Iterator[tuple[int, int, FairseqDataset]]:
+        for (number, dataset), start in zip(self.datasets.items(), self.starts):
+            yield number, int(start), dataset
+
+    def _place(self, index: int) -> tuple[int, FairseqDataset, int]:
+        place = int(np.searchsorted(self.starts, index, side="right")) - 1
+        number, start, dataset = list(self._parts())[place]
+        return number, dataset, int(index) - start
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        number, dataset, place = self._place(index)
+        return number, dataset[place]
+
+    def collater(self, samples: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        """The batch as its own data set makes it, ids included, with the number of its task under ``TASK``."""
+        if not samples:
+            return {}
+        (number,) = {number for number, _ in samples}
+        return {**self.datasets[number].collater([sample for _, sample in samples]), TASK: number}
+
+    @property
+    def sizes(self) -> list[np.ndarray]:
+        return [np.concatenate([np.asarray(dataset.sizes[0]) for dataset in self.datasets.values()])]
+
+    def size(self, index: int) -> Any:
+        _, dataset, place = self._place(index)
+        return dataset.size(place)
+
+    def num_tokens(self, index: int) -> int:
+        _, dataset, place = self._place(index)
+        return int(dataset.num_tokens(place))
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.concatenate([dataset.ordered_indices() + start for _, start, dataset in self._parts()])
+
+    def batch_by_size(self, indices: np.ndarray, **limits: Any) -> list[np.ndarray]:
+        """What each data set makes of its own, as many of each task as this epoch takes."""
+        found = []
+        for number, start, dataset in self._parts():
+            own = indices[(indices >= start) & (indices < start + len(dataset))]
+            batches = dataset.batch_by_size(own - start, **limits) if len(own) else []
+            found.append((number, [np.asarray(batch) + start for batch in batches]))
+        found = [(number, batches) for number, batches in found if batches]
+        counts = shares([len(batches) for _, batches in found], self.exponent)
+        return [
+            batches[place]
+            for (number, batches), count in zip(found, counts)
+            for place in in_turn(count, len(batches), self.epoch, [self.seed, number])
+        ]
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        return self.exponent == 1
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.epoch = epoch
+        for dataset in self.datasets.values():
+            dataset.set_epoch(epoch)
