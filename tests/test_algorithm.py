@@ -1,7 +1,6 @@
 """The criterion on a real RoBERTa against the literal Algorithm 1 of reference.py, in float64."""
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,12 @@ import pytest
 import reference
 import torch
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
-from toolkit import HEAD, NO_DROPOUT, assert_close, batch, set_up, watch_terms
+from toolkit import HEAD, NO_DROPOUT, assert_close, batch, represented, set_up, watch_terms
 
 from smart_fairseq.method.noise import example_noise
 
-SETTINGS = list(
-    itertools.product(["classes", "regression"], [1, 3], ["inf", "l2"], ["example", "token"], ["ball", "normalize"])
-)
+NORMS, SCOPES, PROJECTIONS = ["inf", "l2"], ["example", "token"], ["ball", "normalize"]
+PLACES = ["token", "normalized", "input"]
 
 
 def prepared(data: Path, kind: str, *flags: str, **options: Any) -> tuple[Any, ...]:
@@ -77,8 +75,10 @@ class Literal:
         self.task_loss, self.smooth, self.bregman = (torch.stack(column).mean() for column in zip(*terms))
 
 
-@pytest.mark.parametrize("place", ["token", "normalized", "input"])
-@pytest.mark.parametrize(("kind", "steps", "norm", "scope", "projection"), SETTINGS)
+@pytest.mark.parametrize(
+    ("kind", "steps", "norm", "scope", "projection", "place"),
+    represented(["classes", "regression"], [1, 3], NORMS, SCOPES, PROJECTIONS, PLACES, together=3),
+)
 def test_against_the_literal_algorithm(
     kind: str,
     steps: int,
@@ -96,9 +96,10 @@ def test_against_the_literal_algorithm(
     check(class_data if kind == "classes" else regression_data, kind, steps, norm, scope, projection, place)
 
 
-@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize(
-    ("flags", "classes"), [([], 3), ([], 4), (["--smart-recompute"], 2), (["--smart-recompute"], 3)], ids=str
+    ("flags", "classes", "place"),
+    represented([([], 3), ([], 4), (["--smart-recompute"], 2), (["--smart-recompute"], 3)], PLACES, together=1),
+    ids=str,
 )
 def test_more_classes_and_a_first_step_from_a_pass_of_its_own(
     flags: list[str], classes: int, place: str, class_data: Path
@@ -118,10 +119,9 @@ def test_other_encoders(encoder: str, steps: int, norm: str, place: str, class_d
         check(pair_data, "pairs", *settings)
 
 
-@pytest.mark.parametrize("place", ["token", "normalized", "input"])
-@pytest.mark.parametrize(("steps", "classes"), [(1, 2), (2, 3), (1, 5)])
-@pytest.mark.parametrize("scope", ["example", "token"])
-@pytest.mark.parametrize("norm", ["inf", "l2"])
+@pytest.mark.parametrize(
+    ("norm", "scope", "steps", "classes", "place"), represented(NORMS, SCOPES, [(1, 2), (2, 3), (1, 5)], PLACES)
+)
 def test_sizes_relative_to_the_embeddings(
     norm: str, scope: str, steps: int, classes: int, place: str, class_data: Path
 ) -> None:
@@ -186,10 +186,7 @@ def check(
     assert len(gradients) > 30
 
 
-@pytest.mark.parametrize("classes", [2, 3, 5])
-@pytest.mark.parametrize("place", ["token", "normalized", "input"])
-@pytest.mark.parametrize("norm", ["inf", "l2"])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("steps", "norm", "place", "classes"), represented([1, 2], NORMS, PLACES, [2, 3, 5]))
 def test_at_small_noise_the_first_order_is_all_there_is(
     steps: int, norm: str, place: str, classes: int, class_data: Path
 ) -> None:

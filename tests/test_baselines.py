@@ -11,6 +11,7 @@ import reference_baselines as literal
 import torch
 from toolkit import (
     HEAD,
+    KINDS,
     LIKE_ROBERTA,
     NO_DROPOUT,
     ROOT,
@@ -21,6 +22,7 @@ from toolkit import (
     build,
     command,
     count_forwards,
+    represented,
     set_up,
     step,
     take_passes,
@@ -93,10 +95,10 @@ def assert_same_step(model: Any, criterion: Any, sample: Any, total: torch.Tenso
         assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("norm", ["l2", "inf"])
-@pytest.mark.parametrize("unit", ["relative", "absolute"])
-@pytest.mark.parametrize(("name", "steps"), [("pgd", 1), ("pgd", 3), ("freelb", 1), ("freelb", 3)])
-@pytest.mark.parametrize("kind", ["classes", "regression"])
+@pytest.mark.parametrize(
+    ("kind", "name", "steps", "unit", "norm"),
+    represented(KINDS, [("pgd", 1), ("pgd", 3), ("freelb", 1), ("freelb", 3)], ["relative", "absolute"], ["l2", "inf"]),
+)
 def test_pgd_and_freelb_against_their_equations(
     kind: str, name: str, steps: int, unit: str, norm: str, class_data: Path, regression_data: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The door to the commands: python -m smart_fairseq.commands."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from data_samples import ROOT, make_gpt2_bpe, make_pairs, write
 
 from smart_fairseq.commands.__main__ import COMMANDS, PROGRAM, main
+from smart_fairseq.commands.run import run
 
 OWN = [name for name in COMMANDS if name not in ("export", "import-hf")]
 
@@ -107,14 +109,36 @@ def test_scripts_load_nothing_heavy_either(script):
     assert not {"torch", "fairseq"} & loaded
 
 
+def test_fairseq_says_nothing_while_it_loads(monkeypatch):
+    """Whatever the level of the log; afterwards it may speak as before."""
+    chatty, heard = logging.getLogger("fairseq.tasks.text_to_speech"), []
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    monkeypatch.setattr(chatty, "level", logging.NOTSET)
+    monkeypatch.setattr(chatty, "_cache", {})
+    assert run("name", lambda argv: heard.append(chatty.isEnabledFor(logging.INFO)), []) == 0
+    chatty._cache.clear()
+    assert heard == [False] and chatty.isEnabledFor(logging.INFO)
+
+
+@pytest.mark.slow
+def test_pytest_itself_ends_without_a_remark_of_fairseqs():
+    """Its own process, beside those that run the tests, loads conftest.py."""
+    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", "tests/test_noise.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "INFO" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "import smart_fairseq",
-        "import smart_fairseq.data.readers",
+        pytest.param("import smart_fairseq.data.readers", marks=pytest.mark.slow),
         # what a process that multiprocessing starts does first, within a command
         "sys.argv = ['-c']; import pickle; pickle.loads(b'csmart_fairseq.data.pool\\nCHUNK\\n.')",
-        "from fairseq import utils; utils.import_user_module(argparse.Namespace(user_dir='smart_fairseq'))",
+        pytest.param(
+            "from fairseq import utils; utils.import_user_module(argparse.Namespace(user_dir='smart_fairseq'))",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_everything_else_registers(code):

@@ -1,6 +1,7 @@
 """The analysis by annotators' agreement, with numbers worked out by hand."""
 
 import json
+import logging
 import math
 import re
 import sys
@@ -115,6 +116,19 @@ def test_picture(tmp_path):
     flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(picture)]
     assert agreement.main(flags) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_matplotlib_has_no_say(tmp_path, monkeypatch):
+    """It tells of every font that it looks at, where something else made the log talkative."""
+    pytest.importorskip("matplotlib")
+    chatty = logging.getLogger("matplotlib.font_manager")
+    monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)
+    logging.getLogger("matplotlib").setLevel(logging.NOTSET)
+    assert chatty.isEnabledFor(logging.DEBUG)
+    data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
+    flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(tmp_path / "a.png")]
+    assert agreement.main(flags) == 0
+    assert not chatty.isEnabledFor(logging.INFO)
 
 
 def test_what_the_picture_shows(tmp_path, monkeypatch):

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_samples import ROOT, checkpoint, make_anli, make_place, train
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import validate
+from toolkit import USER_DIR, capture_log
 
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.commands.preprocess import anli_main
@@ -30,6 +34,20 @@ def table(path: Path):
 # Round trip -------------------------------------------------------------------------------------------------------
 
 
+def fairseq_validate(*arguments):
+    """What the program logs of the set, as its cli_main runs it."""
+    parsers = [options.get_validation_parser() for _ in range(2)]
+    args, given = (
+        options.parse_args_and_arch(parser, input_args=list(arguments), suppress_defaults=bare)
+        for parser, bare in zip(parsers, (False, True))
+    )
+    with capture_log() as log, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate, "reset_logging", lambda: None)  # it takes away who listens
+        validate.main(convert_namespace_to_omegaconf(args), override_args=given)
+    (line,) = log["valid"]
+    return {key.removeprefix("valid_"): value for key, value in line.items()}
+
+
 @pytest.mark.parametrize(
     "name, logged",
     [
@@ -40,22 +58,12 @@ def table(path: Path):
 )
 def test_scores_of_predictions_equal_what_fairseq_validate_logs(place, tmp_path, name, logged):
     data = place / "bins" / f"{name}-bin"
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "fairseq_cli.validate", str(data), "--user-dir", str(ROOT / "smart_fairseq")),
-            *("--path", checkpoint(place, name), "--task", "sentence_prediction", "--valid-subset", "valid"),
-            *("--criterion", "sentence_prediction", "--batch-size", "5", "--cpu", "--log-format", "json"),
-            # otherwise fairseq leaves the last batch out, without a word
-            *("--num-workers", "0", "--required-batch-size-multiple", "1"),
-        ],
-        capture_output=True,
-        text=True,
+    fairseqs = fairseq_validate(
+        *(str(data), "--user-dir", USER_DIR, "--path", checkpoint(place, name), "--task", "sentence_prediction"),
+        *("--valid-subset", "valid", "--criterion", "sentence_prediction", "--batch-size", "5", "--cpu"),
+        # otherwise fairseq leaves the last batch out, without a word
+        *("--log-format", "json", "--num-workers", "0", "--required-batch-size-multiple", "1"),
     )
-    found = [line for line in run.stdout.splitlines() if '"valid_' in line or '"accuracy"' in line or '"loss"' in line]
-    assert run.returncode == 0 and found, run.stdout + run.stderr
-    fairseqs = {
-        key.replace("valid_", ""): value for key, value in json.loads(found[-1][found[-1].index("{") :]).items()
-    }
     out = tmp_path / "out"
     flags = ["--data-dir", str(data), "--cpu"]
     assert predict.main([*flags, "--checkpoint", checkpoint(place, name), "--split", "valid", "--out", str(out)]) == 0

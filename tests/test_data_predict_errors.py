@@ -15,6 +15,7 @@ from hostile_samples import CHECKPOINTS
 
 from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
+from smart_fairseq.convert.checkpoint import check_head
 from smart_fairseq.data.binarize import read_manifest
 from smart_fairseq.errors import UsageError
 
@@ -157,6 +158,22 @@ def test_a_checkpoint_without_its_head_is_not_scored_with_a_random_one(place, tm
     with pytest.raises(UsageError, match=re.escape(expected)):  # fairseq-validate
         checkpoint_utils.load_model_ensemble_and_task([model], {"data": str(place / "bins" / "RTE-bin")})
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
+
+
+def test_every_weight_comes_from_the_checkpoint(place):
+    """Whichever is missing, the model says so: none is left as it was drawn."""
+    path = checkpoint(place, "RTE")
+    models, *_ = checkpoint_utils.load_model_ensemble_and_task([path], {"data": str(place / "bins" / "RTE-bin")})
+    weights = torch.load(path)["model"]
+    assert len(weights) > 40
+    for name in weights.keys() - {"encoder.sentence_encoder.version"}:  # of the format, no weight
+        rest = {key: tensor for key, tensor in weights.items() if key != name}
+        if name.startswith("classification_heads."):
+            with pytest.raises(UsageError, match=re.escape(name.removeprefix(f"classification_heads.{toolkit.HEAD}."))):
+                check_head(Path(path), rest, toolkit.HEAD)
+        else:
+            with pytest.raises(RuntimeError, match=re.escape(name)):
+                models[0].load_state_dict(rest)
 
 
 def test_flags_that_do_not_fit(place, tmp_path, capsys):

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from data_samples import ROOT, make_anli, make_bert_bpe, make_gpt2_bpe, make_pairs, write
 from hf_samples import write_hf
+from processes import FORKS, join
 from toolkit import train
 
 from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
+from smart_fairseq.data import binarize
 from smart_fairseq.data.binarize import read_indexed, read_manifest
 from smart_fairseq.data.readers import Row
 from smart_fairseq.import_hf import import_hf
@@ -180,20 +182,19 @@ def test_a_new_run_replaces_the_folder_and_a_failed_one_leaves_it(tmp_path, bpe,
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-SLOW = """
-import sys, time
-sys.path.insert(0, {root!r})
-from smart_fairseq.commands import preprocess
-from smart_fairseq.data import binarize
-write = binarize.Folder.write
-def slow(self, split, *rest):
-    write(self, split, *rest)
-    print("WROTE", split, flush=True)
-    if split == "valid":
-        time.sleep(60)
-binarize.Folder.write = slow
-sys.exit(preprocess.glue_main(sys.argv[1:]))
-"""
+def preprocess_and_sleep(flags, pipe):
+    """The command, which says so and sleeps when it has written the valid split."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it and hands that on
+    write_split = binarize.Folder.write
+
+    def slow(self, split, *rest):
+        write_split(self, split, *rest)
+        if split == "valid":
+            pipe.send("written")
+            time.sleep(60)
+
+    binarize.Folder.write = slow
+    sys.exit(glue_main(flags))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -203,18 +204,12 @@ def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, bpe, number):
     flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
     assert glue_main(flags) == 0
     before = (out / "preprocess.json").stat().st_mtime_ns
-    script = write(tmp_path / "slow.py", SLOW.format(root=str(ROOT)))
-    # a shell's background job ignores SIGINT and hands that on: the run under test must not inherit it
-    run = subprocess.Popen(
-        [sys.executable, str(script), *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while "WROTE valid" not in run.stdout.readline():
-        assert run.poll() is None
-    run.send_signal(number)
-    assert run.wait(timeout=30) not in (0, None)
+    ours, theirs = FORKS.Pipe()
+    run = FORKS.Process(target=preprocess_and_sleep, args=(flags, theirs))
+    run.start()
+    assert ours.recv() == "written"
+    os.kill(run.pid, number)
+    assert join([run], timeout=30)[0] not in (0, None)
     assert (out / "preprocess.json").stat().st_mtime_ns == before
     hidden = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     # only a kill that no program can notice leaves something, hidden, and the next run removes it

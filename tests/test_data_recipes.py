@@ -131,6 +131,30 @@ def test_recipe_starts_with_what_the_documents_offer(path, kind, data_by_classes
     start(path, data, "checkpoint_last.pt", "task.max_positions=32", *sizes, *OVERRIDES[kind].split())
 
 
+HALF = {"common.fp16=true": ["common.fp16_no_flatten_grads=true"], "common.bf16=true": []}  # and what a CPU needs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", HALF)
+def test_a_recipe_starts_in_half_precision(precision, class_data):
+    (recipe,) = (path for path in RECIPES if path.stem == "rte")
+    sizes = [f"+model.{size}" for size in (*TINY, "max_positions=32")]
+    more = ["model._name=roberta_base", "task.max_positions=32", precision, *HALF[precision]]
+    start(recipe, class_data, "checkpoint_last.pt", *more, *sizes)
+
+
+def test_every_override_of_the_documents_is_started_with():
+    """What is left are places of files, and the seed."""
+    tested = {override for line in (*OVERRIDES.values(), *HALF) for override in line.split()}
+    places = ("task.data", "checkpoint.restore_file", "checkpoint.save_dir", "common.user_dir", "common.seed")
+    sections = "model|task|criterion|optimizer|lr_scheduler|dataset|optimization|checkpoint|common"
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), *RECIPES]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(rf"\b((?:{sections})\.[a-z_0-9]+=[^\s`);,]+)", text))
+    assert tested <= named
+    assert {override for override in named if not override.startswith(places)} == tested
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_recipe_starts_from_an_imported_encoder(tmp_path):
     """With the overrides that import_hf prints; without, both sizes are said."""

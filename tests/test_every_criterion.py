@@ -23,12 +23,18 @@ from toolkit import (
     batch,
     command,
     count_forwards,
+    represented,
     set_up,
     step,
     take_passes,
     train,
     write_data,
 )
+
+
+def represented_by(*kept: str) -> list[Any]:
+    """The table, of which all but the lines that are ``kept`` are slow."""
+    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in CRITERIA]
 
 
 @pytest.fixture(params=CRITERIA)
@@ -195,6 +201,7 @@ def test_three_and_three_equal_six(way: Regularised, data: Path, tmp_path: Path)
     assert_same_state(last, tmp_path / "straight.pt")
 
 
+@pytest.mark.parametrize("way", represented_by("smart", "freelb", "freeat", "rdrop"), indirect=True)
 def test_two_workers_equal_one(way: Regularised, tmp_path: Path) -> None:
     """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates."""
     data = write_data(tmp_path / "data")
@@ -207,7 +214,9 @@ def test_two_workers_equal_one(way: Regularised, tmp_path: Path) -> None:
     assert_same_run(tmp_path, ["one", "two"], count=6, terms=way.still)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "way"), represented(["fp16", "bf16"], list(CRITERIA), together=1), indirect=["way"]
+)
 def test_half_precision(precision: str, way: Regularised, class_data: Path) -> None:
     """Six updates: losses and terms are float32's to 5 %, and none is dropped."""
     flags = [*NO_DROPOUT, *way.flags, "--mbpp-warmup-momentum", "0.5", "--mbpp-warmup-ratio", "1"]

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,42 @@ import json, sys, logging
 logging.disable(logging.CRITICAL)
 import torch
 from fairseq.models.roberta import RobertaModel
-folder, file, data, head, tokens = json.loads(sys.argv[1])
-hub = RobertaModel.from_pretrained(folder, checkpoint_file=file, data_name_or_path=data, bpe=None)
-hub.eval()
-tokens = torch.tensor(tokens)
-with torch.no_grad():
-    features = hub.extract_features(tokens)
-    logits = hub.predict(head, tokens, return_logits=True) if head else hub.model(tokens)[0]
-assert not any(name.split(".")[0] == "smart_fairseq" for name in sys.modules)
-assert type(hub.model) is RobertaModel
-print("RESULT" + json.dumps([features.tolist(), logits.tolist()]))
+for line in sys.stdin:
+    folder, file, data, head, tokens = json.loads(line)
+    hub = RobertaModel.from_pretrained(folder, checkpoint_file=file, data_name_or_path=data, bpe=None)
+    hub.eval()
+    tokens = torch.tensor(tokens)
+    with torch.no_grad():
+        features = hub.extract_features(tokens)
+        logits = hub.predict(head, tokens, return_logits=True) if head else hub.model(tokens)[0]
+    assert not any(name.split(".")[0] == "smart_fairseq" for name in sys.modules)
+    assert type(hub.model) is RobertaModel
+    print("RESULT" + json.dumps([features.tolist(), logits.tolist()]), flush=True)
 """
+InPlainFairseq = Callable[..., list[torch.Tensor]]
 
 
-def in_plain_fairseq(file: Path, data: Path, head: str = "") -> list[torch.Tensor]:
-    arguments = json.dumps([str(file.parent), file.name, str(data), head, TOKENS])
-    done = subprocess.run([sys.executable, "-c", PLAIN_FAIRSEQ, arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [torch.tensor(part) for part in json.loads(done.stdout.split("RESULT")[1])]
+@pytest.fixture(scope="module")
+def in_plain_fairseq() -> Iterator[InPlainFairseq]:
+    """A function of file, data and head; one process, which takes seconds to start, answers all."""
+    command = [sys.executable, "-c", PLAIN_FAIRSEQ]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def ask(file: Path, data: Path, head: str = "") -> list[torch.Tensor]:
+        print(json.dumps([str(file.parent), file.name, str(data), head, TOKENS]), file=process.stdin, flush=True)
+        said = ""
+        for line in process.stdout:
+            if line.startswith("RESULT"):
+                return [torch.tensor(part) for part in json.loads(line.removeprefix("RESULT"))]
+            said += line
+        raise AssertionError(said)
+
+    yield ask
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
 
 
 def here(file: Path, head: str = "", **overrides: Any) -> list[torch.Tensor]:
@@ -86,7 +105,9 @@ def trained(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 HEAD = "sentence_classification_head"
 
 
-def test_trained_model_predicts_the_same_without_this_package(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_trained_model_predicts_the_same_without_this_package(
+    trained: dict[str, Path], in_plain_fairseq: InPlainFairseq, tmp_path: Path
+) -> None:
     out = tmp_path / "plain.pt"
     assert main([str(trained["checkpoint"]), str(out)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
@@ -134,7 +155,9 @@ def test_nothing_of_this_package_remains(trained: dict[str, Path], tmp_path: Pat
     assert state["cfg"]["optimizer"]["_name"] == "adam"
 
 
-def test_imported_model_keeps_features_and_nearly_the_lm_head(imported: Path, tmp_path: Path) -> None:
+def test_imported_model_keeps_features_and_nearly_the_lm_head(
+    imported: Path, in_plain_fairseq: InPlainFairseq, tmp_path: Path
+) -> None:
     """Features within 1e-5. The LM head's LayerNorm keeps fairseq's epsilon, no more than that changes.
 
     The token type within the embeddings adds the same number to all logits of a token, which no probability sees.
@@ -162,7 +185,9 @@ def test_roberta_keeps_its_weights(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_half_precision_weights_become_float32(imported: Path, tmp_path: Path) -> None:
+def test_half_precision_weights_become_float32(
+    imported: Path, in_plain_fairseq: InPlainFairseq, tmp_path: Path
+) -> None:
     state = torch.load(imported / "model.pt", weights_only=True)
     state["model"] = {key: tensor.half() for key, tensor in state["model"].items()}
     torch.save(state, tmp_path / "half.pt")

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,62 +130,56 @@ def test_files_that_belong_to_nothing_written_here_stay(tmp_path: Path) -> None:
 
 # Other processes
 
-# writes "other" to the target, says so, and completes it when its standard input ends
-OTHER = """
-import sys
-from pathlib import Path
-from test_files import write_file, write_folder
 
-def wait():
-    print("written", flush=True)
-    sys.stdin.read()
+def other(write: Write, target: Path, pipe: Any) -> None:
+    """Writes "other" to the target, says so, and completes it when it is told to."""
 
-{"file": write_file, "folder": write_folder}[sys.argv[1]](Path(sys.argv[2]), "other", wait)
-"""
+    def wait() -> None:
+        pipe.send("written")
+        pipe.recv()
+
+    write(target, "other", wait)
 
 
-def start_other(kind: str, target: Path) -> "subprocess.Popen[str]":
-    """A process in the middle of its block."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    process = subprocess.Popen(
-        [sys.executable, "-c", OTHER, kind, str(target)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ":".join(paths)},
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "written\n"
-    return process
+def start_other(write: Write, target: Path) -> tuple[Any, Any]:
+    """A process in the middle of its block, and the pipe to it."""
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=other, args=(write, target, theirs))
+    process.start()
+    assert ours.recv() == "written"
+    return process, ours
 
 
-KINDS = [pytest.param("file", write_file, id="file"), pytest.param("folder", write_folder, id="folder")]
+KINDS = [pytest.param(write_file, id="file"), pytest.param(write_folder, id="folder")]
 
 
-@pytest.mark.parametrize("kind, write", KINDS)
-def test_two_processes_at_once_do_not_meet(tmp_path: Path, kind: str, write: Write) -> None:
+@pytest.mark.parametrize("write", KINDS)
+def test_two_processes_at_once_do_not_meet(tmp_path: Path, write: Write) -> None:
     """Each completes its own; the later one stays."""
-    other = start_other(kind, tmp_path / "target")
+    process, pipe = start_other(write, tmp_path / "target")
     write(tmp_path / "target", "ours")
     visible = {name: text for name, text in content(tmp_path).items() if not name.startswith(".")}
     assert list(visible.values()) == ["ours"]
-    other.communicate()
-    assert other.returncode == 0
+    pipe.send("go on")
+    assert join([process]) == [0]
     assert list(content(tmp_path).values()) == ["other"] and [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-@pytest.mark.parametrize("kind, write", KINDS)
-def test_sigterm_leaves_the_old_one_whole(tmp_path: Path, kind: str, write: Write) -> None:
+@pytest.mark.parametrize("write", KINDS)
+def test_sigterm_leaves_the_old_one_whole(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "target", "old")
-    other = start_other(kind, tmp_path / "target")
-    other.terminate()
-    other.communicate()
-    assert other.returncode == 128 + signal.SIGTERM
+    process, pipe = start_other(write, tmp_path / "target")
+    process.terminate()
+    assert join([process]) == [128 + signal.SIGTERM]
     assert list(content(tmp_path).values()) == ["old"] and [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-@pytest.mark.parametrize("kind, write", KINDS)
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, kind: str, write: Write) -> None:
+@pytest.mark.parametrize("write", KINDS)
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "target.bin", "neighbour")
-    other = start_other(kind, tmp_path / "target")
-    other.kill()
-    other.communicate()
+    process, pipe = start_other(write, tmp_path / "target")
+    process.kill()
+    process.join()
     assert len(list(tmp_path.iterdir())) == 2
     write(tmp_path / "target", "new")
     assert {path.name for path in tmp_path.iterdir()} == {"target", "target.bin"}

@@ -18,6 +18,7 @@ from toolkit import (
     command,
     flops,
     in_float64,
+    represented,
     set_up,
     step,
     train,
@@ -74,9 +75,10 @@ def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(first @ second / first.norm() / second.norm())
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "pairs"])
-@pytest.mark.parametrize("radius", ["1e-5", "1e-4", "1e-3"])
-@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "radius", "kind"),
+    represented([*HALF_TYPES, torch.float32], ["1e-5", "1e-4", "1e-3"], [*KINDS, "pairs"]),
+)
 def test_against_finite_perturbations_in_float64(
     dtype: torch.dtype, radius: str, kind: str, class_data: Path, regression_data: Path, pair_data: Path
 ) -> None:
@@ -125,19 +127,17 @@ def test_two_forwards_in_float32(
     assert term == pytest.approx(exact, rel=relative) and aligned > 1 - 1e-5
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["--smart-steps", "2", "--smart-noise-std", "1e-7"],
-        ["--smart-norm", "l2", "--smart-epsilon", "0.2"],
-        ["--smart-divergence", "squared"],
-        ["--smart-divergence", "js"],
-        ["--smart-dropout", "off"],
-    ],
-    ids=lambda flags: " ".join(flags) or "default",
-)
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+WAYS = [
+    [],
+    ["--smart-steps", "2", "--smart-noise-std", "1e-7"],
+    ["--smart-norm", "l2", "--smart-epsilon", "0.2"],
+    ["--smart-divergence", "squared"],
+    ["--smart-divergence", "js"],
+    ["--smart-dropout", "off"],
+]
+
+
+@pytest.mark.parametrize(("dtype", "flags"), represented(HALF_TYPES, WAYS, together=1), ids=str)
 def test_two_forwards_in_half_precision(dtype: torch.dtype, flags: list[str], class_data: Path) -> None:
     """At a radius that half precision resolves, from noise that it does not: every example goes up all the way."""
     shared = [*NO_DROPOUT, "--smart-epsilon", "2e-2", "--smart-step-size", "1", *flags]

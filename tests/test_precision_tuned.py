@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from toolkit import BOLD, NO_DROPOUT, batch, in_float64, set_up, watch_terms
+from toolkit import BOLD, NO_DROPOUT, batch, in_float64, represented, set_up, watch_terms
 
 from smart_fairseq.method.noise import example_noise
 
@@ -77,16 +77,14 @@ def exact(
     return sum(values) / len(values), torch.stack(cosines)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("place", ["token", "normalized", "input"])
 @pytest.mark.parametrize(
-    ("kind", "classes"),
-    [
-        ("classes", 2),
-        ("classes", 5),
-        pytest.param("classes", 3, marks=pytest.mark.slow),
-        pytest.param("regression", 1, marks=pytest.mark.slow),
-    ],
+    ("kind", "classes", "place", "steps"),
+    represented(
+        [("classes", 2), ("classes", 5), ("classes", 3), ("regression", 1)],
+        ["token", "normalized", "input"],
+        [1, 2],
+        together=1,
+    ),
 )
 def test_auto(
     kind: str, classes: int, place: str, steps: int, class_data: Path, regression_data: Path,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from toolkit import HALF_TYPES, NO_DROPOUT, assert_close, assert_equal, batch, set_up, step, watch_terms
+from toolkit import HALF_TYPES, NO_DROPOUT, assert_close, assert_equal, batch, represented, set_up, step, watch_terms
 
 RELATIVE = ["--smart-epsilon-unit", "relative", "--smart-epsilon", "0.05", "--smart-step-size", "5"]
 RELATIVE += ["--smart-noise-std", "1e-3"]
@@ -33,10 +33,10 @@ def smoothness(data: Path, flags: list[str], factor: float) -> torch.Tensor:
     return step(rescaled(model, factor), criterion, batch(task, 6)).log["smart_loss"]
 
 
-@pytest.mark.parametrize("steps", ["1", "2"])
-@pytest.mark.parametrize("norm", ["inf", "l2"])
-@pytest.mark.parametrize("scope", ["example", "token"])
-@pytest.mark.parametrize("mode", ["finite", "tangent"])
+@pytest.mark.parametrize(
+    ("mode", "scope", "norm", "steps"),
+    represented(["finite", "tangent"], ["example", "token"], ["inf", "l2"], ["1", "2"]),
+)
 def test_a_larger_table_changes_nothing(mode: str, scope: str, norm: str, steps: str, class_data: Path) -> None:
     flags = [*RELATIVE, "--smart-norm", norm, "--smart-norm-scope", scope, "--smart-steps", steps]
     small, large = (smoothness(class_data, [*flags, "--smart-mode", mode], factor) for factor in (1.0, 10.0))

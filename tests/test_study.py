@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import FORKS, join
 from study_samples import MODEL, PLAN, write_plan
 from toolkit import ROOT, command, train, write_data
 
@@ -210,34 +211,45 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert [line["seed"] for line in read_lines(tmp_path / "out" / "runs.jsonl")] == [1, 1]
 
 
+def study_of(plan: Path, worker: Path) -> None:
+    """The command, quietly; a process that was started in the background ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    studying.WORKER = (sys.executable, str(worker))
+    sys.exit(main([str(plan), "--jobs", "1"]))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, class_data: Path) -> list[dict[str, Any]]:
+    """The lines of a study that nobody stops."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studying, "WORKER", (sys.executable, str(write_fake(folder))))
+        assert main([str(write_plan(folder, class_data)), "--jobs", "1"]) == 0
+    return without_times(folder / "out" / "runs.jsonl")
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
 def test_a_killed_study_goes_on_to_the_same_lines(
-    how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals,
+    unbroken: list[dict[str, Any]],
+    class_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed after its first line and resumed: each run's line once, as in an unbroken study."""
-    data = write_data(tmp_path / "data")
-    whole, broken = (write_plan(tmp_path / name, data) for name in ("whole", "broken"))
-    program = (
-        # a process that was started in the background ignores SIGINT
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import sys; from smart_fairseq.study import studying; from smart_fairseq.study.__main__ import main; "
-        f"studying.WORKER = (sys.executable, {str(write_fake(tmp_path, sleep=0.3))!r}); "
-        f"sys.exit(main([{str(broken)!r}, '--jobs', '1']))"
-    )
-    lines = broken.parent / "out" / "runs.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    while not lines.is_file() and process.poll() is None:
+    plan, lines = write_plan(tmp_path, class_data), tmp_path / "out" / "runs.jsonl"
+    process = FORKS.Process(target=study_of, args=(plan, write_fake(tmp_path, sleep=0.3)))
+    process.start()
+    while not lines.is_file() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(how)
-    assert process.wait(timeout=60) != 0
+    os.kill(process.pid or 0, how)
+    assert join([process], timeout=60)[0] not in (0, None)
     assert 1 <= len(read_lines(lines)) < 4
     monkeypatch.setattr(studying, "WORKER", (sys.executable, str(write_fake(tmp_path))))
-    for plan in (whole, broken):
-        assert main([str(plan), "--jobs", "1"]) == 0
-    assert without_times(lines) == without_times(whole.parent / "out" / "runs.jsonl")
+    assert main([str(plan), "--jobs", "1"]) == 0
+    assert without_times(lines) == unbroken
 
 
 def test_a_dry_run_lists_its_runs_and_says_nothing_else(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq_cli import train as fairseq_train
 from processes import FORKS, assert_same_run, finish, free_port, join, start, updates
-from toolkit import FIXED, assert_close, batch, build, command, parse, set_up, write_data
+from toolkit import FIXED, assert_close, batch, build, command, parse, represented, set_up, write_data
 
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
@@ -37,7 +37,16 @@ DDP = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in DDP)])
+REPRESENTED = ("the clean pass recomputed", "regression", "an empty batch, --update-freq")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(name, marks=() if name in REPRESENTED else pytest.mark.slow) for name in CASES),
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in DDP),
+    ],
+)
 def test_two_workers_equal_one(case: str, tmp_path: Path) -> None:
     """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates.
 
@@ -69,8 +78,10 @@ HALF_ON_CUDA = {"fp16": {"fp16": True}, "amp": {"amp": True}}
 @pytest.mark.parametrize(
     ("precision", "mode"),
     [
-        *((precision, "finite") for precision in HALF),
-        *(("fp16-no-flatten-grads", "tangent"), ("bf16", "tangent")),
+        ("fp16-no-flatten-grads", "finite"),
+        ("bf16", "tangent"),
+        *(pytest.param(name, "finite", marks=pytest.mark.slow) for name in HALF if name != "fp16-no-flatten-grads"),
+        pytest.param("fp16-no-flatten-grads", "tangent", marks=pytest.mark.slow),
         *(pytest.param(name, mode, marks=pytest.mark.gpu) for name in HALF_ON_CUDA for mode in ("finite", "tangent")),
     ],
 )
@@ -178,8 +189,7 @@ def in_ddp(rank: int, port: int, data: Path, way: str, unused: bool, out: Path) 
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("unused", [True, False], ids=["find-unused-parameters", "all parameters used"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "unused"), represented(list(WAYS), [True, False], together=1))
 def test_torch_ddp(way: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
     """Two workers' gradients, averaged by DDP's reducer, against one with all examples; accumulation in between."""
     port = free_port()

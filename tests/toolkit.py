@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from fairseq import optim, options, tasks
 from fairseq.data import Dictionary, indexed_dataset
@@ -114,6 +116,28 @@ CRITERIA = {
     "rdrop": Regularised("rdrop_sentence_prediction", [], ["--rdrop-weight", "0"], ["rdrop"], [], []),
 }
 KINDS = ["classes", "regression"]
+
+
+def represented(*factors: Sequence[Any], together: int = 2) -> list[Any]:
+    """Every combination of the factors' options as parameters of a test; the marker slow is on most of them.
+
+    Without it are as few as hold every ``together`` options of different factors at once. A tuple among the options
+    stands for several parameters.
+    """
+    cases = list(itertools.product(*(range(len(factor)) for factor in factors)))
+    places = list(itertools.combinations(range(len(factors)), together))
+    groups = {case: {(chosen, *(case[place] for place in chosen)) for chosen in places} for case in cases}
+    missing, kept = set().union(*groups.values()), set()
+    while missing:
+        best = max(cases, key=lambda case: len(groups[case] & missing))
+        kept.add(best)
+        missing -= groups[best]
+    found = []
+    for case in cases:
+        options = [factor[number] for factor, number in zip(factors, case)]
+        values = [value for option in options for value in (option if isinstance(option, tuple) else (option,))]
+        found.append(pytest.param(*values, marks=() if case in kept else pytest.mark.slow))
+    return found
 
 
 def write_data(
