@@ -207,7 +207,7 @@ def test_an_attack_on_its_way_to_the_worker() -> None:
     assert Attack.of_argument(Attack((0.01, 0.1), 7).argument(3)) == (Attack((0.01, 0.1), 7), 3)
 
 
-@pytest.mark.parametrize("kind", ["classes", "regression"])
+@pytest.mark.parametrize("kind", ["classes", pytest.param("regression", marks=pytest.mark.slow)])
 def test_a_run_is_attacked_before_its_checkpoint_goes(kind: str, tmp_path: Path) -> None:
     """As `evaluation.attack` does it on the same rows from the same start; it does harm, more than random signs."""
     data = write_data(tmp_path / "data", kind=kind, valid=40)
