@@ -37,10 +37,10 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
 
 def in_words(rows: Sequence[Row]) -> str:
     """How many groups there are, and what guessing scores on them."""
-    sizes, right = sizes_of(rows), [row.label == RIGHT for row in rows]
+    sizes, right = sizes_of(rows), iter(row.label == RIGHT for row in rows)
     said = f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} candidates"
     if all(row.label is not None for row in rows):
-        shares = [sum(next(flags) for _ in range(size)) / size for flags in [iter(right)] for size in sizes]
+        shares = [sum(itertools.islice(right, size)) / size for size in sizes]
         said += f", of whom guessing finds {100 * sum(shares) / len(shares):.1f} %"
     elif 1 in sizes:
         said += f", {sizes.count(1)} of them of a single one"

@@ -180,8 +180,8 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
     if task.ranking:
         rows = in_groups(rows, report)
         if not rows:
-            what = f"the same {source.texts[0]} of which one has the label that is right, and another not"
-            raise located(Path(report.files[0]), 0, f"holds no group: no rows with {what}")
+            what = f"no {source.texts[0]} of it has both a right and a wrong candidate"
+            raise located(Path(report.files[0]), 0, f"holds no group to rank: {what}")
     report.rows = len(rows)
     return rows, report
 
