@@ -280,7 +280,6 @@ def test_a_toy_is_learned(place: Path, criterion: str) -> None:
     log = train(arguments)
     accuracy = [line[f"{NAME}_accuracy"] for line in log["train_inner"]]
     assert min(accuracy[:3]) < 70 and accuracy[-3:] == [100] * 3
-    assert log["valid"][0][f"valid_{NAME}_top1"] < 100
     last = log["valid"][-1]
     assert last[f"valid_{NAME}_top1"] == last["valid_average"] >= 80
     assert last[f"valid_{NAME}_loss"] < log["valid"][0][f"valid_{NAME}_loss"]
@@ -379,7 +378,7 @@ def test_what_a_ranking_has_not(run: Path, place: Path, tmp_path: Path, capsys: 
     rows = [f"{number}\t1" for number in (line.split("\t")[0] for line in _ids(folder))]
     write(both, "index\tprediction", *rows)
     assert evaluate.main(["--data-dir", str(folder), "--predictions", str(both)]) == 2
-    assert "group 1 has 2 picks; a ranking has one in each" in capsys.readouterr().err
+    assert "group 1 has 2 picks; a ranking has one in each group" in capsys.readouterr().err
     calibrated = command(place, "--smart-report-calibration", "--best-checkpoint-metric", f"{NAME}_calibration_error")
     assert f"--best-checkpoint-metric is {NAME}_calibration_error; it must be one of" in refused(calibrated)
 
