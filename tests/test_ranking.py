@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from data_samples import REAL, make_gpt2_bpe, needs_real_files, write
+from multitask_runs import around, refused
 from processes import assert_same_run, finish, start
-from test_multitask import around, refused
 from toolkit import (
     BOLD,
     CRITERIA,

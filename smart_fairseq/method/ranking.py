@@ -49,6 +49,11 @@ def of_groups(divergence: Divergence, groups: Tensor, change: bool = False) -> D
     """A divergence between classes as one between scores: [N, 1] and [N, 1] -> [G].
 
     ``change``: the divergence takes outputs and their change.
+
+    >>> from .divergence import squared_error
+    >>> scores, groups = torch.tensor([[1.0], [2.0], [3.0]]), group_places([1, 2])
+    >>> of_groups(squared_error, groups)(scores, 0 * scores)
+    tensor([ 1., 13.])
     """
     second = 0.0 if change else NOTHING
     return lambda scores, other: divergence(over_groups(scores, groups), over_groups(other, groups, second))
@@ -67,6 +72,10 @@ def ranking_loss(scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
 
 
 def picked(scores: Tensor, groups: Tensor) -> Tensor:
-    """The row of each group's highest score, its first where several are: [N, 1] -> int64 [G]."""
+    """The row of each group's highest score, its first where several are: [N, 1] -> int64 [G].
+
+    >>> picked(torch.tensor([[1.0], [2.0], [4.0], [3.0]]), group_places([2, 2]))
+    tensor([1, 2])
+    """
     best = over_groups(scores, groups).argmax(-1, keepdim=True)
     return groups.gather(1, best).squeeze(1)
