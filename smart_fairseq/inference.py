@@ -1,7 +1,7 @@
 """What a fine-tuned checkpoint predicts for the splits of a data folder."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,8 @@ from . import register
 from .data.binarize import read_ids_of, read_index, read_manifest, read_targets
 from .data.folders import task_of
 from .data.lines import located, read_lines
-from .data.tasks import Task
+from .data.ranking import read_groups
+from .data.tasks import RIGHT, Task
 from .errors import UsageError, unfit
 from .progress import Progress
 
@@ -25,6 +26,7 @@ class Predictions:
     """What a checkpoint says about one split: ids and labels in the order of the file.
 
     ``scores``: B x K probabilities of ``classes``, or B x 1 targets as the model gives them (0..1 for STS-B).
+    ``groups``: of a ranking, the sizes of its groups, whose rows follow each other; ``scores`` are theirs, one a row.
     ``logits``: B x K, what the probabilities are the softmax of; for regression ``scores``.
     """
 
@@ -35,6 +37,16 @@ class Predictions:
     scores: np.ndarray
     classes: tuple[str, ...] = ()
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    groups: Sequence[int] = ()
+
+    def ranks(self) -> list[tuple[int, int]]:
+        """Of a ranking's rows the number of the group and the place in it, both from 1; of equals the first wins."""
+        found, start = [], 0
+        for number, size in enumerate(self.groups, start=1):
+            order = np.argsort(-self.scores[start : start + size, 0], kind="stable")
+            found += [(number, int(place)) for place in np.argsort(order) + 1]
+            start += size
+        return found
 
 
 def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
@@ -127,7 +139,7 @@ class Model:
         outputs = self.model.classification_heads[self.head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
-        if self.task.regression:
+        if self.task.num_classes == 1:
             return ()
         classes = label_order(self.folder, outputs)
         if not (trained_on / "label" / "dict.txt").is_file():
@@ -150,10 +162,15 @@ class Model:
                 logits[batch] = found.float().cpu().numpy()
                 progress.advance(len(batch))
         progress.close(" predicted")
-        scores = logits if self.task.regression else self._torch.from_numpy(logits).softmax(-1).numpy()
+        scores = logits if self.task.num_classes == 1 else self._torch.from_numpy(logits).softmax(-1).numpy()
         wrong = int((~np.isfinite(scores)).any(1).sum())
         if wrong:
             self._refuse(f"gives no finite numbers for {wrong} of {len(ids)} rows: its training diverged")
+        if self.task.ranking:
+            groups = read_groups(self.folder, split, len(ids))
+            found = Predictions(self.task, split, ids, [], scores, (), logits, groups)
+            found.labels = [RIGHT if rank == 1 else "0" for _, rank in found.ranks()]
+            return found
         if self.task.regression:
             labels = [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
         else:

@@ -253,7 +253,7 @@ def test_ids_and_votes_are_read_where_they_are(tmp_path):
 
 def test_table_is_consistent():
     for task in TASKS.values():
-        assert task.num_classes == (len(task.labels) or 1)
+        assert task.num_classes == (1 if task.ranking else len(task.labels) or 1)
         assert set(task.submission) <= {split for split in task.splits if split.startswith("test")}
         for sources in task.splits.values():
             assert all(len(source.texts) == task.texts for source in sources)

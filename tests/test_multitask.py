@@ -17,6 +17,7 @@ from fairseq import checkpoint_utils
 from fairseq.data import FairseqDataset
 from fairseq.logging import metrics
 from fairseq.models.roberta import RobertaModel
+from multitask_runs import around, refused
 from processes import assert_same_run, finish, start, updates
 from toolkit import (
     BOLD,
@@ -24,14 +25,12 @@ from toolkit import (
     HEAD,
     NO_DROPOUT,
     STEADY,
-    TINY_MODEL,
     USER_DIR,
     Regularised,
     assert_close,
     assert_equal,
     assert_same_state,
     build,
-    capture_log,
     tensors,
     train,
     watch_terms,
@@ -51,7 +50,6 @@ from smart_fairseq.training.objective import log_by_task, spread
 
 TASKS = ("RTE", "MRPC", "STS-B", "CoLA")
 METRICS = {"RTE": "accuracy", "MRPC": "acc_and_f1", "STS-B": "pearson_and_spearman", "CoLA": "mcc"}
-WHOLE = ["--required-batch-size-multiple", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +73,6 @@ def command(
         *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
         *flags,
     ]
-
-
-def around(criterion: str, max_update: int) -> list[str]:
-    """What a run on one task and one on several have in common."""
-    return [
-        *("--init-token", "0", "--separator-token", "2", *TINY_MODEL, "--max-positions", "256"),
-        *("--criterion", criterion, "--optimizer", "mbpp", "--lr", "1e-3", "--lr-scheduler", "fixed"),
-        *("--batch-size", "4", "--seed", "7", "--cpu", "--max-update", str(max_update), "--num-workers", "0"),
-        *("--log-format", "json", "--log-interval", "1", "--disable-validation", *WHOLE),
-    ]
-
-
-def refused(arguments: Sequence[str]) -> str:
-    """The message with which a run is refused, before its first update."""
-    with capture_log() as log, pytest.raises(UsageError) as caught:
-        train(arguments)
-    assert not log["train_inner"]
-    return str(caught.value)
 
 
 @pytest.fixture(scope="module")

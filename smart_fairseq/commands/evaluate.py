@@ -14,8 +14,9 @@ from ..data.bpe import BpeFiles, find_bpe
 from ..data.folders import task_of
 from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
+from ..data.ranking import read_groups
 from ..data.readers import find_sources, read_source
-from ..data.tasks import TASKS, Task
+from ..data.tasks import RIGHT, TASKS, Task
 from ..errors import UsageError, parse_json
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
@@ -121,6 +122,18 @@ def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[s
     return in_order(paths[0], found, ids, "predictions, and the split has {} rows")
 
 
+def _check_picks(path: Path, predicted: Sequence[str], groups: Sequence[int]) -> None:
+    """Raise `UsageError` for a group of a ranking without its one pick, on which the metric counts."""
+    start = 0
+    for number, size in enumerate(groups, start=1):
+        picks = predicted[start : start + size].count(RIGHT)
+        if picks != 1:
+            raise located(
+                path, 0, f"group {number} has {picks} picks; a ranking has one in each group, labelled {RIGHT}"
+            )
+        start += size
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -160,6 +173,8 @@ def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         ids = read_ids(folder, splits[0])
         for text in options.predictions:
             predicted = _from_files([Path(part) for part in text.split(",")], task, ids)
+            if task.ranking:
+                _check_picks(Path(text), predicted, read_groups(folder, splits[0], len(ids)))
             runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
     for checkpoint in options.checkpoint or []:
         model = Model(Path(checkpoint), folder, options.cpu, options.fp16)

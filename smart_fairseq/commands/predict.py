@@ -70,12 +70,19 @@ def write_submission(found: Predictions, out: Path) -> Path:
 
 
 def write_predictions(found: Predictions, out: Path, probabilities: bool = False) -> Path:
-    """SPLIT's predictions by id; scores are not clipped, so that they score as fairseq scores them."""
+    """SPLIT's predictions by id; scores are not clipped, so that they score as fairseq scores them.
+
+    Of a ranking 1 for the pick of each group and 0 for the others, with the group, the rank in it and the score.
+    """
     path = out / f"{found.task.name}.{found.split}.tsv"
     classes = found.classes if probabilities else ()
     rows = [["index", "prediction", *(f"probability of {label}" for label in classes)]]
     for identity, label, scores in zip(found.ids, found.labels, found.scores):
         rows.append([identity, label, *(f"{value:.6g}" for value in scores if classes)])
+    if found.task.ranking:
+        rows[0] += ["group", "rank", "score"]
+        for row, (group, rank), score in zip(rows[1:], found.ranks(), found.scores[:, 0]):
+            row += [str(group), str(rank), f"{score:.6g}"]
     replace_file(path, "".join("\t".join(row) + "\n" for row in rows))
     return path
 

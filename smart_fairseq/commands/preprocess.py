@@ -13,6 +13,7 @@ from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
 from ..data.lines import Report, Row, as_number, located, shown
 from ..data.pool import Pool
+from ..data.ranking import in_words, sizes_of
 from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..errors import UsageError
@@ -78,13 +79,13 @@ def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[R
 
 def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
     """The part of the fairseq-train command that follows from the data."""
-    flags = [f"fairseq-train {shlex.quote(str(folder))} --task sentence_prediction"]
-    flags.append(f"--num-classes {task.num_classes} --init-token 0")
+    kind = "smart_multitask" if task.ranking else f"sentence_prediction --num-classes {task.num_classes}"
+    flags = [f"fairseq-train {shlex.quote(str(folder))} --task {kind} --init-token 0"]
     if bpe != "bert" and task.texts == 2:
         flags.append("--separator-token 2")
     if task.regression:
         flags.append("--regression-target")
-    metric = task.metrics[0]
+    metric = f"{task.name}_{task.metrics[0]}" if task.ranking else task.metrics[0]
     if metric in ("mcc", "acc_and_f1", "pearson_and_spearman"):
         flags.append(f"--report-{metric.replace('_', '-')}")
     if "valid1" in rows:
@@ -141,6 +142,8 @@ def _note(data: Data, folder: Folder, split: str) -> str:
     official = data.task.rows.get(split)
     if official is not None and official not in (count.rows, count.rows + sum(report.left_out.values())):
         notes.append(f"the official file has {official} rows")
+    if data.task.ranking:
+        notes.append(in_words(data.rows[split]))
     notes += [f"{number} left out ({reason})" for reason, number in report.left_out.items()]
     compressed = [Path(f"{file}.gz") for file in report.files if Path(f"{file}.gz").is_file()]
     notes += [f"read {path.stem} and not {path.name}, which is beside it" for path in compressed]
@@ -172,6 +175,8 @@ def _check_known(folder: Folder, bpe: BpeFiles) -> None:
 def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace) -> None:
     """Write one task's folder, or with ``--subsample`` one folder per fraction in it, and say what was written."""
     parts = fractions(options.subsample) if options.subsample else []
+    if parts and data.task.ranking:
+        raise UsageError(f"--subsample takes rows, and {data.task.name} has groups of them; leave it out")
     if parts and "train" not in data.rows:
         raise UsageError(f"--subsample needs the training part of {data.task.name}, and --data-dir does not hold it")
     with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
@@ -191,6 +196,7 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
         print(f"wrote {target}; it has no training part: for evaluation and prediction", flush=True)
         return
     count = len(subset(data.rows["train"], parts[0], order) if parts else data.rows["train"])
+    count = len(sizes_of(data.rows["train"])) if data.task.ranking else count
     rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
     print(f"wrote {target}; train with", flush=True)
     print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)

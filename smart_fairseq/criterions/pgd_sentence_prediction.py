@@ -12,7 +12,6 @@ from torch import Tensor
 from ..encoder import Forward
 from ..method.adversary import ascend, gradient_of
 from ..method.dropout import RandomState
-from ..method.loss import task_loss
 from ..training.adversarial import AdversarialCriterion, ball_config
 from ..training.flags import RegularizedConfig
 
@@ -28,7 +27,7 @@ class PGDSentencePrediction(AdversarialCriterion):
 
     def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
         start, weights = self.start(forward, sample), forward.encoder.frozen_weights()
-        masks, targets = RandomState(start.mask.device), sample["target"].view(-1)
+        masks = RandomState(start.mask.device)
         seen: list[Tensor] = []
 
         def logits_fn(point: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ class PGDSentencePrediction(AdversarialCriterion):
                 return forward(weights, point * start.unit)
 
         def loss(outputs: Tensor, _: Tensor) -> Tensor:
-            losses = task_loss(outputs, targets)
+            losses = self.task_losses(outputs, sample)
             seen.append(losses.detach().sum())
             return losses
 

@@ -16,7 +16,6 @@ from fairseq.criterions import register_criterion
 from torch import Tensor
 
 from ..encoder import Encoder, Forward
-from ..method.loss import task_loss
 from ..terms import TermValue
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
@@ -58,7 +57,7 @@ class RDropSentencePrediction(RegularizedCriterion):
 
     @contextmanager
     def term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Iterator[Callable[[Tensor], TermValue]]:
-        targets, tokens = sample["target"].view(-1), sample["net_input"]["src_tokens"]
+        tokens = sample["net_input"]["src_tokens"]
         nothing = torch.zeros(*tokens.shape, forward.encoder.table.shape[1], device=tokens.device)
 
         def value(clean: Tensor) -> TermValue:
@@ -66,7 +65,7 @@ class RDropSentencePrediction(RegularizedCriterion):
             second = forward(perturbation=nothing, lookup=looked_up[0])
             change = self.divergence(clean, second).sum()
             mean = change if self.regression_target else change / 2
-            beside = (task_loss(second, targets) - task_loss(clean, targets)).sum() / 2
+            beside = (self.task_losses(second, sample) - self.task_losses(clean, sample)).sum() / 2
             return TermValue(mean, beside=beside)
 
         with forward.encoder.captured("token") as looked_up:

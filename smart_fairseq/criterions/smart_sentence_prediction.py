@@ -7,7 +7,7 @@ Paper: Jiang et al. (2020), equation 1 and Algorithm 1:
     D_Breg  divergence(clean output, teacher's output)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List
 
 from fairseq.criterions import register_criterion
@@ -17,6 +17,7 @@ from ..encoder import Encoder, Forward
 from ..errors import require
 from ..method.adversary import Adversary
 from ..method.divergence import DIVERGENCES, squared_change, squared_change_of_classes, symmetric_kl_of_change
+from ..method.ranking import of_groups
 from ..terms import Term
 from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, working_precision
 from ..terms.smoothness import Settings, smoothness
@@ -59,8 +60,12 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
 
     @property
     def settings(self) -> Settings:
-        """What is the same for every batch of a task."""
-        return self.all_settings[self.objective.name]
+        """What is the same for every batch of a task; for a ranking, of its groups, which each batch has of its own."""
+        settings, groups = self.all_settings[self.objective.name], self.groups
+        if groups is None:
+            return settings
+        of_change = of_groups(settings.divergence_of_change, groups, change=True)
+        return replace(settings, divergence=self.divergence, divergence_of_change=of_change)
 
     def _settings_of(self, objective: Objective) -> Settings:
         cfg = self.cfg

@@ -24,6 +24,7 @@ from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .lines import Row, as_number, located, read_lines, shown
 from .pool import Pool, integer_typecode
+from .ranking import write_groups
 from .sentiment import annotators_table
 from .tasks import Task
 
@@ -191,6 +192,8 @@ class Folder:
         if len(labels) == len(rows):
             self._write_labels(self.path / "label" / split, labels)
         self._write_ids(split, rows)
+        if self.task.ranking:
+            write_groups(self.path, split, rows)
 
     def _write_labels(self, prefix: Path, labels: Sequence[str]) -> None:
         if self.task.regression:

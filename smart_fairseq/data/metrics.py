@@ -11,9 +11,10 @@ import numpy as np
 
 from ..evaluation import intervals
 from ..evaluation.intervals import Statistic
+from .tasks import RIGHT
 
 
-def accuracy(predicted: np.ndarray, gold: np.ndarray) -> float:
+def accuracy(predicted: np.ndarray, gold: np.ndarray | str) -> float:
     """Percent of rows that are right."""
     return 100.0 * float(np.mean(predicted == gold))
 
@@ -55,11 +56,17 @@ def pearson_and_spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
     return (pearson(predicted, gold) + spearman(predicted, gold)) / 2
 
 
+def top1(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """Percent of a ranking's groups whose pick is right: "1" stands for the pick, and for right."""
+    return accuracy(gold[predicted == RIGHT], RIGHT)
+
+
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "acc_and_f1": acc_and_f1,
     "mcc": matthews,
+    "top1": top1,
     "pearson": pearson,
     "spearman": spearman,
     "pearson_and_spearman": pearson_and_spearman,

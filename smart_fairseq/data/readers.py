@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError, parse_json
 from .lines import Report, Row, Skip, as_number, located, read_lines, shown, source_path
+from .ranking import in_groups
 from .sentiment import rated_rows
 from .tasks import Column, Source, Task
 
@@ -176,6 +177,11 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
                 raise UsageError(f"{item} (--skip-bad-rows leaves such rows out and counts them)")
     if not rows:
         raise located(Path(report.files[0]), 0, "holds no rows; download it again")
+    if task.ranking:
+        rows = in_groups(rows, report)
+        if not rows:
+            what = f"no {source.texts[0]} of it has both a right and a wrong candidate"
+            raise located(Path(report.files[0]), 0, f"holds no group to rank: {what}")
     report.rows = len(rows)
     return rows, report
 

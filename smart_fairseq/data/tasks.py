@@ -11,6 +11,9 @@ from typing import Any
 
 SENTIMENT = ("movie", "product", "news", "tweet")  # each also as NAME-score
 
+# of a ranking's candidates, the label of one that is right
+RIGHT = "1"
+
 Column = str | int  # a name in the header, or a position from 0 in a file without one
 
 # The order of the classes of every three-way inference task here. It is the order that fairseq's recipe gives to MNLI
@@ -54,6 +57,7 @@ class Task:
     divisor: float = 1.0  # regression: labels are divided by it, so that they lie in 0..1
     metrics: tuple[str, ...] = ("accuracy",)  # the first one selects checkpoints
     submission: Mapping[str, str] = field(default_factory=dict)  # split to the GLUE server's file name
+    ranking: bool = False  # a choice among the rows with the same first text, each labelled right or wrong
     fairseq_recipe: bool = True  # preprocess_GLUE_tasks.sh covers it: label dictionary by frequency
     rows: Mapping[str, int] = field(default_factory=dict)  # official counts
 
@@ -69,8 +73,8 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head; 1 for regression."""
-        return len(self.labels) or 1
+        """Outputs of the head; 1 for regression and ranking."""
+        return 1 if self.ranking else len(self.labels) or 1
 
 
 _SPLITS = {"train": "train", "valid": "dev", "test": "test"}  # fairseq's names, and those of the files
@@ -172,6 +176,24 @@ def _sentiment(name: str, domain: str, *rows: int) -> tuple[Task, Task]:
     )
     metrics = ("pearson_and_spearman", "pearson", "spearman")
     return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=metrics)
+
+
+def _ranking(task: Task, right: str) -> Task:
+    """Which of the second texts that come with a first one has the label ``right`` (Liu et al., 2019)."""
+    words = {label: RIGHT if label == right else "0" for label in task.labels}
+    return replace(
+        task,
+        name=f"{task.name}-ranking",
+        splits={
+            split: tuple(replace(source, label_words=words, votes=()) for source in sources)
+            for split, sources in task.splits.items()
+        },
+        labels=("0", RIGHT),
+        metrics=("top1",),
+        submission={},
+        ranking=True,
+        fairseq_recipe=False,
+    )
 
 
 _ROWS: tuple[Task, ...] = (
@@ -316,6 +338,7 @@ _ROWS: tuple[Task, ...] = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+TASKS |= {task.name: task for task in (_ranking(TASKS[name], "entailment") for name in ("QNLI", "SNLI"))}
 GLUE = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI", "AX")
 ANLI = ("ANLI-R1", "ANLI-R2", "ANLI-R3")
 ANLI_JOINED = replace(TASKS["ANLI-R1"], name="ANLI", rows={})  # the rounds as one task

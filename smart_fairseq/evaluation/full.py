@@ -75,6 +75,8 @@ def evaluate_model(
     with _threads(threads):
         model = checkpoint if isinstance(checkpoint, Model) else Model(checkpoint, folder, cpu=True)
         model = model.on(folder)
+        if model.task.ranking:
+            raise located(folder, 0, f"--full knows classes and regressions, and {model.task.name} ranks: leave it out")
         task, labels = model.task, gold_labels(folder, split, model.task)
         if len(labels) < 2:
             raise located(folder, 0, f"{split} has {len(labels)} rows, and 2 are needed")

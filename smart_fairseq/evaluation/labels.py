@@ -19,7 +19,7 @@ def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
         raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
     if task.regression:
         return [str(target * task.divisor) for target in read_targets(path)]
-    order = label_order(folder, task.num_classes)
+    order = label_order(folder, len(task.labels))
     if sorted(order) != sorted(task.labels):
         what = f"holds the labels {', '.join(order)}, and {task.name} has {', '.join(task.labels)}"
         raise located(folder / "label" / "dict.txt", 0, f"{what}; run preprocess again")

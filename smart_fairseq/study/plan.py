@@ -297,6 +297,9 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     source.check()
     most = source.train_rows
     _require(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
+    known = TASKS.get(str(source.manifest.get("task")))
+    if known and known.ranking:
+        raise UsageError(f"{path}: {where}: {source.folder} is a ranking, which studies do not know; use another task")
     for key in ("flip", "stratified") if source.regression else ():
         _require(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
     return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags)

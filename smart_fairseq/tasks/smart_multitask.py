@@ -30,9 +30,10 @@ from ..convert.single_task import head_of
 from ..data.binarize import read_manifest
 from ..data.folders import check_split, find_tasks
 from ..data.lines import as_number, shown
+from ..data.ranking import read_groups
 from ..data.tasks import Task
 from ..errors import UsageError, require
-from ..training.batches import MultitaskDataset
+from ..training.batches import GroupedDataset, MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
 from ..training.objective import Objective, common, log_by_task
@@ -112,7 +113,10 @@ class SmartMultitask(SentencePredictionTask):
                 without.append(objective.name)
                 continue
             check_split(folder, split, task, len(self.source_dictionary))
-            datasets[number] = objective.task.load_dataset(split, combine=combine, **kwargs)
+            rows = datasets[number] = objective.task.load_dataset(split, combine=combine, **kwargs)
+            if task.ranking:
+                sizes = read_groups(folder, split, len(rows))
+                datasets[number] = GroupedDataset(rows, sizes, None if self.cfg.no_shuffle else self.cfg.seed)
         if not datasets:
             raise UsageError(f"{self.cfg.data}: no task has a split {split}; choose another one")
         if without:
@@ -151,10 +155,11 @@ class SmartMultitask(SentencePredictionTask):
 def _objective(cfg: MultitaskConfig, name: str, task: Task, folder: Path) -> Objective:
     head = head_of(name)
     shared = {key: getattr(cfg, key) for key in SentencePredictionConfig.__dataclass_fields__ if hasattr(cfg, key)}
-    about = {"data": str(folder), "num_classes": task.num_classes, "regression_target": task.regression}
+    # of a ranking the labels, right and wrong, though its head has one output
+    about = {"data": str(folder), "num_classes": len(task.labels) or 1, "regression_target": task.regression}
     settings = SentencePredictionConfig(**{**shared, **about, "classification_head_name": head, "_name": None})
     inner = SentencePredictionTask.setup_task(settings)
-    return Objective(inner, head, task.num_classes, task.regression, name, task.metrics)
+    return Objective(inner, head, task.num_classes, task.regression, name, task.metrics, task.ranking)
 
 
 def _dropout(text: Optional[str], names: Sequence[str]) -> Dict[str, float]:

@@ -146,8 +146,8 @@ class AdversarialCriterion(RegularizedCriterion):
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         loss, size, log = super().forward(model, sample, reduce)
-        if model.training and self.adversarial:
-            log[f"{self.name}_delta"] = self.delta
+        if model.training and self.adversarial and self.delta is not None:
+            log[f"{self.name}_delta"] = self.delta * self.examples_of_a_row
             if self.before is not None:
                 log[f"{self.name}_rise"] = log["task_loss"].detach() - self.before
         return loss, size, log

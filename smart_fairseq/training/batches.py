@@ -4,10 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from fairseq.data import FairseqDataset
+from fairseq.data import FairseqDataset, data_utils
+
+from ..method.ranking import group_places
 
 # of a batch, and of what is logged of it: the number of its task
 TASK = "multitask"
+# of a batch of a ranking: `method.ranking`'s places of its groups
+GROUPS = "groups"
 
 
 def shares(sizes: Sequence[int], exponent: float) -> list[int]:
@@ -41,6 +45,47 @@ def in_turn(count: int, size: int, epoch: int, seed: Sequence[int]) -> list[int]
     orders = [np.random.default_rng([*seed, number]).permutation(size) for number in rounds]
     first = start - rounds[0] * size
     return [int(place) for place in np.concatenate(orders)[first : first + count]]
+
+
+class GroupedDataset(FairseqDataset):
+    """The groups of a ranking, each with all its rows, as its examples.
+
+    Args:
+        rows: the rows of all groups, one group after the other.
+        sizes: of the groups.
+        seed: of their order; None: as they stand.
+    """
+
+    def __init__(self, rows: FairseqDataset, sizes: Sequence[int], seed: int | None) -> None:
+        super().__init__()
+        self.rows, self.seed = rows, seed
+        self.counts, self.ends = np.array(sizes), np.cumsum(sizes)
+        # the longest row of each group
+        self.sizes = [np.maximum.reduceat(np.asarray(rows.sizes[0]), self.ends - self.counts)]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        end = int(self.ends[index])
+        return [self.rows[row] for row in range(end - int(self.counts[index]), end)]
+
+    def collater(self, samples: Sequence[list[Any]]) -> dict[str, Any]:
+        """The batch of the groups' rows, with their places under ``GROUPS``."""
+        rows = [row for group in samples for row in group]
+        return {**self.rows.collater(rows), GROUPS: group_places([len(group) for group in samples])}
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[0][index])
+
+    def num_tokens(self, index: int) -> int:
+        return self.size(index) * int(self.counts[index])
+
+    def ordered_indices(self) -> np.ndarray:
+        if self.seed is None:
+            return np.arange(len(self))
+        with data_utils.numpy_seed(self.seed):  # as fairseq orders the rows of other tasks
+            return np.random.permutation(len(self))
 
 
 class MultitaskDataset(FairseqDataset):

@@ -51,7 +51,7 @@ def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[
         train = cfg.smart_train_subset
         validated = [objective for objective in objectives if objective.task.datasets.keys() - {train}]
         for objective in validated or objectives:
-            calibration = ["calibration_error"] if cfg.smart_report_calibration and not objective.regression else []
+            calibration = ["calibration_error"] if cfg.smart_report_calibration and objective.classes else []
             known += [f"{objective.name}_{what}" for what in (*objective.metrics, *calibration, "loss")]
         require(metric in known, "--best-checkpoint-metric", metric, f"one of {', '.join(known)}")
         return

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from ..encoder import Encoder, Forward, encoder_of
 from ..method.divergence import Divergence, squared_error, symmetric_kl
+from ..method.loss import task_loss
+from ..method.ranking import of_groups, ranking_loss
 from ..optim.mbpp import MBPPConfig
 from ..patches import cover_validation_sets
 from ..terms import Term, TermValue
@@ -38,11 +40,11 @@ from ..terms.bregman import bregman
 from ..terms.precision import working_precision
 from . import checks
 from .acting import Acting
-from .batches import TASK
+from .batches import GROUPS, TASK
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
-from .objective import Objective, objectives_of, place_outputs, spread
+from .objective import Objective, objectives_of, place_outputs, ranked, spread
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.every = every or {}
         self.divergences: dict[bool, Divergence] = {True: squared_error, False: symmetric_kl}  # l_s, by regression
         self.objectives = objectives_of(task, cfg)
+        self.groups: Tensor | None = None  # of the batch, if it is of a ranking
+        self._rows = 0
         self.turn_to(self.objectives[0])
         checks.check_surroundings(cfg, self.objective, self.regularized)
         self._encoder: Encoder | None = None
@@ -94,13 +98,25 @@ class RegularizedCriterion(SentencePredictionCriterion):
     def _turn_to_task_of(self, sample: dict[str, Any]) -> None:
         if TASK in sample:
             self.turn_to(self.objectives[sample[TASK]])
+        self.groups, self._rows = sample.get(GROUPS), len(sample.get("id", ()))
 
     @property
     def divergence(self) -> Divergence:
-        """l_s for the batch's task."""
-        return self.divergences[self.regression_target]
+        """l_s for the batch's task; for a ranking, of its groups."""
+        divergence = self.divergences[self.regression_target]
+        return divergence if self.groups is None else of_groups(divergence, self.groups)
+
+    def task_losses(self, outputs: Tensor, sample: dict[str, Any]) -> Tensor:
+        """The task loss of each example of the batch, for a ranking of each group; outputs [B, K]."""
+        targets = sample["target"].view(-1)
+        return task_loss(outputs, targets) if self.groups is None else ranking_loss(outputs, targets, self.groups)
 
     # --- what a criterion adds --------------------------------------------------------------------
+
+    @property
+    def examples_of_a_row(self) -> float:
+        """1, but in a batch of a ranking, where a group of rows is an example."""
+        return 1.0 if self.groups is None else len(self.groups) / self._rows
 
     def term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Term:
         """The term ``name`` of ``weights`` for one batch."""
@@ -171,13 +187,20 @@ class RegularizedCriterion(SentencePredictionCriterion):
         with contextlib.ExitStack() as around:
             watched = not model.training and (several or self.cfg.smart_report_calibration)
             output = around.enter_context(_output_of(self.encoder_for(model).model)) if watched else []
-            result: Result = super().forward(self._evaluated(model), sample, reduce)
+            result = self._of_task(self._evaluated(model), sample, reduce)
         place_predictions(result[2], sample["id"], self.task)
         if output and several:
             place_outputs(result[2], output[0], sample, self.objectives)
         elif output:
             place_confidence(result[2], output[0], sample, self.task)
         return result
+
+    def _of_task(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
+        """The task loss alone: that of `sentence_prediction`, or of a ranking, which it does not know."""
+        if self.groups is None:
+            return super().forward(model, sample, reduce)  # type: ignore[no-any-return]
+        inputs = {**sample["net_input"], "features_only": True}
+        return ranked(model(**inputs, classification_head_name=self.classification_head_name)[0], sample)
 
     def _train(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
         forward = self.forward_of(model, sample)
@@ -193,7 +216,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
             if perturbation is not None:
                 around.enter_context(encoder.perturbed(perturbation, self.place))
             output = around.enter_context(_output_of(model))
-            loss, sample_size, log = super().forward(model, sample, reduce)
+            loss, sample_size, log = self._of_task(model, sample, reduce)
         log["task_loss"] = log["loss"]
         with encoder.lean():
             found = {name: values[name](output[0]) for name in weights}
@@ -240,7 +263,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
             log[f"{name}_loss"] = term.value.detach() if good else torch.zeros_like(term.value)
             log[f"{name}_dropped"] = int(not good)
             if term.size is not None:
-                log[f"{name}_delta"] = term.size
+                log[f"{name}_delta"] = term.size * self.examples_of_a_row
             if good:
                 loss = loss + weights[name] * term.value
                 if term.beside is not None:

@@ -18,7 +18,8 @@ from fairseq.logging.meters import safe_round
 from torch import Tensor
 
 from ..data.metrics import METRICS
-from .batches import TASK
+from ..method.ranking import picked, ranking_loss
+from .batches import GROUPS, TASK
 from .metrics import log_calibration, log_terms, placed, size_of
 
 # in a validation batch's log, rows: the task's number, predicted and right number or class, probability of that class
@@ -34,6 +35,7 @@ class Objective:
     num_classes: its outputs.
     regression: whether they are numbers rather than classes.
     name: of several tasks; "" where there is but one.
+    ranking: whether they are scores of candidates, one for each, whose groups the batches carry.
     metrics: logged under that name, by their names in `data.metrics`, the official one first.
     """
 
@@ -43,6 +45,12 @@ class Objective:
     regression: bool
     name: str = ""
     metrics: tuple[str, ...] = ()
+    ranking: bool = False
+
+    @property
+    def classes(self) -> bool:
+        """Whether an output alone is a distribution over classes."""
+        return not self.regression and not self.ranking
 
 
 def objectives_of(task: Any, cfg: SentencePredictionConfig) -> Sequence[Objective]:
@@ -51,10 +59,22 @@ def objectives_of(task: Any, cfg: SentencePredictionConfig) -> Sequence[Objectiv
     return several or [Objective(task, cfg.classification_head_name, task.cfg.num_classes, cfg.regression_target)]
 
 
+def ranked(outputs: Tensor, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
+    """What fairseq's criterion returns of a batch, here of a ranking, whose examples are the groups. Outputs [N, 1]."""
+    groups, targets = sample[GROUPS], sample["target"].view(-1)
+    loss, size = ranking_loss(outputs, targets, groups).sum(), len(groups)
+    correct = (targets[picked(outputs, groups)] > 0).sum()
+    log = {"loss": loss.detach(), "ntokens": sample["ntokens"], "nsentences": size, "sample_size": size}
+    return loss, size, {**log, "ncorrect": correct}
+
+
 def place_outputs(log: dict[str, Any], logits: Tensor, sample: dict[str, Any], objectives: Sequence[Objective]) -> None:
     """Add ``OUTPUTS`` for a validation batch: `placed` rows among the examples of all tasks. Logits [B, K]."""
     number: int = sample[TASK]
-    if objectives[number].regression:
+    if objectives[number].ranking:
+        confidence = logits.new_zeros(len(logits), dtype=torch.float64)
+        predicted = confidence.index_fill(0, picked(logits, sample[GROUPS]), 1)
+    elif objectives[number].regression:
         predicted, confidence = logits.view(-1).double(), logits.new_zeros(len(logits), dtype=torch.float64)
     else:
         confidence, predicted = logits.double().softmax(-1).max(-1)
@@ -125,7 +145,7 @@ def _log_outputs(objectives: Sequence[Objective], outputs: Tensor, calibration: 
         metrics.log_concat_tensor(f"_{name}_gold", gold[own])
         for metric in objective.metrics:
             metrics.log_derived(f"{name}_{metric}", functools.partial(_metric, objective, metric))
-        if calibration and not objective.regression:
+        if calibration and objective.classes:
             rows = torch.stack([confidence, (predicted == gold).double(), seen])[:, own]
             log_calibration([{"confidence": rows}], prefix=f"{name}_")
     metrics.log_derived("average", functools.partial(_average, objectives))
