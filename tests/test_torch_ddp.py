@@ -22,14 +22,13 @@ from smart_fairseq.terms import TermValue
 from smart_fairseq.training.criterion import RegularizedCriterion
 
 WRAPPED = ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters", "--bucket-cap-mb", "0"]
-MORE = {"freeat, an ascent step": CRITERIA["freeat"]._replace(flags=[*CRITERIA["freeat"].flags, "--freeat-steps", "2"])}
-MORE["smart, adam"] = CRITERIA["smart"]
-WAYS = {**CRITERIA, **MORE}
+WAYS = {**CRITERIA, "smart, adam": CRITERIA["smart"]}
 REPRESENTED = [("smart", 2), ("freelb", 1)]
 # update-freq -> size of the training set and of a batch: of each epoch's last update one worker has a dummy alone
 SHAPES = {1: (20, 4), 2: (18, 2)}
 TERMS = ("smart", "r3f", "rdrop", "bregman")
 LM_HEAD = 5  # weights of it, which classification leaves alone
+FREEAT = 3  # its updates on each batch
 BROKEN = 5  # an example in whose batch no term is a number
 
 
@@ -58,11 +57,14 @@ def prepared(out: str) -> None:
 def test_two_workers_equal_one(way: str, frequency: int, tmp_path: Path) -> None:
     """Weights, teacher and losses; both send the same in the same order, and nothing from our passes.
 
-    In two epochs of three updates, with a dummy batch and a term left out on one worker in each.
+    In two epochs of three updates (FreeAT: three times as many), with a dummy batch and the terms of a batch left out
+    on one worker in each.
     """
     criterion: Regularised = WAYS[way]
     optimizer = "adam" if way.endswith("adam") else "mbpp"
-    train, size = SHAPES[frequency]
+    times = FREEAT if way == "freeat" else 1
+    count = 6 * times
+    train, size = SHAPES[frequency] if way != "freeat" or frequency == 1 else (20, 2)
     data = write_data(tmp_path / "data", train=train)
     processes = []
     for name, workers in (("one", 1), ("two", 2)):
@@ -70,21 +72,21 @@ def test_two_workers_equal_one(way: str, frequency: int, tmp_path: Path) -> None
         flags += ["--update-freq", str(frequency * 2 // workers)]
         flags += ["--mbpp-warmup-ratio", "0.5"] if optimizer == "mbpp" else []
         arguments = command(
-            data, *flags, criterion=criterion.criterion, optimizer=optimizer, save_dir=tmp_path / name, max_update=6
+            data, *flags, criterion=criterion.criterion, optimizer=optimizer, save_dir=tmp_path / name, max_update=count
         )
         processes += start(
             arguments, tmp_path / name, workers, prepare=functools.partial(prepared, str(tmp_path / name))
         )
     finish(processes, tmp_path / "two")
-    assert_same_run(tmp_path, ["one", "two"], count=6, terms=criterion.still, teacher=optimizer == "mbpp")
+    assert_same_run(tmp_path, ["one", "two"], count=count, terms=criterion.still, teacher=optimizer == "mbpp")
     lost = sum(update.get(f"{term}_dropped", 0) for update in updates(tmp_path / "two") for term in TERMS)
-    assert lost == 2 * (len(criterion.terms) + (optimizer == "mbpp"))
+    assert lost == 2 * times * (len(criterion.terms) + (optimizer == "mbpp"))
     first, second = (collectives(tmp_path / "two", rank) for rank in (0, 1))
     assert first == second
     trained = len(torch.load(tmp_path / "two" / "checkpoint_last.pt")["last_optimizer_state"]["state"])
     # once an update, whatever passes, batches and terms it had: each gradient, and which of them are of use
     each = trained + LM_HEAD + 1
-    assert Counter(one.place for one in first if one.place != "around") == {"backward": 6 * each}
+    assert Counter(one.place for one in first if one.place != "around") == {"backward": count * each}
 
 
 @pytest.mark.parametrize(
