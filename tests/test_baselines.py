@@ -246,6 +246,31 @@ def test_freeat_at_radius_0_is_so_many_plain_updates_on_each_batch(
         assert_close(weights[name], parameter.detach())
 
 
+def test_freeat_divides_by_what_an_update_of_fewer_batches_holds(class_data: Path) -> None:
+    """Six batches with --update-freq 4: the gradient of the last two is their mean, as in plain fine-tuning."""
+    flags = [
+        *NO_DROPOUT,
+        "--curriculum",
+        "9",
+        "--update-freq",
+        "4",
+        "--lr",
+        "1e-9",
+        "--required-batch-size-multiple",
+        "1",
+    ]
+    logs = []
+    for name, more in (("sentence_prediction", []), ("freeat_sentence_prediction", ["--freeat-epsilon", "0"])):
+        times = ["--freeat-steps", "2"] if more else []
+        arguments = command(class_data, *flags, *more, *times, criterion=name, optimizer="sgd", max_update=4)
+        logs.append(train(arguments)["train_inner"])
+    plain, freeat = logs
+    assert [line["bsz"] for line in plain] == [16, 8, 16, 8] and [line["bsz"] for line in freeat] == [16, 16, 8, 8]
+    for ours, theirs in ((freeat[1], plain[0]), (freeat[2], plain[1]), (freeat[3], plain[1])):
+        assert ours["gnorm"] == pytest.approx(theirs["gnorm"], rel=2e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+
+
 def test_freeat_climbs_between_its_updates(class_data: Path) -> None:
     """Against algorithm 1 by hand, sgd: the perturbation follows the gradient of the update before it."""
     flags = flags_of("freeat", steps="3", norm="inf", epsilon_unit="absolute", epsilon="0.05", start="0.02")

@@ -24,7 +24,7 @@ from toolkit import (
     train,
 )
 
-from smart_fairseq.encoder import Encoder
+from smart_fairseq.encoder import Encoder, forward_mode
 from smart_fairseq.errors import UsageError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -65,6 +65,33 @@ def test_leaving_out_gelus_outputs_changes_nothing(
                 monkeypatch.setattr(Encoder, "without_gelu_outputs", lambda _: contextlib.nullcontext())
             results.append(step(model.to(dtype), criterion, batch(task, 6)))
             monkeypatch.undo()
+        assert_same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF_TYPES])
+def test_leaving_out_gelus_outputs_changes_nothing_to_first_order(
+    dtype: torch.dtype, class_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with dropout; also where a dropout of its own stands between gelu and the next layer."""
+    calls: list[bool] = []
+    original = forward_mode._GeluAndLinear.forward
+
+    def noting(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self._made is not None and self._made[0] is x)
+        return original(self, x)
+
+    for flags, apart in (([], False), (["--activation-dropout", "0.2"], True)):
+        results = []
+        for keeping in (False, True):
+            task, model, criterion = set_up(class_data, *LIKE_ROBERTA, *flags, *BOLD, "--smart-mode", "tangent")
+            calls.clear()
+            monkeypatch.setattr(forward_mode._GeluAndLinear, "forward", noting)
+            if keeping:
+                monkeypatch.setattr(forward_mode, "gelus_and_linears", lambda *_: [])
+            results.append(step(model.to(dtype), criterion, batch(task, 6)))
+            monkeypatch.undo()
+            # each layer's, once in the clean pass
+            assert calls == ([] if keeping else 8 * [not apart])
         assert_same(*results)
 
 

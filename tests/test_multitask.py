@@ -644,11 +644,12 @@ def test_all_folders_where_none_is_named(place: Path) -> None:
 
 
 def test_workers_need_a_wrapper_that_lets_heads_rest(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, _, criterion = build(command(place / "bins", TASKS))
-    checks.check_workers_of_several_tasks(criterion.cfg)  # one worker
+    _, _, model, criterion = build(command(place / "bins", TASKS))
+    surroundings = criterion.cfg, criterion.encoder_for(model), criterion.objectives
+    checks.check_workers(*surroundings)  # one worker
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
     with pytest.raises(
         UsageError, match=r"--ddp-backend is pytorch_ddp with --task smart_multitask .*; use legacy_ddp"
     ):
-        checks.check_workers_of_several_tasks(criterion.cfg)
+        checks.check_workers(*surroundings)

@@ -93,6 +93,10 @@ class Encoder:
         """That of the weights."""
         return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
 
+    def resting(self, head: str) -> list[str]:
+        """The names of trained weights that a classification with this head leaves alone."""
+        return []
+
     @property
     def has_dropout(self) -> bool:
         """Whether two passes in training mode draw masks."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from .lean import additive
-from .memory import Replacement, gelu_at_once, gelus, replaced
+from .memory import Replacement, gelu_at_once, gelus, gelus_and_linears, replaced
 from .place import Place
 
 __all__ = ["attention_written_out", "changed", "written_out"]
@@ -95,6 +95,47 @@ def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     wide, moved = _widened(value, change)
     slope = torch.special.ndtr(wide) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
     return gelu_at_once(value), (slope * moved).to(value.dtype)
+
+
+class _GeluAndLinear:
+    """gelu and the linear layer after it, with a change: kept are gelu's inputs, and its outputs computed again."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self._made: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def activation(self, x: Tensor) -> Tensor:
+        value, change = forward_ad.unpack_dual(x)
+        if change is None:
+            return gelu_at_once(x)
+        output = _pair(*checkpoint(_gelu_change, value, change, use_reentrant=False, preserve_rng_state=False))
+        self._made = output, value.detach(), change.detach()
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, self._made = self._made, None
+        if made is None or made[0] is not x:  # a dropout stands between the two
+            return _linear(self.linear, x)
+        # nothing of what the hooks hold is an output
+        places = {part.untyped_storage()._cdata: place for place, part in enumerate(forward_ad.unpack_dual(x))}
+        entries, inputs = x.numel(), made[1:]
+        held: dict[int, Tensor] = {}  # the one that was computed with the other and not yet asked for
+
+        def pack(tensor: Tensor) -> Any:
+            place = places.get(tensor.untyped_storage()._cdata)
+            return tensor if place is None or tensor.numel() != entries else (place, tensor.shape)
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            place, shape = packed
+            if place not in held:
+                with torch.no_grad():
+                    held.update(enumerate(_gelu_change(*inputs)))
+            return held.pop(place).view(shape)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return _linear(self.linear, x)
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
@@ -209,7 +250,7 @@ def written_out(model: nn.Module, differentiable: bool) -> list[Replacement]:
             replacements.append((module, "forward", functools.partial(_linear, module)))
         elif hasattr(module, "normalized_shape"):  # torch's LayerNorm or apex's
             replacements.append((module, "forward", functools.partial(_normalized, layer_norm, module)))
-    return replacements
+    return [*replacements, *(gelus_and_linears(model, _GeluAndLinear) if differentiable else ())]
 
 
 @contextmanager

@@ -10,7 +10,15 @@ from fairseq.modules import gelu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Replacement", "gelu_at_once", "gelus", "recomputed", "replaced", "without_gelu_outputs"]
+__all__ = [
+    "Replacement",
+    "gelu_at_once",
+    "gelus",
+    "gelus_and_linears",
+    "recomputed",
+    "replaced",
+    "without_gelu_outputs",
+]
 
 # module, name, other value
 Replacement = tuple[nn.Module, str, Any]
@@ -105,12 +113,17 @@ def _unpack(packed: Any) -> Tensor:
         return gelu_at_once(source).view(shape)
 
 
-def without_gelu_outputs(model: nn.Module) -> list[Replacement]:
-    """For `replaced`: forwards keep the input of each layer's gelu for the gradient, and not the output too."""
+def gelus_and_linears(model: nn.Module, kind: Any) -> list[Replacement]:
+    """For `replaced`: a ``kind(linear)`` for every gelu with the linear layer after it."""
     found: list[Replacement] = []
     for module in _with_gelu(model):
         linear = getattr(module, "fc2", None)
         if type(linear) is nn.Linear:
-            both = _GeluAndLinear(linear)
+            both = kind(linear)
             found += [(module, "activation_fn", both.activation), (linear, "forward", both.forward)]
     return found
+
+
+def without_gelu_outputs(model: nn.Module) -> list[Replacement]:
+    """For `replaced`: forwards keep the input of each layer's gelu for the gradient, and not the output too."""
+    return gelus_and_linears(model, _GeluAndLinear)

@@ -38,6 +38,11 @@ class RobertaEncoder(Encoder):
             places["normalized"] = inner.layernorm_embedding
         return Insides(places, list(inner.layers), inner.padding_idx)
 
+    def resting(self, head: str) -> list[str]:
+        parts = (self.model.encoder.sentence_encoder, self.model.classification_heads[head])
+        used = {id(weight) for part in parts for weight in part.parameters()}
+        return [name for name, w in self.model.named_parameters() if w.requires_grad and id(w) not in used]
+
     def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
         inner: Any = self.model.encoder.sentence_encoder
         if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:

@@ -155,13 +155,21 @@ def check_for_several_tasks(cfg: RegularizedConfig) -> None:
         )
 
 
-def check_workers_of_several_tasks(cfg: RegularizedConfig) -> None:
-    """Raise `UsageError` where workers would wait for gradients of heads that their batch does not have."""
+def check_workers(cfg: RegularizedConfig, encoder: Encoder, objectives: Sequence[Objective]) -> None:
+    """Raise `UsageError` where workers would wait for gradients that do not come."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several and cfg.smart_ddp_backend not in ("legacy_ddp", "no_c10d"):
+    if not several or cfg.smart_ddp_backend in ("legacy_ddp", "no_c10d"):
+        return
+    if objectives[0].name:
         raise UsageError(
             f"--ddp-backend is {cfg.smart_ddp_backend} with --task smart_multitask on several workers, whose batches "
             "may be of different tasks; use legacy_ddp"
+        )
+    resting = [] if cfg.smart_find_unused_parameters else encoder.resting(objectives[0].head)
+    if resting:
+        raise UsageError(
+            f"--ddp-backend is {cfg.smart_ddp_backend} on several workers, which would wait for gradients of weights "
+            f"that classification leaves alone ({resting[0]}, {len(resting)} in all); add --find-unused-parameters"
         )
 
 

@@ -149,8 +149,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
         for objective in self.objectives:
             checks.check_labels(objective.task, objective.regression)
-        if self.objectives[0].name:
-            checks.check_workers_of_several_tasks(self.cfg)
+        checks.check_workers(self.cfg, self.encoder_for(model), self.objectives)
         checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
         words = self.prepare(self.encoder_for(model))
         self._checked = True

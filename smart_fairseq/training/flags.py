@@ -176,3 +176,4 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_save_dir: str = II("checkpoint.save_dir")
     smart_amp: Any = II("common.amp")  # of the type bool, fairseq would take the interpolation itself for true
     smart_ddp_backend: str = II("distributed_training.ddp_backend")
+    smart_find_unused_parameters: Any = II("distributed_training.find_unused_parameters")

@@ -30,8 +30,12 @@ class RepeatedBatches(EpochBatchIterator):
     def ordered_batches(self, epoch: int, fix_batches_to_gpus: bool, shuffle: bool) -> list[list[int]]:
         batches = list(super().ordered_batches(epoch, fix_batches_to_gpus, shuffle))
         size = self._group(epoch)
-        # fairseq takes an empty batch for one that only keeps a worker in step
-        batches += [[]] * (-len(batches) % size)
+        left = len(batches) % size
+        if left:
+            # spread over a whole update: an empty batch, which only keeps a worker in step, would end it as the last
+            # of its batches, and fairseq then leaves the others out of the number that it divides the gradient by
+            examples = [example for batch in batches[-left:] for example in batch]
+            batches[-left:] = [examples[first::size] for first in range(size)]
         groups = [batches[first : first + size] for first in range(0, len(batches), size)]
         return [batch for group in groups for _ in range(self.times) for batch in group]
 
