@@ -38,6 +38,11 @@ class RobertaEncoder(Encoder):
             places["normalized"] = inner.layernorm_embedding
         return Insides(places, list(inner.layers), inner.padding_idx)
 
+    @property
+    def lm_head(self) -> nn.Module:
+        head: nn.Module | None = getattr(self.model.encoder, "lm_head", None)
+        return super().lm_head if head is None else head
+
     def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
         inner: Any = self.model.encoder.sentence_encoder
         if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:

@@ -39,6 +39,7 @@ from ..terms.precision import working_precision
 from . import checks
 from .acting import Acting
 from .batches import TASK
+from .candidates import judge
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
@@ -132,7 +133,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
             return
         checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
         for objective in self.objectives:
-            checks.check_labels(objective.task, objective.regression)
+            if objective.loss is None:  # otherwise its own data set has looked
+                checks.check_labels(objective.task, objective.regression)
         if self.objectives[0].name:
             checks.check_workers_of_several_tasks(self.cfg)
         checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
@@ -171,7 +173,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         with contextlib.ExitStack() as around:
             watched = not model.training and (several or self.cfg.smart_report_calibration)
             output = around.enter_context(_output_of(self.encoder_for(model).model)) if watched else []
-            result: Result = super().forward(self._evaluated(model), sample, reduce)
+            result = self._judge(self._evaluated(model), sample, reduce)
         place_predictions(result[2], sample["id"], self.task)
         if output and several:
             place_outputs(result[2], output[0], sample, self.objectives)
@@ -193,7 +195,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
             if perturbation is not None:
                 around.enter_context(encoder.perturbed(perturbation, self.place))
             output = around.enter_context(_output_of(model))
-            loss, sample_size, log = super().forward(model, sample, reduce)
+            loss, sample_size, log = self._judge(model, sample, reduce)
         log["task_loss"] = log["loss"]
         with encoder.lean():
             found = {name: values[name](output[0]) for name in weights}
@@ -203,6 +205,12 @@ class RegularizedCriterion(SentencePredictionCriterion):
             self.acting.note(self.teacher.update_num, log["task_loss"].detach(), shares)
         log["loss"] = loss.detach()
         return loss, sample_size, log
+
+    def _judge(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
+        """The task loss, as `sentence_prediction` has it or as the objective does."""
+        if self.objective.loss is not None:
+            return judge(model, sample, self.objective)
+        return super().forward(model, sample, reduce)  # type: ignore[no-any-return]
 
     def forward_of(self, model: Any, sample: dict[str, Any]) -> Forward:
         """The classification forward of a batch."""

@@ -6,7 +6,7 @@ and the criterion turns to that task's head, loss, divergence and metrics before
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Objective:
     regression: whether they are numbers rather than classes.
     name: of several tasks; "" where there is but one.
     metrics: logged under that name, by their names in `data.metrics`, the official one first.
+    loss: of scores of candidates [B, K] and their labels [B, K], [B]; None for that of `sentence_prediction`.
     """
 
     task: Any
@@ -43,6 +44,7 @@ class Objective:
     regression: bool
     name: str = ""
     metrics: tuple[str, ...] = ()
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def objectives_of(task: Any, cfg: SentencePredictionConfig) -> Sequence[Objective]:
