@@ -128,7 +128,7 @@ class Model:
             self.head = HEAD
             return Path(trained_on)
         with as_written(self._path):
-            self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+            self.head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
             check_head(self._path, state["model"], self.head)
         return Path(trained_on)
 
