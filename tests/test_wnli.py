@@ -222,26 +222,27 @@ def test_groups_of_different_sizes_do_not_disturb_each_other(data: Path) -> None
     apart = [criterion(model, sample)[2] for sample in (alone[0], batch(task, 1, 1))]
     together = criterion(model, batch(task, 2))[2]
     assert batch(task, 2)["target"].tolist()[0][2] == -1
-    for key in ("task_loss", "smart_loss"):
-        assert together[key].item() == pytest.approx(sum(log[key].item() for log in apart), rel=1e-3)
+    # the term starts from other noise in a batch of another width
+    for key, tolerance in {"task_loss": 1e-5, "smart_loss": 1e-2}.items():
+        assert together[key].item() == pytest.approx(sum(log[key].item() for log in apart), rel=tolerance)
 
 
 def test_the_term_and_the_teacher_act_on_training(data: Path) -> None:
-    def last(*flags: str) -> dict[str, Any]:
-        return train(command(data, *NO_DROPOUT, *flags, updates=4))["train_inner"][-1]
+    def mean(term: str, weight: str) -> float:
+        off = {"smart": "0", "bregman": "0", term: weight}
+        flags = ["--smart-weight", off["smart"], "--smart-bregman-weight", off["bregman"], *NO_DROPOUT, "--lr", "3e-3"]
+        lines = train(command(data, *flags, updates=24))["train_inner"]
+        return sum(line[f"{term}_loss"] for line in lines[12:]) / 12
 
-    whole, without = last("--smart-weight", "9"), last("--smart-weight", "0")
-    plain = last("--smart-weight", "0", "--optimizer", "adam")
-    assert whole["smart_loss"] > 0
-    assert whole["bregman_loss"] > 0
-    assert len({whole["task_loss"], without["task_loss"], plain["loss"]}) == 3
+    for term in ("smart", "bregman"):  # each makes small what it measures
+        assert 0 < mean(term, "1000") < 0.5 * mean(term, "1e-6")
 
 
 def test_training_ranks_the_right_candidates_first(data: Path) -> None:
     lines = train(command(data, *NO_DROPOUT, "--smart-weight", "0", "--no-shuffle", "--lr", "3e-3", updates=60))[
         "train_inner"
     ]
-    assert lines[0]["accuracy"] < 80
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
     assert lines[-1]["accuracy"] == 100
 
 
@@ -321,7 +322,11 @@ def test_an_untrained_lm_head_is_refused_or_warned_of(data: Path, run: tuple[Pat
     ],
 )
 def test_flags_that_do_not_fit_are_named(data: Path, flags: list[str], words: str) -> None:
-    assert words.replace("--best-checkpoint-metric is mcc", "mcc") in refused(command(data, *flags))
+    arguments = command(data)
+    if "r3f_sentence_prediction" in flags:  # which has none of SMART's
+        start = arguments.index(BOLD[0])
+        del arguments[start : start + len(BOLD)]
+    assert words in refused([*arguments, *flags])
 
 
 @pytest.mark.parametrize("what", ["another task", "no labels", "other rows", "no candidate", "nothing to rank"])

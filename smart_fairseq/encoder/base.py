@@ -112,6 +112,16 @@ class Encoder:
         """Take each row of the batch as an example, or with ``candidates`` [B, K, T] each K rows."""
         self.rows = net_input["candidates"].shape[1] if "candidates" in net_input else 1
 
+    @contextmanager
+    def turned_to(self, net_input: Mapping[str, Any]) -> Iterator[None]:
+        """`turn_to` another batch within the block."""
+        rows = self.rows
+        self.turn_to(net_input)
+        try:
+            yield
+        finally:
+            self.rows = rows
+
     def mask(self, src_tokens: Tensor) -> Tensor:
         """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
         found = src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()

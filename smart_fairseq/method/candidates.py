@@ -34,7 +34,9 @@ def candidate_scores(logits: Tensor, tokens: Tensor, owners: Tensor, count: int)
     tensor([0.5000, 0.0000, 0.8485])
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = torch.log_softmax(wide, dim=-1).gather(1, tokens[:, None]).squeeze(1)
+    # log-softmax written out: torch's change of it, in forward mode, cannot be differentiated once more
+    wide = wide - wide.detach().amax(1, keepdim=True)
+    chosen = wide.gather(1, tokens[:, None]).squeeze(1) - wide.exp().sum(1).log()
     numbers = wide.new_zeros(count).index_add(0, owners, torch.ones_like(chosen).detach())
     sums = wide.new_zeros(count).index_add(0, owners, chosen)
     return torch.where(numbers > 0, sums / numbers.clamp_min(1), ABSENT)
