@@ -1,12 +1,12 @@
 """Winograd sentences as candidates for a pronoun: what masked-language-model scoring is prepared from.
 
-Kocijan et al. (2019), section 2: a candidate is scored in the sentence with the pronoun replaced by it. A row here has
+Kocijan et al. (2019): a candidate is scored in the sentence with the pronoun replaced by it. A row here has
 three texts: the sentence with the candidate in the pronoun's place, its part before the candidate, and its part up to
 the candidate's end. From their lengths in tokens follows where the candidate stands, whatever the BPE.
 
 WNLI says neither where the pronoun is nor what replaces it: sentence2 is the pronoun's clause of sentence1, with the
 candidate in its place. `align` finds both. Other candidates are the rows of the same sentence and pronoun, and where
-spaCy is installed the noun phrases of the sentence, as in fairseq's examples/roberta/wsc.
+spaCy is installed the noun phrases of the sentence, as in fairseq's WSC example.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Scores of candidates for a pronoun by a masked language model, and the loss that ranks them.
 
-Paper: Kocijan et al. (2019), "A Surprisingly Robust Trick for the Winograd Schema Challenge", section 2 and equation 1.
+Paper: Kocijan et al. (2019), "A Surprisingly Robust Trick for the Winograd Schema Challenge".
 The pronoun is replaced by as many mask tokens as the candidate has tokens, and the score log P(c | s) is the mean of
 the log-probabilities of these tokens. Of a sentence with a right candidate c and a wrong one a,
 
@@ -52,7 +52,7 @@ def ranked(labels: Tensor) -> Tensor:
 
 
 def margin_loss(scores: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
-    """Equation 1, the mean over a group's pairs of a right and a wrong candidate; 0 for a group without a pair.
+    """The loss above, the mean over a group's pairs of a right and a wrong candidate; 0 for a group without a pair.
 
     Args:
         scores: [G, K], log P.
