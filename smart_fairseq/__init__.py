@@ -22,7 +22,7 @@ def register() -> None:
     from .models import smart_bert  # noqa: F401
     from .optim import mbpp  # noqa: F401
     from .patches import allow_fairseq_checkpoints, copy_at_once, copy_checkpoints_whole, read_checkpoints_with_care
-    from .tasks import smart_multitask  # noqa: F401
+    from .tasks import smart_multitask, smart_wnli  # noqa: F401
 
     allow_fairseq_checkpoints()
     copy_at_once()

@@ -103,7 +103,7 @@ class Model:
         """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
 
-        from .convert.checkpoint import as_written, check_head
+        from .convert.checkpoint import as_written, check_head, scores_candidates
         from .convert.single_task import folder_of, of_several_tasks, single_task
 
         path = str(self._path)
@@ -117,7 +117,12 @@ class Model:
                 trained_on = str(folder_of(state, name) or self.folder)
                 given = state = single_task(self._path, state, name, self.folder)
                 state["cfg"]["task"]["no_shuffle"] = True
-            elif _setting(state, "_name") not in (None, "sentence_prediction"):
+            elif self.task.candidates != scores_candidates(state):
+                needed = "smart_wnli" if self.task.candidates else "sentence_prediction"
+                self._refuse(
+                    f"was trained for the task {_setting(state, '_name')}, not {needed}, as {self.task.name} needs"
+                )
+            elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
                 self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
             models, self._config, self._fairseq_task = checkpoint_utils.load_model_ensemble_and_task(
                 [path], overrides, state=given
@@ -129,13 +134,20 @@ class Model:
             reason = unfit(str(error)) if "state_dict" in str(error) else f"cannot be loaded ({type(error).__name__})"
             self._refuse(f"{reason}; give a checkpoint of fairseq-train and the data folder that it was trained on")
         self.model = models[0]
+        if self.task.candidates:
+            from .training.candidates import HEAD
+
+            self.head = HEAD
+            return Path(trained_on)
         with as_written(self._path):
-            self.head: str = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+            self.head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
             check_head(self._path, state["model"], self.head)
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
         """The labels in the order of the head's outputs; none for regression."""
+        if self.task.candidates:
+            return self.task.labels
         outputs = self.model.classification_heads[self.head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
@@ -159,6 +171,10 @@ class Model:
         with self._torch.no_grad():
             for batch, sample in self.samples(split, max_tokens):
                 found = self.model(**sample["net_input"], features_only=True, classification_head_name=self.head)[0]
+                if self.task.candidates:  # a batch of groups, each with some of the rows
+                    from .training.candidates import row_logits
+
+                    found, batch = row_logits(found, sample["rows"]), sample["rows"][:, 0].tolist()
                 logits[batch] = found.float().cpu().numpy()
                 progress.advance(len(batch))
         progress.close(" predicted")
@@ -189,7 +205,8 @@ class Model:
         for path, count in sorted(counts.items()):
             if count != rows:
                 raise located(path, 0, f"does not have the {rows} rows of ids/{split}.tsv; run preprocess again")
-        dataset = self._fairseq_task.load_dataset(split)
+        whole = {"whole": True} if self.task.candidates else {}
+        dataset = self._fairseq_task.load_dataset(split, **whole)
         sizes = np.asarray(dataset.sizes[0])
         over = int((sizes > self.max_positions).sum())
         if over:

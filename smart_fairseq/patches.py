@@ -154,10 +154,10 @@ def _forget_removed_flags(cfg: Any) -> None:
 
 
 def _demand_head(path: str, state: dict[str, Any]) -> None:
-    from .convert.checkpoint import check_head
+    from .convert.checkpoint import check_head, scores_candidates
     from .convert.single_task import of_several_tasks
 
-    if of_several_tasks(state):  # whose heads the task demands
+    if of_several_tasks(state) or scores_candidates(state):  # whose heads the task demands, or that has none
         return
     settings = (state.get("cfg") or {}).get("criterion") or state.get("args")
     head = getattr(settings, "classification_head_name", None)

@@ -20,6 +20,7 @@ from smart_fairseq.criterions.rdrop_sentence_prediction import RDropConfig
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.optim.mbpp import MBPPConfig
 from smart_fairseq.tasks.smart_multitask import MultitaskConfig
+from smart_fairseq.tasks.smart_wnli import WnliConfig
 from smart_fairseq.training.flags import RegularizedConfig
 from smart_fairseq.training.recipes import RECIPES, RECIPES_OF
 
@@ -38,6 +39,7 @@ CONFIGS = {
     "r3f-": (R3FConfig, RegularizedConfig),
     "rdrop-": (RDropConfig, RegularizedConfig),
     "multitask-": (MultitaskConfig, SentencePredictionTaskConfig),
+    "wnli-": (WnliConfig, SentencePredictionTaskConfig),
 }
 # named to say that they went
 REMOVED = {"--smart-reuse", "--smart-bregman-every", "--smart-search-layers"}

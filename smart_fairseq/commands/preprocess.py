@@ -16,13 +16,14 @@ from ..data.pool import Pool
 from ..data.ranking import in_words, sizes_of
 from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
+from ..data.winograd import NOUNS, add_noun_rows
 from ..errors import UsageError
 from ..progress import Progress
 from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
 from .run import run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
-SPLIT_ORDER = ("train", "valid", "valid1", "test", "test1")
+SPLIT_ORDER = ("train", "valid", "valid1", "test", "test1", NOUNS)
 
 
 @dataclass
@@ -79,8 +80,13 @@ def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[R
 
 def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
     """The part of the fairseq-train command that follows from the data."""
-    kind = "smart_multitask" if task.ranking else f"sentence_prediction --num-classes {task.num_classes}"
-    flags = [f"fairseq-train {shlex.quote(str(folder))} --task {kind} --init-token 0"]
+    if task.candidates:
+        kind = "smart_wnli"
+    elif task.ranking:
+        kind = "smart_multitask --init-token 0"
+    else:
+        kind = f"sentence_prediction --num-classes {task.num_classes} --init-token 0"
+    flags = [f"fairseq-train {shlex.quote(str(folder))} --task {kind}"]
     if bpe != "bert" and task.texts == 2:
         flags.append("--separator-token 2")
     if task.regression:
@@ -254,6 +260,11 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
     for name in present:
         rows, reports = read_task(TASKS[name], data_dir, options.skip_bad_rows)
         _say_missing(TASKS[name], rows)
+        if TASKS[name].candidates:
+            if options.max_tokens is not None or options.subsample:
+                flag = "--max-tokens" if options.max_tokens is not None else "--subsample"
+                raise UsageError(f"{flag} is given with --task {name}, whose rows belong together; leave it out")
+            print(add_noun_rows(rows))
         target = Path(options.out or ".") / f"{name}-bin" if len(names) > 1 else Path(options.out or f"{name}-bin")
         process(Data(TASKS[name], rows, reports), target, bpe, options)
     skipped = [name for name in names if name not in present]

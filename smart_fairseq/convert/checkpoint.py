@@ -65,6 +65,11 @@ def check_head(path: Path, weights: Iterable[str], head: str) -> None:
         refuse(path, f"has no {min(missing)} of its classification head {head!r}", "a whole checkpoint is needed")
 
 
+def scores_candidates(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint is smart_wnli's, whose head is the LM head."""
+    return ((state.get("cfg") or {}).get("task") or {}).get("_name") == "smart_wnli"
+
+
 def plain(value: Any) -> Any:
     """The same as dictionaries, lists, numbers, strings and None; anything else by its text."""
     if OmegaConf.is_config(value):

@@ -180,14 +180,17 @@ class Folder:
             for (ids, sizes, unknown, shortened), done in self.pool.encode(rows):
                 for add, part, part_sizes in zip(writers, ids, sizes):
                     add(part, part_sizes)
-                lengths = np.sum(sizes, axis=0) + self.pool.extra
+                # of candidates the first text is the row, and the others are parts of it
+                lengths = np.sum(sizes[:1] if self.task.candidates else sizes, axis=0) + self.pool.extra
                 count.tokens += sum(map(len, ids))
                 count.unknown += unknown
                 count.shortened += shortened
                 count.longest = max(count.longest, int(lengths.max()))
                 count.over_512 += int((lengths > 512).sum())
                 advance(done)
-        count.empty = sum(not all(text.strip() for text in row.texts) for row in rows)
+        count.empty = sum(
+            not all(text.strip() for text in row.texts[: 1 if self.task.candidates else None]) for row in rows
+        )
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) == len(rows):
             self._write_labels(self.path / "label" / split, labels)

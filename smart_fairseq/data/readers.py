@@ -13,6 +13,7 @@ from .lines import Report, Row, Skip, as_number, located, read_lines, shown, sou
 from .ranking import in_groups
 from .sentiment import rated_rows
 from .tasks import Column, Source, Task
+from .winograd import aligned_row, wsc_rows
 
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
@@ -160,7 +161,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         if path is None:
             raise located(folder / name, 0, "is missing; download the data again")
         report.files.append(str(path))
-        read = {"jsonl": _object_rows, "rated": rated_rows}.get(source.form, _table_rows)
+        read = {"jsonl": _object_rows, "rated": rated_rows, "wsc": wsc_rows}.get(source.form, _table_rows)
         in_dev = _dev_part(path) if source.dev_ids else None
         for item in read(task, source, path):
             if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
@@ -190,6 +191,11 @@ def _finished(task: Task, source: Source, path: Path, row: Row, position: int) -
     """The row with its id and its label in the task's words, or why it is no row of the data set."""
     if row.label is not None and row.label in source.no_labels:
         return Skip(f"gold label {row.label!r}: the annotators did not agree")
+    if task.candidates and len(row.texts) == 2:
+        aligned = aligned_row(row)
+        if isinstance(aligned, UsageError):
+            return aligned
+        row = aligned
     if not all(text.strip() for text in row.texts) and source.loose:
         return Skip("an empty text")
     try:

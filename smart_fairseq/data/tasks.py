@@ -60,6 +60,7 @@ class Task:
     ranking: bool = False  # a choice among the rows with the same first text, each labelled right or wrong
     fairseq_recipe: bool = True  # preprocess_GLUE_tasks.sh covers it: label dictionary by frequency
     rows: Mapping[str, int] = field(default_factory=dict)  # official counts
+    candidates: bool = False  # rows are candidates for a pronoun, in the three texts of winograd.py
 
     @property
     def regression(self) -> bool:
@@ -160,6 +161,20 @@ def _stsb(split: str) -> tuple[Source, ...]:
     label, score = ("score", 4) if split != "test" else (None, None)
     own = Source((f"sts-{split}.csv",), (5, 6), score, None, "plain", columns=(7, 8, 9))
     return (_glue(f"{split}.tsv", _PAIR, label), own)
+
+
+_WSC: Splits = {
+    split: (Source((f"{file}.jsonl",), (), form="wsc"),)
+    for split, file in {"train": "train", "valid": "val", "test": "test"}.items()
+}
+
+
+def _winograd(
+    name: str, folders: tuple[str, ...], splits: Splits, rows: Mapping[str, int], submission: Mapping[str, str]
+) -> Task:
+    """Candidates for a pronoun (winograd.py), right or wrong."""
+    about: dict[str, Any] = {"texts": 3, "labels": ("0", "1"), "fairseq_recipe": False, "candidates": True}
+    return Task(name, folders, splits, rows=rows, submission=submission, **about)
 
 
 def _sentiment(name: str, domain: str, *rows: int) -> tuple[Task, Task]:
@@ -286,6 +301,10 @@ _ROWS: tuple[Task, ...] = (
         fairseq_recipe=False,
         rows={"train": 635, "valid": 71, "test": 146},
     ),
+    _winograd(
+        "WNLI-ranking", ("WNLI",), _glue_splits(), {"train": 635, "valid": 71, "test": 146}, {"test": "WNLI.tsv"}
+    ),
+    _winograd("WSC", ("WSC",), _WSC, {"train": 554, "valid": 104, "test": 146}, {}),
     Task(
         "AX",
         ("AX", "diagnostic", "MNLI"),

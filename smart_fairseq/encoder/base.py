@@ -52,6 +52,7 @@ class Encoder:
     def __init__(self, model: Any) -> None:
         self.given = model
         self._lean = False
+        self.rows = 1  # of src_tokens that are one example, in the batch at hand
         while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
             model = model.module  # fairseq's distributed wrappers all keep the model as that
         self.model: Any = model
@@ -81,12 +82,20 @@ class Encoder:
                 f"--smart-embedding is {name}, and this model's embeddings enter no LayerNorm (--smart-recipe sift has "
                 f"that value); use {' or '.join(self.insides.places)}"
             )
-        return NormalizedPlace(module) if name == "normalized" else Place(module)
+        return (NormalizedPlace if name == "normalized" else Place)(module, self.rows)
 
     @property
     def table(self) -> Tensor:
         """The embedding table, [V, C]."""
         return self.insides.places["token"].weight  # type: ignore[return-value]
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """From features [N, C] to logits of tokens [N, V]; raises `UsageError` where there is none."""
+        raise UsageError(
+            f"--arch: {type(self.model).__name__} has no masked-LM head, by which candidates are scored; use roberta, "
+            "roberta_large, smart_bert or another model of that kind"
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,9 +112,24 @@ class Encoder:
         rates = (getattr(module, "p", 0) for module in self.model.modules())
         return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
+    def turn_to(self, net_input: Mapping[str, Any]) -> None:
+        """Take each row of the batch as an example, or with ``candidates`` [B, K, T] each K rows."""
+        self.rows = net_input["candidates"].shape[1] if "candidates" in net_input else 1
+
+    @contextmanager
+    def turned_to(self, net_input: Mapping[str, Any]) -> Iterator[None]:
+        """`turn_to` another batch within the block."""
+        rows = self.rows
+        self.turn_to(net_input)
+        try:
+            yield
+        finally:
+            self.rows = rows
+
     def mask(self, src_tokens: Tensor) -> Tensor:
         """1 at real tokens and 0 at padding: [B, T] token ids -> [B, T, 1] float32."""
-        return src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()
+        found = src_tokens.ne(self.insides.padding_idx).unsqueeze(-1).float()
+        return found.reshape(len(found) // self.rows, -1, 1)
 
     # --- passes ------------------------------------------------------------------------------------
 
@@ -246,7 +270,7 @@ class Encoder:
             hooks.enter_context(here.hook(add))
             if lookup is not None:  # before the sum
                 table = self.insides.places["token"]
-                hooks.enter_context(table.register_forward_hook(lambda *_: lookup, prepend=True))
+                hooks.enter_context(table.register_forward_hook(lambda *args: lookup.view_as(args[2]), prepend=True))
             yield
         if calls != 1:
             raise RuntimeError(f"the perturbation entered the forward {calls} times instead of once")
@@ -283,6 +307,7 @@ class Forward:
 
     def __init__(self, encoder: Encoder, model: Any, net_input: dict[str, Tensor], head: str, place: str) -> None:
         self.encoder, self.model, self.place = encoder, model, place
+        encoder.turn_to(net_input)
         self.inputs = {**net_input, "features_only": True, "classification_head_name": head}
 
     def __call__(

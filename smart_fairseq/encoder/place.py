@@ -29,14 +29,23 @@ EPSILON = 1e-7
 
 
 class Place:
-    """The output of a module, [B, T, C]."""
+    """The output of a module, [B, T, C].
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    Args:
+        rows: of the module's output that are one example: [B * rows, T, C] there is [B, rows * T, C] to all else.
+    """
+
+    def __init__(self, module: nn.Module, rows: int = 1) -> None:
+        self.module, self.rows = module, rows
 
     def hook(self, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
         """Let ``change`` make of what passes here, x [B, T, C], what goes on."""
-        return self.module.register_forward_hook(lambda module, args, output: change(output))
+        return self.module.register_forward_hook(lambda module, args, output: self._of_examples(change, output))
+
+    def _of_examples(self, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.rows == 1:
+            return change(x)
+        return change(x.reshape(len(x) // self.rows, -1, x.shape[2])).reshape_as(x)
 
     def embeddings(self, x: Tensor) -> Tensor:
         """What is perturbed, [B, T, C]."""
@@ -57,7 +66,9 @@ class NormalizedPlace(Place):
     """The input of a LayerNorm, token by token in units of its deviation, as seen from its mean."""
 
     def hook(self, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-        return self.module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
+        return self.module.register_forward_pre_hook(
+            lambda module, args: (self._of_examples(change, args[0]), *args[1:])
+        )
 
     def embeddings(self, x: Tensor) -> Tensor:
         """float32 or wider.

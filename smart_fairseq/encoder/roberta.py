@@ -43,6 +43,11 @@ class RobertaEncoder(Encoder):
         used = {id(weight) for part in parts for weight in part.parameters()}
         return [name for name, w in self.model.named_parameters() if w.requires_grad and id(w) not in used]
 
+    @property
+    def lm_head(self) -> nn.Module:
+        head: nn.Module | None = getattr(self.model.encoder, "lm_head", None)
+        return super().lm_head if head is None else head
+
     def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
         inner: Any = self.model.encoder.sentence_encoder
         if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:

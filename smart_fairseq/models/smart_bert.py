@@ -144,8 +144,8 @@ class SmartBertModel(RobertaModel):
         super().upgrade_state_dict_named(state_dict, name)  # gives the state what those heads hold
 
     def _start_from_pooler(self, head: str) -> None:
-        dense: Any = self.classification_heads[head].dense
-        if self.pooler and dense.weight.shape == self.pooler["weight"].shape:
+        dense: Any = getattr(self.classification_heads[head], "dense", None)
+        if self.pooler and dense is not None and dense.weight.shape == self.pooler["weight"].shape:
             dense.load_state_dict(self.pooler)
             logger.info(f"the classification head {head} starts from BERT's pooler")
 

@@ -91,8 +91,9 @@ class Place(NamedTuple):
 def measure_place(encoder: Encoder, place: str, net_input: dict[str, Any]) -> Place:
     """Run a batch as far as the perturbed place; without dropout and gradients."""
     inputs = apply_to_sample(lambda tensor: tensor.to(encoder.table.device), net_input)
-    mask = encoder.mask(inputs["src_tokens"]).bool().squeeze(-1)
-    values = encoder.embeddings(place, inputs)[mask].float()
+    with encoder.turned_to(inputs):
+        mask = encoder.mask(inputs["src_tokens"]).bool().squeeze(-1)
+        values = encoder.embeddings(place, inputs)[mask].float()
     return Place(
         float(values.abs().median()),
         float(values.square().mean().sqrt()),

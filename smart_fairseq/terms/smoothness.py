@@ -72,7 +72,7 @@ class _Batch:
         self.masks = RandomState(tokens.device)
         self.mask = self.encoder.mask(tokens)
         # Algorithm 1, line 3; seeded as fairseq seeds torch on every worker: with its --seed plus the update's number
-        noise = example_noise(sample["id"], tokens.shape[1], table.shape[1], seed=torch.initial_seed())
+        noise = example_noise(sample["id"], self.mask.shape[1], table.shape[1], seed=torch.initial_seed())
         # at least float32, whatever the model's precision
         self.noise = noise.to(torch.promote_types(table.dtype, torch.float32)) * settings.noise_std
         # the ascent works in this unit, [B, 1, 1] or [B, T, 1]; times 1 changes no bit

@@ -41,6 +41,7 @@ from ..terms.precision import working_precision
 from . import checks
 from .acting import Acting
 from .batches import GROUPS, TASK
+from .candidates import judge
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
@@ -148,7 +149,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
             return
         checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
         for objective in self.objectives:
-            checks.check_labels(objective.task, objective.regression)
+            if objective.loss is None:  # otherwise its own data set has looked
+                checks.check_labels(objective.task, objective.regression)
         checks.check_workers(self.cfg, self.encoder_for(model), self.objectives)
         checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
         words = self.prepare(self.encoder_for(model))
@@ -195,7 +197,9 @@ class RegularizedCriterion(SentencePredictionCriterion):
         return result
 
     def _of_task(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
-        """The task loss alone: that of `sentence_prediction`, or of a ranking, which it does not know."""
+        """The task loss alone: that of `sentence_prediction`, or of rankings, which it does not know."""
+        if self.objective.loss is not None:
+            return judge(model, sample, self.objective)
         if self.groups is None:
             return super().forward(model, sample, reduce)  # type: ignore[no-any-return]
         inputs = {**sample["net_input"], "features_only": True}

@@ -6,7 +6,7 @@ and the criterion turns to that task's head, loss, divergence and metrics before
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Objective:
     name: of several tasks; "" where there is but one.
     ranking: whether they are scores of candidates, one for each, whose groups the batches carry.
     metrics: logged under that name, by their names in `data.metrics`, the official one first.
+    loss: of scores of candidates [B, K] and their labels [B, K], [B]; None for that of `sentence_prediction`.
     """
 
     task: Any
@@ -46,6 +47,7 @@ class Objective:
     name: str = ""
     metrics: tuple[str, ...] = ()
     ranking: bool = False
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def classes(self) -> bool:
