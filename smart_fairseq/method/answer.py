@@ -64,8 +64,9 @@ def average(outputs: Tensor, kept: Tensor) -> Tensor:
     count = kept.sum(dim=1, keepdim=True).to(outputs.dtype)
     if outputs.shape[-1] == 1:
         return (outputs * kept.unsqueeze(-1)).sum(dim=1) / count
-    logs = outputs.log_softmax(dim=-1).masked_fill(~kept.unsqueeze(-1), torch.finfo(outputs.dtype).min)
-    return logs.logsumexp(dim=1) - count.log()
+    logs = outputs - _log_sum(outputs, dim=-1)
+    logs = logs.masked_fill(~kept.unsqueeze(-1), torch.finfo(outputs.dtype).min)
+    return _log_sum(logs, dim=1).squeeze(1) - count.log()
 
 
 class StepDropout(nn.Module):
@@ -112,7 +113,7 @@ class StochasticAnswer(nn.Module):
         self.steps, self.end, self.special = steps, end, tuple(special)
         self.summary = nn.Linear(channels, 1, bias=False)  # w_1
         self.attention = nn.Linear(channels, channels, bias=False)  # W_2
-        # nn.GRUCell's three gates in its order; the cell itself has no forward-mode derivative
+        # nn.GRUCell's three gates, in its order; the cell itself is a fused kernel without a forward-mode derivative
         self.dense = nn.Linear(channels, 3 * channels)
         self.state = nn.Linear(channels, 3 * channels)
         self.out_proj = nn.Linear(4 * channels, outputs)  # W_3
@@ -156,5 +157,12 @@ class StochasticAnswer(nn.Module):
 def _attended(scores: Tensor, features: Tensor, mask: Tensor) -> Tensor:
     """The mean of the states where the mask is, by the softmax of their scores; 0 where it is nowhere."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    shares = wide.masked_fill(~mask, torch.finfo(wide.dtype).min).softmax(dim=-1) * mask
+    wide = wide.masked_fill(~mask, torch.finfo(wide.dtype).min)
+    shares = (wide - _log_sum(wide, dim=-1)).exp() * mask
     return (shares.to(features.dtype).unsqueeze(1) @ features).squeeze(1)
+
+
+def _log_sum(x: Tensor, dim: int) -> Tensor:
+    """logsumexp, ``dim`` kept; the derivative of torch's forward-mode one, and of its softmax's, cannot be taken."""
+    top = x.detach().amax(dim=dim, keepdim=True)
+    return top + (x - top).exp().sum(dim=dim, keepdim=True).log()
