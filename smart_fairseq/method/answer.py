@@ -70,7 +70,11 @@ def average(outputs: Tensor, kept: Tensor) -> Tensor:
 
 
 class StepDropout(nn.Module):
-    """Stochastic prediction dropout: training leaves out each step with probability ``p``, never all of a row."""
+    """Stochastic prediction dropout: training leaves out each step with probability ``p``, never all of a row.
+
+    >>> StepDropout(0.5).eval()(torch.zeros(1, 3, 2))
+    tensor([[True, True, True]])
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -96,6 +100,11 @@ class StochasticAnswer(nn.Module):
         dropout: of states and of what the output layer sees.
         step_dropout: share of steps that training leaves out.
         end, special: see `texts`.
+
+    >>> head = StochasticAnswer(4, 3, steps=2, dropout=0.1, step_dropout=0.1, end=2, special=(0, 1, 2))
+    >>> head.note(None, (torch.tensor([[0, 5, 2, 6, 2]]),))
+    >>> head(torch.zeros(1, 5, 4)).shape
+    torch.Size([1, 3])
     """
 
     def __init__(
