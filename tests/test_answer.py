@@ -10,6 +10,7 @@ import pytest
 import torch
 from data_samples import make_place, prepare, write
 from fairseq import checkpoint_utils
+from fairseq.data import data_utils
 from multitask_runs import around, refused
 from toolkit import (
     BOLD,
@@ -29,7 +30,7 @@ from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.errors import UsageError
 from smart_fairseq.inference import Model
-from smart_fairseq.method.answer import StepDropout, StochasticAnswer, average
+from smart_fairseq.method.answer import StepDropout, StochasticAnswer, average, texts
 from smart_fairseq.method.divergence import squared_error, symmetric_kl
 
 STILL = [*NO_DROPOUT, "--multitask-san-dropout", "0"]
@@ -114,7 +115,7 @@ def test_against_loops_over_the_papers_equations(outputs: int) -> None:
             expected = np.mean(steps, axis=0)
         else:
             shares = [np.exp(step) / np.exp(step).sum() for step in steps]
-            assert abs(shares[0] - shares[-1]).max() > 0.01  # the steps differ
+            assert abs(shares[0] - shares[-1]).max() > 1e-3  # the steps differ
             expected = np.log(np.mean(shares, axis=0))
         assert_close(found[row], torch.from_numpy(expected))
 
@@ -232,17 +233,12 @@ def test_the_texts_of_prepared_rows(place: Path) -> None:
     seen: list[Any] = []
     head.register_forward_pre_hook(lambda module, args: seen.append(module._tokens))
     model(**sample["net_input"], features_only=True, classification_head_name="RTE")
-    from smart_fairseq.method.answer import texts
-
     inner = task.objectives[0].task
     for row, number in enumerate(sample["id"].tolist()):
         masks = texts(seen[0], head.end, head.special)
         for name, mask in zip(("input0", "input1"), masks):
-            from fairseq.data import data_utils
-
-            stored = data_utils.load_indexed_dataset(
-                str(place / "bins" / "RTE-bin" / name / "train"), inner.dictionary
-            )[number]
+            folder = place / "bins" / "RTE-bin" / name / "train"
+            stored = data_utils.load_indexed_dataset(str(folder), inner.dictionary)[number]
             assert seen[0][row][mask[row]].tolist() == stored[:-1].tolist()
 
 
@@ -276,28 +272,51 @@ def test_smart_acts_through_it(mode: str, place: Path) -> None:
                 assert not torch.equal(together[key], parameter.grad), key
 
 
+DROPPED = ["--multitask-san", "RTE", "--multitask-san-dropout", "0.4", "--pooler-dropout", "0.2"]
+
+
 def test_both_passes_have_the_same_masks(place: Path) -> None:
-    """With all dropout on: no perturbation, no change; and a tiny one changes what its forward-mode product says."""
-    flags = ["--multitask-san", "RTE", "--multitask-san-dropout", "0.4", "--pooler-dropout", "0.2"]
-    _, task, model, criterion = build(command(place / "bins", "RTE", *flags))
+    """With all dropout on and next to no perturbation there is next to no divergence; with masks of their own much."""
+    found = {}
+    for masks in ("shared", "independent"):
+        flags = [*DROPPED, "--smart-recipe", "paper", "--smart-epsilon", "1e-6", "--smart-noise-std", "1e-7"]
+        flags += [
+            "--smart-bregman-weight",
+            "0",
+            "--dropout",
+            "0",
+            "--attention-dropout",
+            "0",
+            "--smart-mode",
+            "finite",
+            "--smart-dropout",
+            masks,
+        ]
+        _, task, model, criterion = build(command(place / "bins", "RTE", *flags))
+        louder(model)
+        found[masks] = criterion(model.train(), batch(task, 0))[2]["smart_loss"].item()
+    assert found["shared"] < 1e-6 and found["independent"] > 0.01, found
+
+
+def test_forward_mode_products_go_through_it(place: Path) -> None:
+    """With all dropout on, the change along a direction and the way back, against differences in float64."""
+    _, task, model, criterion = build(command(place / "bins", "RTE", *DROPPED))
     louder(model)
     model.double().train()
     forward = criterion.forward_of(model, batch(task, 0))
-    length = forward.inputs["src_tokens"].shape
-    direction = torch.randn(*length, 16, dtype=torch.float64)
+    direction = torch.randn(*forward.inputs["src_tokens"].shape, 16, dtype=torch.float64)
 
     def outputs(size: float) -> torch.Tensor:
         torch.manual_seed(4)
-        with torch.no_grad(), forward.encoder.attention_written_out():
+        with torch.no_grad(), forward.encoder.lean(), forward.encoder.attention_written_out():
             return forward(perturbation=size * direction)
 
-    assert_equal(outputs(0), outputs(0))
     torch.manual_seed(4)
     logits, change, pull_back = forward.products(forward.encoder.frozen_weights(), direction)
     assert_close(logits, outputs(0))
     difference = (outputs(1e-6) - outputs(-1e-6)) / 2e-6
     assert difference.abs().max() > 1e-3
-    assert_close(change, difference, rtol=1e-5, atol=1e-8)
+    assert_close(change, difference, rtol=1e-5, atol=1e-7)
     cotangent = torch.randn_like(logits)
     assert_close((pull_back(cotangent) * direction).sum(), (cotangent * change).sum())
 
