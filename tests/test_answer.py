@@ -1,5 +1,6 @@
 """The stochastic answer network, by itself and as a head of `--task smart_multitask` (--multitask-san)."""
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -224,6 +225,15 @@ def test_only_the_named_tasks_have_it(place: Path) -> None:
     assert {name for name, head in heads.items() if isinstance(head, StochasticAnswer)} == {"RTE", "STS-B"}
     assert heads["RTE"].out_proj.out_features == 2 and heads["STS-B"].out_proj.out_features == 1
     assert heads["RTE"].dropout.p == 0.25 and heads["RTE"].step_dropout.p == 0.4 and heads["RTE"].steps == 3
+
+
+def test_a_copy_of_the_model_is_whole(place: Path) -> None:
+    """Its head hears from its own encoder, as of an average of the weights (--store-ema)."""
+    _, task, model, _ = build(command(place / "bins", "RTE", "--multitask-san", "RTE"))
+    inputs = {**batch(task, 0)["net_input"], "features_only": True, "classification_head_name": "RTE"}
+    twin = copy.deepcopy(model.eval())
+    assert_equal(twin(**inputs)[0], model(**inputs)[0])
+    assert twin.classification_heads["RTE"] is not model.classification_heads["RTE"]
 
 
 def test_the_texts_of_prepared_rows(place: Path) -> None:
