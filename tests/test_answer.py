@@ -478,3 +478,6 @@ def test_flags_that_do_not_fit(place: Path) -> None:
     assert "--multitask-san-dropout is 1.0; it must be a share from 0 to below 1" in said(
         "--multitask-san-dropout", "1"
     )
+    assert "--spectral-norm-classification-head is set with --multitask-san" in said(
+        "--multitask-san", "RTE", "--spectral-norm-classification-head"
+    )

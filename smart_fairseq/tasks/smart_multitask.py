@@ -155,6 +155,10 @@ class SmartMultitask(SentencePredictionTask):
 
     def _register_answer(self, model: Any, objective: Objective) -> None:
         dictionary, cfg = self.source_dictionary, self.cfg
+        if getattr(model.args, "spectral_norm_classification_head", False):
+            raise UsageError(
+                "--spectral-norm-classification-head is set with --multitask-san; leave one of the two out"
+            )
         around = {dictionary.pad(), dictionary.eos(), cfg.init_token, cfg.separator_token} - {None}
         head = model.classification_heads[objective.head] = StochasticAnswer(
             model.args.encoder_embed_dim,
