@@ -56,7 +56,7 @@ def export(
     from smart_fairseq.convert.checkpoint import as_written, load_checkpoint
     from smart_fairseq.convert.exporting import left_behind, teacher_weights, to_plain_roberta
     from smart_fairseq.convert.hugging_face import write_hugging_face
-    from smart_fairseq.convert.single_task import chosen_task
+    from smart_fairseq.convert.single_task import chosen_task, of_several_tasks
 
     register()
     state = load_checkpoint(checkpoint)
@@ -65,6 +65,9 @@ def export(
         if teacher:
             state["model"] = teacher_weights(checkpoint, state)
         state = chosen_task(checkpoint, state, "--task", task)
+        if of_several_tasks(state):
+            what = f"the head of {task} is a stochastic answer network (--multitask-san)"
+            refuse(checkpoint, what, "fairseq and transformers know heads without it; evaluate and predict take it")
         if format == "huggingface":
             write_hugging_face(checkpoint, state, out, data_dir, bpe_dir)
             return f"wrote {out}: {whose}for AutoModelForSequenceClassification and AutoTokenizer of transformers"

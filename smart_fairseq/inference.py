@@ -124,9 +124,11 @@ class Model:
                 )
             elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
                 self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
-            models, self._config, self._fairseq_task = checkpoint_utils.load_model_ensemble_and_task(
-                [path], overrides, state=given
-            )
+            models, self._config, loaded = checkpoint_utils.load_model_ensemble_and_task([path], overrides, state=given)
+            (objective,) = getattr(
+                loaded, "objectives", (None,)
+            )  # still smart_multitask's, if its head is one of its own
+            self._fairseq_task = objective.task if objective else loaded
         except UsageError:
             raise
         except Exception as error:

@@ -372,6 +372,8 @@ def test_what_a_ranking_has_not(run: Path, place: Path, tmp_path: Path, capsys: 
     assert "group 1 has 2 picks; a ranking has one in each group" in capsys.readouterr().err
     calibrated = command(place, "--smart-report-calibration", "--best-checkpoint-metric", f"{NAME}_calibration_error")
     assert f"--best-checkpoint-metric is {NAME}_calibration_error; it must be one of" in refused(calibrated)
+    read = refused(command(place, "--multitask-san", NAME, tasks=(NAME, "RTE")))
+    assert f"--multitask-san is '{NAME}'; it must be of the tasks of pairs, RTE (no ranking, no single texts)" in read
 
 
 def _ids(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..data.lines import located
 from ..errors import UsageError, refuse, unreadable
 
 EMBEDDINGS, LM_HEAD = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
-HEAD_PARTS = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
+HEAD_PARTS = frozenset({"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"})
 # of smart_bert alone: [2, C], and a module that stands in no model but in its checkpoint
 TOKEN_TYPES, POOLER = "encoder.sentence_encoder.token_types", "pooler"
 
@@ -47,8 +47,8 @@ def as_written(path: Path) -> Iterator[None]:
         raise located(path, 0, f"{what}; a checkpoint that nothing else has changed is needed") from error
 
 
-def check_head(path: Path, weights: Iterable[str], head: str) -> None:
-    """Raise `UsageError` where a checkpoint's weights lack a classification head or a part of it.
+def check_head(path: Path, weights: Iterable[str], head: str, parts: Set[str] = HEAD_PARTS) -> None:
+    """Raise `UsageError` where a checkpoint's weights lack a classification head or one of its ``parts``.
 
     fairseq would take random numbers for them, without a word.
     """
@@ -60,7 +60,7 @@ def check_head(path: Path, weights: Iterable[str], head: str) -> None:
     if head not in found:
         there = f"its heads are {', '.join(sorted(found))}" if found else "it holds none: it is not fine-tuned"
         refuse(path, f"has no classification head {head!r}", f"{there}; a whole, fine-tuned checkpoint is needed")
-    missing = HEAD_PARTS - found[head]
+    missing = parts - found[head]
     if missing:
         refuse(path, f"has no {min(missing)} of its classification head {head!r}", "a whole checkpoint is needed")
 

@@ -2,7 +2,7 @@
 
 Its weights are the encoder's and the head's, whose name becomes fairseq's own; its configuration is what a run on that
 task's data folder alone would have left. The heads tell the tasks, and their outputs the kind: one output is a
-regression.
+regression. With a head of --multitask-san, which `sentence_prediction` does not know, it stays one of smart_multitask.
 """
 
 import argparse
@@ -19,8 +19,12 @@ from ..training.metrics import REPORTED
 from .checkpoint import check_head
 
 HEADS, HEAD = "classification_heads.", "sentence_classification_head"
+ANSWER = "attention.weight"  # a part that only a head of --multitask-san has
 # settings that a run on one task has not
-MULTITASK = ("multitask_tasks", "multitask_alpha", "multitask_dropout")
+MULTITASK = (
+    *("multitask_tasks", "multitask_alpha", "multitask_dropout"),
+    *("multitask_san", "multitask_san_steps", "multitask_san_dropout"),
+)
 
 
 def head_of(task: str) -> str:
@@ -84,6 +88,8 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
     }
     outputs = len(model[f"{HEADS}{HEAD}.out_proj.bias"])
     folder = data or folder_of(state, task)
+    if f"{HEADS}{HEAD}.{ANSWER}" in model:
+        return _with_answer(state, model, task, folder)
     metric = task_of(read_manifest(folder), folder).metrics[0] if folder else ""
     about = {
         "num_classes": outputs,
@@ -96,6 +102,17 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
     reports = {flag: metric in names for flag, names in REPORTED.items()}
     criterion = {"regression_target": outputs == 1, "classification_head_name": HEAD, **reports}
     return {**state, "model": model, "cfg": _changed(state["cfg"], about, criterion)}
+
+
+def _with_answer(state: dict[str, Any], model: dict[str, Any], task: str, folder: Path | None) -> dict[str, Any]:
+    """The state for smart_multitask with the folder's task alone, which has a head of --multitask-san."""
+    name = task_of(read_manifest(folder), folder).name if folder else task
+    model = {key.replace(f"{HEADS}{HEAD}.", f"{HEADS}{head_of(name)}.", 1): weight for key, weight in model.items()}
+    cfg = copy.deepcopy(state["cfg"])
+    about = {"multitask_tasks": None, "multitask_dropout": None, "multitask_san": name}
+    cfg["task"].update({**about, **({"data": str(folder)} if folder else {})})
+    cfg["criterion"].update({"classification_head_name": head_of(name)})
+    return {**state, "model": model, "cfg": cfg}
 
 
 def _changed(cfg: Any, about: dict[str, Any], criterion: dict[str, Any]) -> Any:

@@ -1,9 +1,9 @@
 """`smart_multitask`: several prepared data folders at once, with one encoder and a classification head for each task.
 
 Paper: Liu et al. (2019), MT-DNN, section 3 and algorithm 1: an epoch holds the batches of all tasks in random order, a
-batch is of one task, and its loss is that task's. The heads here are fairseq's (the paper's stochastic answer network
-for pairs is not). Each task is fairseq's own `sentence_prediction` inside, so that a single one trains as it does
-there, update by update.
+batch is of one task, and its loss is that task's. The heads are fairseq's, or with --multitask-san the paper's
+stochastic answer network for pairs (`method/answer.py`). Each task is fairseq's own `sentence_prediction` inside, so
+that a single one trains as it does there, update by update.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from fairseq.tasks.sentence_prediction import (
 )
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
-from ..convert.checkpoint import check_head
+from ..convert.checkpoint import HEAD_PARTS, check_head
 from ..convert.single_task import head_of
 from ..data.binarize import read_manifest
 from ..data.folders import check_split, find_tasks
@@ -33,6 +33,7 @@ from ..data.lines import as_number, shown
 from ..data.ranking import read_groups
 from ..data.tasks import Task
 from ..errors import UsageError, require
+from ..method.answer import StochasticAnswer
 from ..training.batches import GroupedDataset, MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
@@ -61,6 +62,17 @@ class MultitaskConfig(FairseqDataclass):
     multitask_dropout: Optional[str] = field(
         default=None,
         metadata={"help": "dropout of single tasks' heads in the place of --pooler-dropout, as in CoLA=0.05,MNLI=0.3"},
+    )
+    multitask_san: Optional[str] = field(
+        default=None,
+        metadata={"help": "tasks of pairs that get a stochastic answer network as their head, as in RTE,MRPC"},
+    )
+    multitask_san_steps: int = field(default=5, metadata={"help": "reading steps of these heads"})
+    multitask_san_dropout: float = field(
+        default=0.1,
+        metadata={
+            "help": "share of these heads' steps whose answers training leaves out (stochastic prediction dropout)"
+        },
     )
     # the rest as sentence_prediction has it
     init_token: Optional[int] = field(default=None, metadata={"help": "add token at the beginning of each batch item"})
@@ -95,6 +107,7 @@ class SmartMultitask(SentencePredictionTask):
         self.tasks: List[Task] = [task for task, _ in found.values()]
         self.objectives = [_objective(cfg, name, *there) for name, there in found.items()]
         self.dropout = _dropout(cfg.multitask_dropout, list(found))
+        self.answers = _answers(cfg, self.tasks)
         first = self.objectives[0].task
         super().__init__(cfg, first.dictionary, first.label_dictionary)
 
@@ -130,12 +143,34 @@ class SmartMultitask(SentencePredictionTask):
             cfg.max_positions = self.cfg.max_positions
         model = models.build_model(cfg, self, from_checkpoint)
         for objective in self.objectives:
-            model.register_classification_head(objective.head, num_classes=objective.num_classes)
+            if objective.name in self.answers:
+                self._register_answer(model, objective)
+            else:
+                model.register_classification_head(objective.head, num_classes=objective.num_classes)
             if objective.name in self.dropout:
                 model.classification_heads[objective.head].dropout.p = self.dropout[objective.name]
         if from_checkpoint:
             _demand_heads(model, self.objectives)
         return model
+
+    def _register_answer(self, model: Any, objective: Objective) -> None:
+        dictionary, cfg = self.source_dictionary, self.cfg
+        if getattr(model.args, "spectral_norm_classification_head", False):
+            raise UsageError(
+                "--spectral-norm-classification-head is set with --multitask-san; leave one of the two out"
+            )
+        around = {dictionary.pad(), dictionary.eos(), cfg.init_token, cfg.separator_token} - {None}
+        head = model.classification_heads[objective.head] = StochasticAnswer(
+            model.args.encoder_embed_dim,
+            objective.num_classes,
+            steps=cfg.multitask_san_steps,
+            dropout=model.args.pooler_dropout,
+            step_dropout=cfg.multitask_san_dropout,
+            end=dictionary.eos(),
+            special=sorted(around),
+        )
+        # heads are given the features alone; a bound method goes along where a model is copied
+        model.encoder.register_forward_pre_hook(head.note)
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if not issubclass(CRITERION_REGISTRY[cfg._name], RegularizedCriterion):
@@ -173,6 +208,21 @@ def _dropout(text: Optional[str], names: Sequence[str]) -> Dict[str, float]:
     return found
 
 
+def _answers(cfg: MultitaskConfig, tasks: Sequence[Task]) -> List[str]:
+    """The tasks of ``--multitask-san``."""
+    require(cfg.multitask_san_steps >= 1, "--multitask-san-steps", cfg.multitask_san_steps, "1 or more")
+    share = cfg.multitask_san_dropout
+    require(0 <= share < 1, "--multitask-san-dropout", share, "a share from 0 to below 1")
+    names = [name.strip() for name in (cfg.multitask_san or "").split(",") if name.strip()]
+    pairs = [task.name for task in tasks if task.texts == 2 and not task.ranking]
+    allowed = (
+        f"of the tasks of pairs, {', '.join(pairs) or 'of which there are none here'} (no ranking, no single texts)"
+    )
+    for name in names:
+        require(name in pairs, "--multitask-san", shown(name), allowed)
+    return names
+
+
 def _demand_heads(model: Any, objectives: Sequence[Objective]) -> None:
     """Let the model load no checkpoint for evaluation that lacks a head; fairseq would draw a random one."""
     load = model.load_state_dict
@@ -180,7 +230,9 @@ def _demand_heads(model: Any, objectives: Sequence[Objective]) -> None:
     @functools.wraps(load)
     def load_with_heads(state: Any, *args: Any, **kwargs: Any) -> Any:
         for objective in objectives:
-            check_head(Path("the checkpoint"), state, objective.head)
+            head = model.classification_heads[objective.head]
+            parts = set(head.state_dict()) if isinstance(head, StochasticAnswer) else HEAD_PARTS
+            check_head(Path("the checkpoint"), state, objective.head, parts)
         return load(state, *args, **kwargs)
 
     model.load_state_dict = load_with_heads
