@@ -4,7 +4,8 @@ Tensors are torch's fake ones, which have a device, a shape and a dtype but no n
 raises as on a GPU, and every operation that would reach the device is seen. Nothing here says that a result is right.
 
 A torch built for the CPU takes no gradients on "cuda" without a device guard: pretended_cuda.cpp, compiled by g++ when
-this module is imported. It must be in the process before torch is, so a program imports this module first.
+this module is imported; kept for the next program where PRETENDED_CUDA_FOLDER names a folder. It must be in the process
+before torch is, so a program imports this module first.
 """
 
 # ruff: noqa: E402  the guard comes before torch
@@ -12,6 +13,7 @@ this module is imported. It must be in the process before torch is, so a program
 import ctypes
 import importlib.util
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ from typing import Any
 
 
 def _load_guard(folder: Path) -> None:
-    """Compile the guard into ``folder`` and load it; its symbols come before torch's."""
+    """Compile the guard into ``folder``, if it is not there, and load it; its symbols come before torch's."""
     if "torch" in sys.modules:
         raise ImportError("pretended_cuda must be imported before torch")
     found = importlib.util.find_spec("torch")
@@ -41,12 +43,13 @@ def _load_guard(folder: Path) -> None:
     source = Path(__file__).resolve().with_suffix(".cpp")
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{torch_folder}/include", "-o", str(library)]
     command += [str(source), f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True)
+    if not library.exists():
+        subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 with tempfile.TemporaryDirectory() as name:
-    _load_guard(Path(name))
+    _load_guard(Path(os.environ.get("PRETENDED_CUDA_FOLDER", name)))
 
 import fairseq
 import torch
