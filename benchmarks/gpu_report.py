@@ -276,7 +276,8 @@ def parts(args: argparse.Namespace, folder: Path) -> list[Part]:
     cost += ["--model", args.model, "--batch", str(args.batch), "--length", str(args.length)]
     cost += ["--dtype", args.dtype, "--device", args.device, "--variants"]
     updates = Updates()
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", *args.tests]
+    # quiet once, as pyproject.toml has it; twice, and there is no summary to read
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-rfE", *args.tests]
     found = [
         Part("machine", "machine", call("machine", args.device), read_machine),
         Part("tests", "tests", pytest, read_tests, partly=True),

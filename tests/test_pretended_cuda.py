@@ -216,6 +216,7 @@ def test_every_form_in_every_precision(class_data: Path, tmp_path: Path) -> None
     assert len(found) == len(FORMS) * len(PRECISIONS)
 
 
+@pytest.mark.slow
 def test_the_table_of_launches_and_memory(tmp_path: Path) -> None:
     """By hand, of P weights: bf16 weights and gradients, float32 copies, their gradients and two moments: 20 P bytes.
 
