@@ -256,7 +256,8 @@ def test_table_is_consistent():
         assert task.num_classes == (1 if task.ranking else len(task.labels) or 1)
         assert set(task.submission) <= {split for split in task.splits if split.startswith("test")}
         for sources in task.splits.values():
-            assert all(len(source.texts) == task.texts for source in sources)
+            # alignment makes three texts of a pronoun's two (WSC has them in its spans)
+            assert task.candidates or all(len(source.texts) == task.texts for source in sources)
             assert all(set(source.label_words.values()) <= set(task.labels) for source in sources)
     assert {name for task in GLUE for name in TASKS[task].submission.values()} == {
         *("CoLA.tsv", "SST-2.tsv", "MRPC.tsv", "STS-B.tsv", "QQP.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"),
