@@ -12,7 +12,7 @@ from . import register
 from .data.binarize import read_ids_of, read_index, read_manifest, read_targets
 from .data.folders import task_of
 from .data.lines import located, read_lines
-from .data.ranking import read_groups
+from .data.ranking import parts, read_groups
 from .data.tasks import RIGHT, Task
 from .errors import UsageError, unfit
 from .progress import Progress
@@ -41,11 +41,10 @@ class Predictions:
 
     def ranks(self) -> list[tuple[int, int]]:
         """Of a ranking's rows the number of the group and the place in it, both from 1; of equals the first wins."""
-        found, start = [], 0
-        for number, size in enumerate(self.groups, start=1):
-            order = np.argsort(-self.scores[start : start + size, 0], kind="stable")
+        found = []
+        for number, part in enumerate(parts(self.groups), start=1):
+            order = np.argsort(-self.scores[part, 0], kind="stable")
             found += [(number, int(place)) for place in np.argsort(order) + 1]
-            start += size
         return found
 
 
@@ -125,9 +124,8 @@ class Model:
             elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
                 self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
             models, self._config, loaded = checkpoint_utils.load_model_ensemble_and_task([path], overrides, state=given)
-            (objective,) = getattr(
-                loaded, "objectives", (None,)
-            )  # still smart_multitask's, if its head is one of its own
+            # a task with a head of its own stays smart_multitask's
+            (objective,) = getattr(loaded, "objectives", (None,))
             self._fairseq_task = objective.task if objective else loaded
         except UsageError:
             raise

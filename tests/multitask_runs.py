@@ -1,9 +1,11 @@
 """Flags that runs of `--task smart_multitask` share, and runs that are refused."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from toolkit import TINY_MODEL, capture_log, train
+import torch
+from toolkit import TINY_MODEL, USER_DIR, capture_log, train
 
 from smart_fairseq.errors import UsageError
 
@@ -18,6 +20,18 @@ def around(criterion: str, max_update: int) -> list[str]:
         *("--batch-size", "4", "--seed", "7", "--cpu", "--max-update", str(max_update), "--num-workers", "0"),
         *("--log-format", "json", "--log-interval", "1", "--disable-validation", *WHOLE),
     ]
+
+
+def second_stage(run: Path, data: Path, save_dir: Path, head: str) -> dict[str, torch.Tensor]:
+    """The weights after an update of a run on one task that starts from a run on several; it is too small to see."""
+    arguments = [
+        *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", "2"),
+        *(*around("smart_sentence_prediction", 1), "--lr", "1e-9", "--save-dir", str(save_dir)),
+        *("--finetune-from-model", str(run / "checkpoint_last.pt"), "--classification-head-name", head),
+    ]
+    train(arguments)
+    weights: dict[str, torch.Tensor] = torch.load(save_dir / "checkpoint_last.pt")["model"]
+    return weights
 
 
 def refused(arguments: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from data_samples import make_place, prepare, write
 from fairseq import checkpoint_utils
 from fairseq.data import data_utils
-from multitask_runs import around, refused
+from multitask_runs import around, refused, second_stage
 from toolkit import (
     BOLD,
     HALF,
@@ -23,6 +23,7 @@ from toolkit import (
     assert_equal,
     assert_same_state,
     build,
+    set_back,
     train,
     watch_terms,
 )
@@ -364,9 +365,7 @@ def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = [*BOLD, *SAN, "--pooler-dropout", "0.1", "--batch-size", "8", "--save-interval-updates", "9"]
     arguments = command(place / "bins", "RTE,MRPC,STS-B", *flags, save_dir=folder, max_update=18)
     straight = train(arguments)["train_inner"]
-    last = folder / "checkpoint_last.pt"
-    last.rename(folder / "straight.pt")
-    next(folder.glob("checkpoint_*_9.pt")).rename(last)
+    set_back(folder, next(folder.glob("checkpoint_*_9.pt")).name)
     resumed = train(arguments)["train_inner"]
     assert [line["num_updates"] for line in resumed] == list(range(10, 19))
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[9:]]
@@ -455,13 +454,7 @@ def test_the_second_stage_starts_with_a_new_head(run: Path, place: Path, tmp_pat
     """--task sentence_prediction has no such head; the encoder comes along."""
     start = torch.load(run / "checkpoint_last.pt")["model"]
     for head in (HEAD, "RTE"):
-        arguments = [
-            *(str(place / "bins" / "RTE-bin"), "--user-dir", USER_DIR, "--task", "sentence_prediction"),
-            *("--num-classes", "2", *around("smart_sentence_prediction", 1), "--save-dir", str(tmp_path / head)),
-            *("--finetune-from-model", str(run / "checkpoint_last.pt"), "--classification-head-name", head),
-        ]
-        train([*arguments, "--lr", "1e-9"])
-        end = torch.load(tmp_path / head / "checkpoint_last.pt")["model"]
+        end = second_stage(run, place / "bins" / "RTE-bin", tmp_path / head, head)
         assert end[f"classification_heads.{head}.dense.weight"].shape == (16, 16)
         name = "encoder.sentence_encoder.layers.1.fc1.weight"
         assert_close(end[name], start[name])

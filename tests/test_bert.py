@@ -19,7 +19,7 @@ from hf_samples import (
 )
 from processes import assert_same_run, finish, start
 from safetensors.torch import load_file, save_file
-from toolkit import BOLD, HEAD, STEADY, USER_DIR, assert_same_state, capture_log, train
+from toolkit import BOLD, HEAD, STEADY, USER_DIR, assert_same_state, capture_log, set_back, train
 
 from smart_fairseq.export import main
 from smart_fairseq.import_hf import import_hf
@@ -185,10 +185,9 @@ def test_pairs_train_both_token_types_and_the_pooler(imported: Path, tmp_path: P
     assert (end[TYPES] - start[TYPES]).abs().min() > 1e-5
     moved = end[f"classification_heads.{HEAD}.dense.weight"] - start["pooler.weight"]
     assert 1e-5 < moved.abs().max() < 1e-2
-    last.rename(tmp_path / "straight.pt")
-    (tmp_path / "run" / "checkpoint_2_3.pt").rename(last)
+    set_back(tmp_path / "run", "checkpoint_2_3.pt")
     assert not any("BERT's pooler" in str(line) for line in train(run)["text"])
-    assert_same_state(last, tmp_path / "straight.pt")
+    assert_same_state(last, last.with_name("straight.pt"))
 
 
 def test_a_trained_head_does_not_start_anew(imported: Path, tmp_path: Path) -> None:
@@ -232,10 +231,9 @@ def test_an_old_import_trains_on_without(old: Path, tmp_path: Path, pairs: bool)
     state = torch.load(last, weights_only=True)
     start = torch.load(old / "model.pt", weights_only=True)["model"]
     assert {name for name in state["model"] if not name.startswith("classification_heads.")} == start.keys()
-    last.rename(tmp_path / "straight.pt")
-    (tmp_path / "run" / "checkpoint_2_3.pt").rename(last)
+    set_back(tmp_path / "run", "checkpoint_2_3.pt")
     train(run)
-    assert_same_state(last, tmp_path / "straight.pt")
+    assert_same_state(last, last.with_name("straight.pt"))
     assert main([str(last), str(tmp_path / "teacher.pt"), "--teacher"]) == 0
     assert torch.load(tmp_path / "teacher.pt", weights_only=True)["model"].keys() == state["model"].keys()
 

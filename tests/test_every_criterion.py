@@ -24,6 +24,7 @@ from toolkit import (
     command,
     count_forwards,
     represented,
+    set_back,
     set_up,
     step,
     take_passes,
@@ -192,13 +193,11 @@ def test_three_and_three_equal_six(way: Regularised, data: Path, tmp_path: Path)
     flags = [*way.flags, "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
     options: Any = dict(criterion=way.criterion, save_dir=tmp_path / "run")
     train(command(data, *flags, **options))
-    last = tmp_path / "run" / "checkpoint_last.pt"
-    last.rename(tmp_path / "straight.pt")
-    (tmp_path / "run" / "checkpoint_1_3.pt").rename(last)
+    last = set_back(tmp_path / "run", "checkpoint_1_3.pt")
     assert torch.load(last)["optimizer_history"][-1]["num_updates"] == 3
     resumed = train(command(data, *flags, **options))
     assert [line["num_updates"] for line in resumed["train_inner"]] == [4, 5, 6]
-    assert_same_state(last, tmp_path / "straight.pt")
+    assert_same_state(last, last.with_name("straight.pt"))
 
 
 @pytest.mark.parametrize("way", represented_by("smart", "freelb", "freeat", "rdrop"), indirect=True)

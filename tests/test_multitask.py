@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils
 from fairseq.data import FairseqDataset
 from fairseq.logging import metrics
 from fairseq.models.roberta import RobertaModel
-from multitask_runs import around, refused
+from multitask_runs import around, refused, second_stage
 from processes import assert_same_run, finish, start, updates
 from toolkit import (
     BOLD,
@@ -31,6 +31,7 @@ from toolkit import (
     assert_equal,
     assert_same_state,
     build,
+    set_back,
     tensors,
     train,
     watch_terms,
@@ -402,13 +403,11 @@ def test_a_resumed_run_equals_one_that_went_on(alpha: str, place: Path, tmp_path
     flags = [*BOLD, "--multitask-alpha", alpha, "--batch-size", "8", "--save-interval-updates", "15"]
     arguments = command(place / "bins", tasks, *flags, save_dir=tmp_path / "run", max_update=26)
     straight = train(arguments)["train_inner"]
-    last = tmp_path / "run" / "checkpoint_last.pt"
-    last.rename(tmp_path / "straight.pt")
-    (tmp_path / "run" / "checkpoint_2_15.pt").rename(last)
+    last = set_back(tmp_path / "run", "checkpoint_2_15.pt")
     resumed = train(arguments)["train_inner"]
     assert [line["num_updates"] for line in resumed] == list(range(16, 27))
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[15:]]
-    assert_same_state(last, tmp_path / "straight.pt")
+    assert_same_state(last, last.with_name("straight.pt"))
 
 
 def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
@@ -535,13 +534,7 @@ def test_a_run_on_one_task_starts_from_the_shared_encoder(run: Path, place: Path
     """The paper's second stage: the head is new, or the task's own by its name."""
     start = torch.load(run / "checkpoint_last.pt")["model"]
     for head in (HEAD, "RTE"):
-        arguments = [
-            *(str(place / "bins" / "RTE-bin"), "--user-dir", USER_DIR, "--task", "sentence_prediction"),
-            *("--num-classes", "2", *around("smart_sentence_prediction", 1), "--save-dir", str(tmp_path / head)),
-            *("--finetune-from-model", str(run / "checkpoint_last.pt"), "--classification-head-name", head),
-        ]
-        train([*arguments, "--lr", "1e-9"])
-        end = torch.load(tmp_path / head / "checkpoint_last.pt")["model"]
+        end = second_stage(run, place / "bins" / "RTE-bin", tmp_path / head, head)
         assert {name.split(".")[1] for name in end if name.startswith("classification_heads")} == {head}
         for name in ("encoder.sentence_encoder.embed_tokens.weight", "encoder.sentence_encoder.layers.1.fc1.weight"):
             assert_close(end[name], start[name])

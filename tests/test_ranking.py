@@ -26,6 +26,7 @@ from toolkit import (
     assert_same_state,
     build,
     represented,
+    set_back,
     train,
     watch_terms,
 )
@@ -289,12 +290,10 @@ def test_a_resumed_run_equals_one_that_went_on(place: Path, tmp_path: Path) -> N
     flags = [*BOLD, "--save-interval-updates", "15"]
     arguments = command(place, *flags, tasks=[NAME, "RTE"], save_dir=tmp_path / "run", max_update=22)
     straight = train(arguments)["train_inner"]
-    last = tmp_path / "run" / "checkpoint_last.pt"
-    last.rename(tmp_path / "straight.pt")
-    (tmp_path / "run" / "checkpoint_2_15.pt").rename(last)
+    last = set_back(tmp_path / "run", "checkpoint_2_15.pt")
     resumed = train(arguments)["train_inner"]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[15:]]
-    assert_same_state(last, tmp_path / "straight.pt")
+    assert_same_state(last, last.with_name("straight.pt"))
 
 
 def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:

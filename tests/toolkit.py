@@ -393,6 +393,14 @@ def tensors(state: Any, path: str = "") -> dict[str, torch.Tensor]:
     return {key: value for name, part in items for key, value in tensors(part, f"{path}/{name}").items()}
 
 
+def set_back(folder: Path, earlier: str) -> Path:
+    """Put a run's checkpoint ``earlier`` in the place of its last one, which is returned; that one is straight.pt."""
+    last = folder / "checkpoint_last.pt"
+    last.rename(folder / "straight.pt")
+    (folder / earlier).rename(last)
+    return last
+
+
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, optimizer and teacher of two checkpoints, bit for bit."""
     states = [torch.load(path) for path in (one, other)]

@@ -14,7 +14,7 @@ from ..data.bpe import BpeFiles, find_bpe
 from ..data.folders import task_of
 from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
-from ..data.ranking import read_groups
+from ..data.ranking import parts, read_groups
 from ..data.readers import find_sources, read_source
 from ..data.tasks import RIGHT, TASKS, Task
 from ..errors import UsageError, parse_json
@@ -124,14 +124,12 @@ def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[s
 
 def _check_picks(path: Path, predicted: Sequence[str], groups: Sequence[int]) -> None:
     """Raise `UsageError` for a group of a ranking without its one pick, on which the metric counts."""
-    start = 0
-    for number, size in enumerate(groups, start=1):
-        picks = predicted[start : start + size].count(RIGHT)
+    for number, part in enumerate(parts(groups), start=1):
+        picks = predicted[part].count(RIGHT)
         if picks != 1:
             raise located(
                 path, 0, f"group {number} has {picks} picks; a ranking has one in each group, labelled {RIGHT}"
             )
-        start += size
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -174,23 +174,21 @@ class Folder:
         """Write one split; ``advance`` is told how many rows are done."""
         typecode = integer_typecode(self.pool.vocabulary.size)
         count = self.counts[split] = SplitCount(rows=len(rows))
+        whole = 1 if self.task.candidates else None  # of candidates the first text is the row, the others parts of it
         with contextlib.ExitStack() as stack:
             prefixes = [self.path / f"input{place}" / split for place in range(self.task.texts)]
             writers = [stack.enter_context(indexed_writer(prefix, typecode)) for prefix in prefixes]
             for (ids, sizes, unknown, shortened), done in self.pool.encode(rows):
                 for add, part, part_sizes in zip(writers, ids, sizes):
                     add(part, part_sizes)
-                # of candidates the first text is the row, and the others are parts of it
-                lengths = np.sum(sizes[:1] if self.task.candidates else sizes, axis=0) + self.pool.extra
+                lengths = np.sum(sizes[:whole], axis=0) + self.pool.extra
                 count.tokens += sum(map(len, ids))
                 count.unknown += unknown
                 count.shortened += shortened
                 count.longest = max(count.longest, int(lengths.max()))
                 count.over_512 += int((lengths > 512).sum())
                 advance(done)
-        count.empty = sum(
-            not all(text.strip() for text in row.texts[: 1 if self.task.candidates else None]) for row in rows
-        )
+        count.empty = sum(not all(text.strip() for text in row.texts[:whole]) for row in rows)
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) == len(rows):
             self._write_labels(self.path / "label" / split, labels)

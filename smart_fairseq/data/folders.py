@@ -8,7 +8,7 @@ from ..errors import UsageError
 from .binarize import MANIFEST, read_ids_of, read_indexed, read_manifest
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
-from .ranking import read_groups
+from .ranking import parts, read_groups
 from .tasks import ANLI_JOINED, TASKS, Task
 
 
@@ -93,12 +93,10 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
         files[labels] = len(read_ids_of(folder / "label" / split, known)[1])
     if task.ranking:
         numbers = [int(row[0]) - len(SPECIAL_SYMBOLS) for row in read_indexed(folder / "label" / split)]
-        start = 0
-        for group, size in enumerate(read_groups(folder, split, rows), start=1):
-            if not any(numbers[start : start + size]):
+        for group, part in enumerate(parts(read_groups(folder, split, rows)), start=1):
+            if not any(numbers[part]):
                 path = folder / "groups" / f"{split}.sizes"
                 raise located(path, group, "no candidate of this group is right; run preprocess again")
-            start += size
     for path, count in files.items():
         if count != rows:
             raise located(path, 0, f"holds {count} rows, and {MANIFEST} says {rows}; run preprocess again")

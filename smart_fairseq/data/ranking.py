@@ -1,7 +1,7 @@
 """Groups of a ranking task: rows with the same first text, of which the candidates that are right have the label 1."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .lines import Report, Row, located, read_lines, shown
@@ -35,12 +35,19 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
     return [len(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.texts[0])]
 
 
+def parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Where the rows of each group stand, by the groups' sizes."""
+    end = 0
+    for size in sizes:
+        yield slice(end, end := end + size)
+
+
 def in_words(rows: Sequence[Row]) -> str:
     """How many groups there are, and what guessing scores on them."""
-    sizes, right = sizes_of(rows), iter(row.label == RIGHT for row in rows)
+    sizes, right = sizes_of(rows), [row.label == RIGHT for row in rows]
     said = f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} candidates"
     if all(row.label is not None for row in rows):
-        shares = [sum(itertools.islice(right, size)) / size for size in sizes]
+        shares = [sum(right[part]) / size for part, size in zip(parts(sizes), sizes)]
         said += f", of whom guessing finds {100 * sum(shares) / len(shares):.1f} %"
     elif 1 in sizes:
         said += f", {sizes.count(1)} of them of a single one"

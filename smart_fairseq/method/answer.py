@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .loss import log_sum
+
 __all__ = ["StepDropout", "StochasticAnswer", "average", "texts"]
 
 
@@ -64,9 +66,9 @@ def average(outputs: Tensor, kept: Tensor) -> Tensor:
     count = kept.sum(dim=1, keepdim=True).to(outputs.dtype)
     if outputs.shape[-1] == 1:
         return (outputs * kept.unsqueeze(-1)).sum(dim=1) / count
-    logs = outputs - _log_sum(outputs, dim=-1)
+    logs = outputs - log_sum(outputs, dim=-1)
     logs = logs.masked_fill(~kept.unsqueeze(-1), torch.finfo(outputs.dtype).min)
-    return _log_sum(logs, dim=1).squeeze(1) - count.log()
+    return log_sum(logs, dim=1).squeeze(1) - count.log()
 
 
 class StepDropout(nn.Module):
@@ -167,11 +169,5 @@ def _attended(scores: Tensor, features: Tensor, mask: Tensor) -> Tensor:
     """The mean of the states where the mask is, by the softmax of their scores; 0 where it is nowhere."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     wide = wide.masked_fill(~mask, torch.finfo(wide.dtype).min)
-    shares = (wide - _log_sum(wide, dim=-1)).exp() * mask
+    shares = (wide - log_sum(wide, dim=-1)).exp() * mask
     return (shares.to(features.dtype).unsqueeze(1) @ features).squeeze(1)
-
-
-def _log_sum(x: Tensor, dim: int) -> Tensor:
-    """logsumexp, ``dim`` kept; the derivative of torch's forward-mode one, and of its softmax's, cannot be taken."""
-    top = x.detach().amax(dim=dim, keepdim=True)
-    return top + (x - top).exp().sum(dim=dim, keepdim=True).log()

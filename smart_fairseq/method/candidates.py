@@ -12,6 +12,8 @@ The authors' code trains with alpha 20 and beta 0.2 on its Wikipedia examples, a
 import torch
 from torch import Tensor
 
+from .loss import log_sum
+
 __all__ = ["ABSENT", "best_of_others", "candidate_scores", "margin_loss", "ranked"]
 
 # the score of a place of a batch without a candidate: its share of a softmax is 0, and differences stay finite
@@ -34,9 +36,7 @@ def candidate_scores(logits: Tensor, tokens: Tensor, owners: Tensor, count: int)
     tensor([0.5000, 0.0000, 0.8485])
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # log-softmax written out: torch's change of it, in forward mode, cannot be differentiated once more
-    wide = wide - wide.detach().amax(1, keepdim=True)
-    chosen = wide.gather(1, tokens[:, None]).squeeze(1) - wide.exp().sum(1).log()
+    chosen = (wide.gather(1, tokens[:, None]) - log_sum(wide, dim=1)).squeeze(1)
     numbers = wide.new_zeros(count).index_add(0, owners, torch.ones_like(chosen).detach())
     sums = wide.new_zeros(count).index_add(0, owners, chosen)
     return torch.where(numbers > 0, sums / numbers.clamp_min(1), ABSENT)

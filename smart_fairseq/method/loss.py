@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .divergence import squared_error
 
-__all__ = ["task_loss"]
+__all__ = ["log_sum", "task_loss"]
 
 
 def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -24,3 +24,13 @@ def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return squared_error(outputs, targets.view(-1, 1))
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+
+
+def log_sum(x: Tensor, dim: int) -> Tensor:
+    """logsumexp, ``dim`` kept: torch's own in forward mode, and its softmax, have a change without a derivative.
+
+    >>> log_sum(torch.zeros(1, 2), dim=1)  # log(2)
+    tensor([[0.6931]])
+    """
+    top = x.detach().amax(dim=dim, keepdim=True)
+    return top + (x - top).exp().sum(dim=dim, keepdim=True).log()

@@ -24,7 +24,7 @@ from ..data.lines import located
 from ..encoder import encoder_of
 from ..errors import UsageError, require
 from ..method.candidates import margin_loss
-from ..training.candidates import HEAD, CandidateDataset, CandidateHead, read_groups
+from ..training.candidates import HEAD, CandidateDataset, CandidateHead, judge, read_groups
 from ..training.metrics import REPORTED
 from ..training.objective import Objective
 
@@ -55,7 +55,8 @@ class SmartWnli(SentencePredictionTask):
             require(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')}", getattr(cfg, name), "0 or above")
         super().__init__(cfg, data_dictionary, label_dictionary)
         loss = functools.partial(margin_loss, alpha=cfg.wnli_alpha, beta=cfg.wnli_beta)
-        self.objectives = [Objective(self, HEAD, num_classes=2, regression=False, loss=loss)]
+        judged = functools.partial(judge, loss_of=loss)
+        self.objectives = [Objective(self, HEAD, num_classes=2, regression=False, judge=judged)]
         self._checked = False
 
     @classmethod
@@ -98,11 +99,7 @@ class SmartWnli(SentencePredictionTask):
                 folder, 0, f"{split} has rows of {longest} tokens, above --max-positions {self.cfg.max_positions}"
             )
         shuffle = split == "train" and not self.cfg.no_shuffle
-        dataset = (
-            CandidateDataset.shuffled(groups, self.source_dictionary, self.cfg.seed)
-            if shuffle
-            else CandidateDataset(groups, self.source_dictionary)
-        )
+        dataset = CandidateDataset(groups, self.source_dictionary, self.cfg.seed if shuffle else None)
         self.datasets[split] = dataset
         return dataset
 

@@ -47,33 +47,21 @@ def in_turn(count: int, size: int, epoch: int, seed: Sequence[int]) -> list[int]
     return [int(place) for place in np.concatenate(orders)[first : first + count]]
 
 
-class GroupedDataset(FairseqDataset):
-    """The groups of a ranking, each with all its rows, as its examples.
+class Groups(FairseqDataset):
+    """A data set whose examples are groups of rows.
 
     Args:
-        rows: the rows of all groups, one group after the other.
-        sizes: of the groups.
-        seed: of their order; None: as they stand.
+        longest: tokens of each group's longest row.
+        counts: rows of each group.
+        seed: of the groups' order; None: as they stand.
     """
 
-    def __init__(self, rows: FairseqDataset, sizes: Sequence[int], seed: int | None) -> None:
+    def __init__(self, longest: np.ndarray, counts: np.ndarray, seed: int | None) -> None:
         super().__init__()
-        self.rows, self.seed = rows, seed
-        self.counts, self.ends = np.array(sizes), np.cumsum(sizes)
-        # the longest row of each group
-        self.sizes = [np.maximum.reduceat(np.asarray(rows.sizes[0]), self.ends - self.counts)]
+        self.sizes, self.counts, self.seed = [longest], counts, seed
 
     def __len__(self) -> int:
         return len(self.counts)
-
-    def __getitem__(self, index: int) -> list[Any]:
-        end = int(self.ends[index])
-        return [self.rows[row] for row in range(end - int(self.counts[index]), end)]
-
-    def collater(self, samples: Sequence[list[Any]]) -> dict[str, Any]:
-        """The batch of the groups' rows, with their places under ``GROUPS``."""
-        rows = [row for group in samples for row in group]
-        return {**self.rows.collater(rows), GROUPS: group_places([len(group) for group in samples])}
 
     def size(self, index: int) -> int:
         return int(self.sizes[0][index])
@@ -86,6 +74,24 @@ class GroupedDataset(FairseqDataset):
             return np.arange(len(self))
         with data_utils.numpy_seed(self.seed):  # as fairseq orders the rows of other tasks
             return np.random.permutation(len(self))
+
+
+class GroupedDataset(Groups):
+    """The groups of a ranking; ``rows`` are those of all groups, one group after the other."""
+
+    def __init__(self, rows: FairseqDataset, counts: Sequence[int], seed: int | None) -> None:
+        sizes = np.array(counts)
+        self.rows, self.ends = rows, np.cumsum(sizes)
+        super().__init__(np.maximum.reduceat(np.asarray(rows.sizes[0]), self.ends - sizes), sizes, seed)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        end = int(self.ends[index])
+        return [self.rows[row] for row in range(end - int(self.counts[index]), end)]
+
+    def collater(self, samples: Sequence[list[Any]]) -> dict[str, Any]:
+        """The batch of the groups' rows, with their places under ``GROUPS``."""
+        rows = [row for group in samples for row in group]
+        return {**self.rows.collater(rows), GROUPS: group_places([len(group) for group in samples])}
 
 
 class MultitaskDataset(FairseqDataset):

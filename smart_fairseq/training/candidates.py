@@ -5,14 +5,14 @@ candidate has a row of one token. What stands under the masks is ``candidates`` 
 group is one example: its candidates' embeddings are perturbed together, and its outputs are the scores [G, K].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary, FairseqDataset, data_utils
+from fairseq.data import Dictionary
 from torch import Tensor, nn
 
 from ..data.binarize import read_indexed, read_manifest
@@ -20,6 +20,7 @@ from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import located
 from ..data.winograd import NOUNS
 from ..method.candidates import best_of_others, candidate_scores, ranked
+from .batches import Groups
 
 __all__ = ["CandidateDataset", "CandidateHead", "Group", "judge", "read_groups", "row_logits"]
 
@@ -89,36 +90,16 @@ def read_groups(folder: Path, split: str) -> list[Group]:
     return list(groups.values())
 
 
-class CandidateDataset(FairseqDataset):
-    """Groups as examples.
+class CandidateDataset(Groups):
+    """Pronouns with their candidates as examples; ``seed`` as `Groups` has it."""
 
-    Args:
-        order: of the examples from which batches are made; None for their own.
-    """
-
-    def __init__(self, groups: Sequence[Group], dictionary: Dictionary, order: np.ndarray | None = None) -> None:
-        super().__init__()
-        self.groups, self.dictionary, self.order = groups, dictionary, order
-        self._longest = np.array([group.longest for group in groups])
-
-    def __len__(self) -> int:
-        return len(self.groups)
+    def __init__(self, groups: Sequence[Group], dictionary: Dictionary, seed: int | None = None) -> None:
+        longest, counts = ([group.longest for group in groups], [len(group.labels) for group in groups])
+        super().__init__(np.array(longest), np.array(counts), seed)
+        self.groups, self.dictionary = groups, dictionary
 
     def __getitem__(self, index: int) -> tuple[int, Group]:
         return int(index), self.groups[index]
-
-    @property
-    def sizes(self) -> list[np.ndarray]:
-        return [self._longest]
-
-    def size(self, index: int) -> int:
-        return int(self._longest[index])
-
-    def num_tokens(self, index: int) -> int:
-        return self.size(index) * len(self.groups[index].labels)
-
-    def ordered_indices(self) -> np.ndarray:
-        return np.arange(len(self)) if self.order is None else self.order
 
     def collater(self, samples: Sequence[tuple[int, Group]]) -> dict[str, Any]:
         """A batch; ``target`` are the labels [G, K], ``rows`` [R, 3] a row's number, group and candidate."""
@@ -148,11 +129,6 @@ class CandidateDataset(FairseqDataset):
             "rows": torch.tensor(rows, dtype=torch.long).reshape(-1, 3),
         }
 
-    @classmethod
-    def shuffled(cls, groups: Sequence[Group], dictionary: Dictionary, seed: int) -> "CandidateDataset":
-        with data_utils.numpy_seed(seed):
-            return cls(groups, dictionary, np.random.permutation(len(groups)))
-
 
 class CandidateHead(nn.Module):
     """In a classification head's place: from the features of a batch's rows to the scores, by the model's LM head.
@@ -177,14 +153,15 @@ class CandidateHead(nn.Module):
         )
         return scores.view(self.candidates.shape[:2])
 
+    def note(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        """For ``register_forward_pre_hook`` of the model: ``candidates`` of its batch."""
+        self.candidates = inputs.get("candidates")
+
     def attach(self, model: Any) -> None:
         """Make this a head of the model, which from now on takes ``candidates`` [G, K, T] too."""
-
-        def note(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-            self.candidates = inputs.get("candidates")
-
         model.classification_heads[HEAD] = self
-        model.register_forward_pre_hook(note, with_kwargs=True)
+        # a bound method goes along where a model is copied
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
 
 
 def row_logits(scores: Tensor, rows: Tensor) -> Tensor:
@@ -200,11 +177,16 @@ def row_logits(scores: Tensor, rows: Tensor) -> Tensor:
     return both[rows[:, 1], rows[:, 2]]
 
 
-def judge(model: Any, sample: dict[str, Any], objective: Any) -> tuple[Tensor, int, dict[str, Any]]:
-    """Loss, number of groups that have one, and log, as `sentence_prediction`'s; accuracy is that of labelled rows."""
-    scores, _ = model(**sample["net_input"], features_only=True, classification_head_name=objective.head)
+def judge(
+    model: Any, sample: dict[str, Any], loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, int, dict[str, Any]]:
+    """Loss, number of groups that have one, and log, as `sentence_prediction`'s; accuracy is that of labelled rows.
+
+    ``loss_of``: scores [G, K] and labels [G, K] -> [G].
+    """
+    scores, _ = model(**sample["net_input"], features_only=True, classification_head_name=HEAD)
     target = sample["target"]
-    loss, size = objective.loss(scores, target).sum(), int(ranked(target).sum())
+    loss, size = loss_of(scores, target).sum(), int(ranked(target).sum())
     right = scores >= best_of_others(scores)
     number, place = sample["rows"][:, 1], sample["rows"][:, 2]
     labels = target[number, place]

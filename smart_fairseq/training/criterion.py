@@ -41,11 +41,10 @@ from ..terms.precision import working_precision
 from . import checks
 from .acting import Acting
 from .batches import GROUPS, TASK
-from .candidates import judge
 from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
-from .objective import Objective, objectives_of, place_outputs, ranked, spread
+from .objective import Objective, judge_ranking, objectives_of, place_outputs, spread
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
             return
         checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
         for objective in self.objectives:
-            if objective.loss is None:  # otherwise its own data set has looked
+            if objective.judge is None:  # otherwise its own data set has looked
                 checks.check_labels(objective.task, objective.regression)
         checks.check_workers(self.cfg, self.encoder_for(model), self.objectives)
         checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
@@ -198,12 +197,12 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     def _of_task(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
         """The task loss alone: that of `sentence_prediction`, or of rankings, which it does not know."""
-        if self.objective.loss is not None:
-            return judge(model, sample, self.objective)
+        if self.objective.judge is not None:
+            return self.objective.judge(model, sample)
         if self.groups is None:
             return super().forward(model, sample, reduce)  # type: ignore[no-any-return]
         inputs = {**sample["net_input"], "features_only": True}
-        return ranked(model(**inputs, classification_head_name=self.classification_head_name)[0], sample)
+        return judge_ranking(model(**inputs, classification_head_name=self.classification_head_name)[0], sample)
 
     def _train(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
         forward = self.forward_of(model, sample)

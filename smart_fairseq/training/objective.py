@@ -37,7 +37,7 @@ class Objective:
     name: of several tasks; "" where there is but one.
     ranking: whether they are scores of candidates, one for each, whose groups the batches carry.
     metrics: logged under that name, by their names in `data.metrics`, the official one first.
-    loss: of scores of candidates [B, K] and their labels [B, K], [B]; None for that of `sentence_prediction`.
+    judge: what stands in for fairseq's criterion, for a model and a batch; None where that one or `judge_ranking` does.
     """
 
     task: Any
@@ -47,7 +47,7 @@ class Objective:
     name: str = ""
     metrics: tuple[str, ...] = ()
     ranking: bool = False
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    judge: Callable[[Any, dict[str, Any]], tuple[Tensor, int, dict[str, Any]]] | None = None
 
     @property
     def classes(self) -> bool:
@@ -61,7 +61,7 @@ def objectives_of(task: Any, cfg: SentencePredictionConfig) -> Sequence[Objectiv
     return several or [Objective(task, cfg.classification_head_name, task.cfg.num_classes, cfg.regression_target)]
 
 
-def ranked(outputs: Tensor, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
+def judge_ranking(outputs: Tensor, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
     """What fairseq's criterion returns of a batch, here of a ranking, whose examples are the groups. Outputs [N, 1]."""
     groups, targets = sample[GROUPS], sample["target"].view(-1)
     loss, size = ranking_loss(outputs, targets, groups).sum(), len(groups)
