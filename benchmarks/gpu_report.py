@@ -11,6 +11,7 @@ On a GPU this script was not run by its authors; on a CPU with small models it w
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -162,18 +163,22 @@ def read_machine(output: str) -> str:
 
 
 def read_tests(output: str) -> str:
-    """A row of counts, and each test that failed."""
-    summary = output.rstrip().splitlines()[-1]
-    counts = {word: number for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summary)}
-    seconds = re.search(r"in ([\d.]+)s", summary)
-    bad = sum(int(counts.get(word, 0)) for word in ("failed", "error", "errors"))
-    if not counts or seconds is None:
-        raise ValueError("no summary of the tests")
+    """A row of counts, and each test that failed; from its line, which a run that is cut off has too."""
+    names: dict[str, set[str]] = {}
+    for line in output.splitlines():
+        # by itself the name comes first, side by side the process and the word
+        found = re.match(r"(?:\[gw\d+\].*?(?P<word>[A-Z]+) )?(?P<name>tests/.+?::.+?)\s*(?P<last> [A-Z]{5,}|$)", line)
+        if found and (found["word"] or found["last"].strip()):
+            names.setdefault(found["word"] or found["last"].strip(), set()).add(found["name"])
+    if not names:
+        raise ValueError("no line on a test")
+    bad = sorted(names.get("FAILED", set()) | names.get("ERROR", set()))
+    seconds = re.search(r" in ([\d.]+)s", output.rstrip().splitlines()[-1])
     heading = ["passed", "failed", "skipped", "seconds"]
-    row = [counts.get("passed", "0"), str(bad), counts.get("skipped", "0"), seconds[1]]
-    names = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    row = [str(len(names.get("PASSED", ()))), str(len(bad)), str(len(names.get("SKIPPED", ())))]
+    row.append(seconds[1] if seconds else "cut off")
     return "\n".join(
-        [table([heading, ["---"] * len(row), row]), *(["", *(f"- {name}" for name in names)] if names else [])]
+        [table([heading, ["---"] * len(row), row]), *(["", *(f"- {name}" for name in bad)] if bad else [])]
     )
 
 
@@ -276,11 +281,24 @@ def parts(args: argparse.Namespace, folder: Path) -> list[Part]:
     cost += ["--model", args.model, "--batch", str(args.batch), "--length", str(args.length)]
     cost += ["--dtype", args.dtype, "--device", args.device, "--variants"]
     updates = Updates()
-    # quiet once, as pyproject.toml has it; twice, and there is no summary to read
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-rfE", *args.tests]
+    many = args.device == "cuda" and importlib.util.find_spec("xdist")
+    side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if many else []
+    # a line on each test, without pyproject.toml's -q
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "-v",
+        "--tb=short",
+        *side_by_side,
+    ]
     found = [
         Part("machine", "machine", call("machine", args.device), read_machine),
-        Part("tests", "tests", pytest, read_tests, partly=True),
+        Part("tests", "tests", [*pytest, *args.tests], read_tests, partly=True),
         *(Part(f"an update, {name}", "update", [*cost, name], updates.read) for name in args.variants),
     ]
     if args.glue is None:

@@ -63,12 +63,14 @@ def test_a_part_that_fails_takes_nothing_else_with_it(tmp_path: Path) -> None:
 
 
 def test_what_pytest_prints() -> None:
-    """Words in other orders, and the names of tests that failed."""
-    output = "....F.\nFAILED tests/test_a.py::test_b[x] - assert 1\nERROR tests/test_c.py::test_d\n"
-    read = read_tests(f"{output}1 failed, 5 passed, 2 skipped, 1 error in 12.34s\n")
-    assert "| 5 | 2 | 2 | 12.34 |" in read
-    assert read.endswith("- tests/test_a.py::test_b[x]\n- tests/test_c.py::test_d")
-    assert "| 7 | 0 | 0 | 0.5 |" in read_tests("7 passed in 0.50s").replace("0.50", "0.5")
+    """Alone and side by side, and what it had said when the clock ended it."""
+    alone = "tests/test_a.py::test_b[x] FAILED [ 50%]\ntests/test_a.py::test_b[y z] PASSED [ 75%]\n"
+    assert "| 1 | 1 | 0 | 2.5 |" in read_tests(
+        f"{alone}FAILED tests/test_a.py::test_b[x]\n1 failed, 1 passed in 2.5s\n"
+    )
+    side_by_side = "[gw1] [ 10%] ERROR tests/test_c.py::test_d[f, g] \n[gw0] [ 30%] SKIPPED tests/test_c.py::test_e \n"
+    read = read_tests(f"{side_by_side}[gw0] [ 40%] PASS")
+    assert "| 0 | 1 | 1 | cut off |" in read and read.endswith("\n\n- tests/test_c.py::test_d[f, g]")
     with pytest.raises(ValueError):
         read_tests("ERROR: file or directory not found: tests/no_such.py\n")
 

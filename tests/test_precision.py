@@ -45,13 +45,12 @@ TANGENT, FINITE = ["--smart-mode", "tangent"], ["--smart-mode", "finite"]
 
 
 def set_up_wider(data: Path, *flags: str, **options: Any) -> tuple[Any, Any, Any]:
-    """Task, model and criterion with weights of the size that trained encoders have."""
+    """Task, model and criterion with weights of the size that trained encoders have, the same on every device."""
     task, model, criterion = set_up(data, *WIDER, *flags, **options)
-    generator = torch.Generator(DEVICE).manual_seed(4)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.08, generator=generator)
-    torch.nn.init.normal_(model.encoder.sentence_encoder.embed_tokens.weight, std=0.1, generator=generator)
+    generator = torch.Generator().manual_seed(4)
+    stds = {module.weight: 0.08 for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    for weight, std in {**stds, model.encoder.sentence_encoder.embed_tokens.weight: 0.1}.items():
+        weight.data.copy_(std * torch.randn(weight.shape, generator=generator))
     return task, model, criterion
 
 

@@ -32,7 +32,7 @@ COMMON: dict[str, Flag] = {
     "attention-dropout": 0.1,
     "pooler-dropout": 0.1,
     "num-workers": 0,
-    "cpu": True,
+    "cpu": None,  # a GPU where there is one
 }
 WARMUP = 0.1  # share of the updates
 LOG = ("--log-format", "json", "--log-interval", "1")
