@@ -6,8 +6,6 @@ Hardware and versions; the tests that need a GPU; time, memory, waits and launch
 SMART + MBPP. Each part is a process of its own, and the file is written after each: one that fails, hangs or kills the
 device's context takes nothing else with it, and the report ends with what it said. Without --glue the training is left
 out; without --checkpoint it begins at random weights, so that its times count and its losses do not.
-
-On a GPU this script was not run by its authors; on a CPU with small models it was.
 """
 
 import argparse
