@@ -78,22 +78,27 @@ def test_a_relative_radius_is_a_share_of_the_place(norm: str, class_data: Path) 
     assert form_at(0.99 / 1.5, class_data, *flags).term is FIRST_ORDER
 
 
+OF_STEPS, OF_INPUT = "--smart-steps 2 in ", "--smart-embedding input in bfloat16"
+
+
 @pytest.mark.parametrize(
     ("dtype", "flags", "warned"),
     [
-        (torch.bfloat16, ["--smart-steps", "2"], True),
-        (torch.float16, ["--smart-steps", "2"], True),
-        (torch.bfloat16, [], False),
-        (torch.float32, ["--smart-steps", "2"], False),
-        (torch.bfloat16, ["--smart-steps", "2", "--smart-linear-search"], False),
+        (torch.bfloat16, ["--smart-steps", "2"], [OF_STEPS]),
+        (torch.float16, ["--smart-steps", "2"], [OF_STEPS]),
+        (torch.bfloat16, [], []),
+        (torch.bfloat16, ["--smart-embedding", "input"], [OF_INPUT]),
+        (torch.float16, ["--smart-embedding", "input"], []),
+        (torch.float32, ["--smart-steps", "2"], []),
+        (torch.bfloat16, ["--smart-steps", "2", "--smart-linear-search"], []),
     ],
     ids=str,
 )
-def test_more_steps_in_half_precision_are_warned_of(
-    dtype: torch.dtype, flags: list[str], warned: bool, class_data: Path, caplog: pytest.LogCaptureFixture
+def test_what_half_precision_is_less_exact_in_is_warned_of(
+    dtype: torch.dtype, flags: list[str], warned: list[str], class_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert form_at(2, class_data, *flags, dtype=dtype).term is TWO_FORWARDS
-    assert ("--smart-steps 2 in " in caplog.text) == warned
+    assert [said for said in (OF_STEPS, OF_INPUT) if said in caplog.text] == warned
 
 
 def test_the_release_is_of_size_one(class_data: Path) -> None:

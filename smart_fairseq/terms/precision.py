@@ -131,6 +131,11 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         resolving, name = torch.float16, "float32 with TF32"
     resolved = ROUNDINGS[resolving] * torch.finfo(resolving).eps * place.median
     if an_entry >= resolved:
+        if flags.smart_embedding == "input" and dtype == torch.bfloat16:
+            logger.warning(
+                "--smart-embedding input in bfloat16: batches of tuned encoders had a term up to 9 % off "
+                "(docs/precision.md); token is closer"
+            )
         if flags.smart_steps > 1 and torch.finfo(dtype).bits == 16 and not flags.smart_linear_search:
             logger.warning(
                 f"--smart-steps {flags.smart_steps} in {name}: the later steps follow a gradient taken in it at the "
