@@ -20,7 +20,7 @@ from .recipe import Flag
 from .rows import Draw, Source
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
-TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train")
+TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train", "transfer")
 # in a block of flags: what becomes the number of updates and their schedule
 LENGTH = ("epochs", "warmup")
 OURS = {  # flags that the study gives
@@ -35,13 +35,17 @@ OURS = {  # flags that the study gives
 
 @dataclass(frozen=True)
 class Task:
-    """A data folder and the rows of it that are trained on."""
+    """A data folder and the rows of it that are trained on.
+
+    transfer: other folders on which its models are scored too, by name.
+    """
 
     name: str
     source: Source
     draw: Draw
     metrics: tuple[str, ...]
     train: Mapping[str, Flag] = field(default_factory=dict)
+    transfer: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def train_rows(self) -> int:
@@ -94,6 +98,11 @@ class Asked:
             "epochs": self.epochs,
             "warmup": self.warmup,
         }
+
+    def beside(self) -> dict[str, Any]:
+        """What is asked for beside the training, where something is: by it too a line is found again."""
+        attack = {"attack": self.attack.settings()} if self.attack else {}
+        return attack | ({"transfer": sorted(self.task.transfer)} if self.task.transfer else {})
 
 
 # of the grid: tasks, methods, values by flag
@@ -240,11 +249,12 @@ def _mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) ->
     return dict(value)
 
 
-def _named(path: Path, given: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = _mapping(path, key, given[key])
+def _named(path: Path, given: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    place = f"{where}: {key}" if where else key
+    found = _mapping(path, place, given[key])
     for name in found:
         right = name.replace("-", "").replace("_", "").isalnum()
-        _require(path, right, f"{key}: name", name, "of letters, digits, - and _")
+        _require(path, right, f"{place}: name", name, "of letters, digits, - and _")
     return found
 
 
@@ -292,8 +302,10 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
         evaluate=_whole(path, f"{where}: evaluate", given.get("evaluate")),
     )
     flags = _flags(path, f"{where}.train", given.get("train") or {})
+    others = _named(path, {"transfer": {}, **given}, "transfer", where)
+    transfer = {other: Source(Path(str(folder))) for other, folder in others.items()}
     if not files:
-        return Task(name, source, draw, (), flags)
+        return Task(name, source, draw, (), flags, transfer)
     source.check()
     most = source.train_rows
     _require(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
@@ -302,7 +314,16 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
         raise UsageError(f"{path}: {where}: {source.folder} is a ranking, which studies do not know; use another task")
     for key in ("flip", "stratified") if source.regression else ():
         _require(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
-    return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags)
+    _require(path, not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")
+    for other, there in transfer.items():
+        there.check(train=False)
+        for what in ("inputs", "classes", "words_in_order"):
+            if getattr(there, what) != getattr(source, what):
+                words = {"inputs": "texts in a row", "words_in_order": "dictionary"}.get(what, what)
+                raise located(
+                    path, 0, f"{where}: transfer: {other}: {there.folder} has other {words} than {source.folder}"
+                )
+    return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags, transfer)
 
 
 def _attacks(

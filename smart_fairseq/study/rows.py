@@ -1,4 +1,7 @@
-"""Training rows drawn from a data folder, and everything left as its valid split; nothing is encoded anew."""
+"""Training rows drawn from a data folder, and everything left as its valid split; nothing is encoded anew.
+
+Or all of a folder's labelled rows as a valid split, for the models of another.
+"""
 
 import hashlib
 import json
@@ -13,6 +16,8 @@ from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import located
 from ..data.pool import integer_typecode
 from ..files import whole_folder
+
+TRANSFER = "--transfer="  # of the worker: a JSON object, name to folder
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,14 @@ class Source:
 
     folder: Path
 
-    def check(self) -> None:
-        """Raise `UsageError` where it is none, or its training part has no labels."""
+    def check(self, train: bool = True) -> None:
+        """Raise `UsageError` where it is none, or has no labels: for training, or with ``train`` False at all."""
         if not (self.folder / "input0" / "dict.txt").is_file():
             raise located(self.folder, 0, "holds no input0/dict.txt; name a folder that preprocess wrote")
-        if "train" not in self.splits:
+        if train and "train" not in self.splits:
             raise located(self.folder, 0, "has no labelled train split (input0/train.idx with label/train)")
+        if not self.splits:
+            raise located(self.folder, 0, "has no labelled split")
 
     @property
     def regression(self) -> bool:
@@ -63,6 +70,11 @@ class Source:
         end = ".label" if self.regression else ".idx"
         names = sorted(path.stem for path in (self.folder / "input0").glob("*.idx"))
         return sorted((n for n in names if (self.folder / "label" / (n + end)).is_file()), key=lambda n: n != "train")
+
+    @property
+    def words_in_order(self) -> bytes:
+        """The dictionary, by which ids are words."""
+        return (self.folder / "input0" / "dict.txt").read_bytes()
 
     @property
     def inputs(self) -> list[str]:
@@ -141,7 +153,25 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
         left = [left[place] for place in sorted(kept)]
     if not left:
         raise located(source.folder, 0, "no labelled row is left to evaluate on; draw fewer rows")
-    parts = {"train": [("train", int(place)) for place in train], "valid": left}
+    flip = (draw.flip, seed) if draw.flip else None
+    _write(source, target, {"train": [("train", int(place)) for place in train], "valid": left}, words, flip)
+
+
+def take_all(source: Source, target: Path) -> None:
+    """Write ``target``, whole or not at all: valid, all labelled rows."""
+    rows = [(split, place) for split in source.splits for place in range(len(source.labels(split)))]
+    _write(source, target, {"valid": rows})
+
+
+def _write(
+    source: Source,
+    target: Path,
+    parts: dict[str, list[tuple[str, int]]],
+    words: np.ndarray | None = None,
+    flip: tuple[float, int] | None = None,
+) -> None:
+    """A data folder of some rows, (split, position) each. flip: share of the training labels, and the seed."""
+    labels = {split: source.labels(split) for split in source.splits}
     with whole_folder(target) as folder:
         for name in source.inputs:
             _write_input(source, folder, name, parts, words)
@@ -152,8 +182,8 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
         ids = {split: source.ids(split, len(found)) for split, found in labels.items()}
         for part, rows in parts.items():
             found = np.array([labels[split][place] for split, place in rows])
-            if part == "train" and draw.flip:
-                found = flipped(found, len(source.classes), draw.flip, seed)
+            if part == "train" and flip:
+                found = flipped(found, len(source.classes), *flip)
             if source.regression:
                 lines = "".join(f"{label}\n" for label in found)
                 (folder / "label" / f"{part}.label").write_text(lines, encoding="utf-8")

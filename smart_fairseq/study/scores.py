@@ -1,6 +1,6 @@
 """What a run's stored logits say: the task's metrics, cross entropy, calibration. Arrays in, plain numbers out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,3 +40,11 @@ def all_scores(
     for name in ("cross_entropy", "calibration_error"):
         found |= {f"{name}_half": before[name], f"{name}_scaled": after[name]}
     return found
+
+
+def scores_elsewhere(
+    name: str, stored: Mapping[str, np.ndarray], metrics: Sequence[str], classes: Sequence[str], seed: int
+) -> dict[str, float]:
+    """`all_scores` of the rows of another folder, as ``accuracy_on_NAME`` and so on."""
+    found = all_scores(stored[f"logits_on_{name}"], stored[f"labels_on_{name}"], metrics, classes, seed)
+    return {f"{metric}_on_{name}": value for metric, value in found.items()}

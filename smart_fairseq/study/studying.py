@@ -18,14 +18,16 @@ from ..errors import explain
 from ..files import sha256
 from .attacked import scores_under_attack
 from .lines import Line, alone, facts, read_lines, write_lines
-from .plan import Asked, Plan
+from .plan import Asked, Plan, Task
 from .report import last_tenth
-from .rows import cut_out
+from .rows import TRANSFER, cut_out, take_all
 from .runs import Result, Run, run_all
-from .scores import all_scores
+from .scores import all_scores, scores_elsewhere
 
 THREADS = 1
 WORKER = (sys.executable, "-m", "smart_fairseq.study.worker")
+# of a line, what `Asked.beside` names
+BESIDE = ("attack", "transfer")
 # how the names end of what a criterion logs of its terms
 TERMS = ("_loss", "_delta", "_rise", "_dropped")
 
@@ -69,7 +71,9 @@ class Study:
     def key(self, asked: Asked) -> str:
         """By all that determines the result, but for the code: a run whose key has a line is not run again."""
         attack = [asked.attack.settings()] if asked.attack else []
-        return _short([asked.settings(), self.data[asked.task.name], self.encoder, *attack])
+        transfer = {name: source.digest() for name, source in asked.task.transfer.items()}
+        more = attack + ([transfer] if transfer else [])
+        return _short([asked.settings(), self.data[asked.task.name], self.encoder, *more])
 
     def folder(self, asked: Asked) -> Path:
         """The data folder of a run: the same for all methods."""
@@ -97,6 +101,8 @@ class Study:
         program = [*WORKER, str(logits), "keep" if self.plan.keep else "delete"]
         if asked.attack:
             program.append(asked.attack.argument(asked.seed))
+        if asked.task.transfer:
+            program.append(TRANSFER + json.dumps(self.elsewhere(asked.task)))
         return Run(
             name=asked.name,
             method=f"{asked.task.name} {asked.arm}",
@@ -108,6 +114,16 @@ class Study:
             program=program,
         )
 
+    def elsewhere(self, task: Task) -> dict[str, str]:
+        """The folders that a task's models are scored on beside their own, by name; written if they are not there."""
+        folders = {}
+        for name, source in task.transfer.items():
+            folder = self.plan.work / "data" / f"{name}-{_short(source.digest())}"
+            if not folder.is_dir():
+                take_all(source, folder)
+            folders[name] = str(folder)
+        return folders
+
     def metrics(self, asked: Asked, key: str) -> dict[str, float]:
         """From the stored logits. Raises `UsageError` where they are not there."""
         path, task = self.logits(key), asked.task
@@ -116,6 +132,8 @@ class Study:
                 stored = dict(file)
             logits, labels = stored["logits"], stored["labels"]
             more = scores_under_attack(stored) if asked.attack else {}
+            for name in task.transfer:
+                more |= scores_elsewhere(name, stored, task.metrics, task.source.classes, asked.seed)
         except (OSError, ValueError, KeyError):
             raise located(
                 path, 0, f"the logits of {asked.name} cannot be read; remove its line and run again"
@@ -129,7 +147,7 @@ class Study:
         return {
             "key": key,
             **asked.settings(),
-            **({"attack": asked.attack.settings()} if asked.attack else {}),
+            **asked.beside(),
             "metrics": self.metrics(asked, key),
             "terms": {name: value for name, value in found.items() if value is not None},
             "updates": result.done,
@@ -185,16 +203,16 @@ def _short(value: Any) -> str:
 def lines_of(plan: Plan) -> list[Line]:
     """The newest line of each run that the plan asks for, in its order; neither data nor encoder are looked at.
 
-    One that was attacked as the plan asks is taken before one that was not.
+    One that was attacked and scored elsewhere as the plan asks is taken before one that was not.
     """
     lines: dict[str, list[Line]] = {}
     for line in read_lines(plan.out / "runs.jsonl"):
         lines.setdefault(_short(_settings(line)), []).append(line)
     found = []
     for asked in plan.runs():
-        attack = asked.attack.settings() if asked.attack else None
-        alike = sorted(lines.get(_short(asked.settings()), []), key=lambda line: line.get("attack") == attack)
-        found += alike[-1:]
+        beside = asked.beside()
+        alike = lines.get(_short(asked.settings()), [])
+        found += sorted(alike, key=lambda line: sum(line.get(name) == beside.get(name) for name in BESIDE))[-1:]
     return found
 
 

@@ -15,7 +15,7 @@ SHORT = ("cross_entropy", "cross_entropy_scaled", "calibration_error")
 
 def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
     """The median, the mean with its deviation, the difference with its interval; percents with two digits."""
-    percent = metric in METRICS or metric.startswith(("calibration", "accuracy_"))
+    percent = metric.partition("_on_")[0] in METRICS or metric.startswith(("calibration", "accuracy_"))
     values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if percent else 4
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     gain = "" if found is None else f"{found.mean:+.{digits}f}"
@@ -48,7 +48,7 @@ def columns_of(arms: Sequence[Arm]) -> list[str]:
 def _is_short(column: str) -> bool:
     """Whether the short table has it where no columns are named."""
     attacked = "_attack_" in column and not column.endswith("_attack_0%")
-    return column in ("seeds", "cost", *METRICS, *SHORT) or "/" in column or attacked
+    return column in ("seeds", "cost", *SHORT) or column.partition("_on_")[0] in METRICS or "/" in column or attacked
 
 
 def short_table(arms: Sequence[Arm], columns: Sequence[str] | None = None) -> str:

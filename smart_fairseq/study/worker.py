@@ -1,9 +1,9 @@
 """One run of a study, as a process of its own: fairseq-train, then the logits of the valid split.
 
-    python -m smart_fairseq.study.worker LOGITS.npz {keep,delete} [--attack=JSON] FAIRSEQ_TRAIN_FLAGS...
+    python -m smart_fairseq.study.worker LOGITS.npz {keep,delete} [--attack=JSON] [--transfer=JSON] TRAIN_FLAGS...
 
-The weights are attacked where that is asked for. The checkpoint is deleted once the logits are there, unless it is to
-be kept. The process ends with the one that started it, even if that was killed.
+The weights are attacked, and predict the rows of other folders, where that is asked for. The checkpoint is deleted once
+the logits are there, unless it is to be kept. The process ends with the one that started it, even if that was killed.
 """
 
 import json
@@ -23,6 +23,7 @@ from ..files import whole_file
 from ..inference import batches
 from ..patches import allow_fairseq_checkpoints
 from .attacked import FLAG, Attack, attacked
+from .rows import TRANSFER
 
 MAX_TOKENS = 4096
 NICENESS = 5
@@ -83,13 +84,18 @@ class Trained:
         from fairseq import checkpoint_utils
 
         overrides = {"data": data, "no_shuffle": True}
-        (self.model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
+        (self.model,), config, self.task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.common.cpu else "cpu")
         self.model.to(self.device).eval()
         self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
-        self.dataset: Any = task.load_dataset("valid")
-        self.sizes = np.asarray(self.dataset.sizes[0])
+        self.turn_to(data)
         self.num_classes, self.regression = config.task.num_classes, config.task.regression_target
+
+    def turn_to(self, data: str) -> None:
+        """Another data folder, of the same classes and dictionary."""
+        self.task.cfg.data = data
+        self.dataset: Any = self.task.load_dataset("valid")
+        self.sizes = np.asarray(self.dataset.sizes[0])
 
     def sample(self, rows: list[int]) -> tuple[dict[str, Any], Any]:
         """(the model's inputs, labels [B]) of some rows."""
@@ -121,10 +127,11 @@ class Trained:
         return forward, inputs["src_tokens"], gold.to(self.device)
 
 
-def main(out: Path, keep: bool, arguments: list[str], attack: str | None = None) -> None:
+def main(out: Path, keep: bool, arguments: list[str], attack: str = "", transfer: str = "") -> None:
     """Train, predict, attack, store: ``out`` is there whole or not at all.
 
     attack: an `Attack.argument`.
+    transfer: `TRANSFER` with a JSON object of folders by name.
     """
     leave_with_parent()
     os.nice(NICENESS)
@@ -137,8 +144,11 @@ def main(out: Path, keep: bool, arguments: list[str], attack: str | None = None)
     if not np.isfinite(logits).all():
         sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
     stored: dict[str, Any] = {"logits": logits, "labels": labels}
-    if attack is not None:
+    if attack:
         stored |= attacked(*Attack.of_argument(attack), logits, labels, trained.sizes, trained.forward)
+    for name, folder in (json.loads(transfer.removeprefix(TRANSFER)) if transfer else {}).items():
+        trained.turn_to(folder)
+        stored[f"logits_on_{name}"], stored[f"labels_on_{name}"] = trained.predict()
     with whole_file(out) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **stored)
     if not keep:
@@ -149,5 +159,5 @@ def main(out: Path, keep: bool, arguments: list[str], attack: str | None = None)
 
 if __name__ == "__main__":
     _out, _keep, *_rest = sys.argv[1:]
-    _attack = _rest.pop(0) if _rest[0].startswith(FLAG) else None
-    main(Path(_out), _keep == "keep", _rest, _attack)
+    _asked = [_rest.pop(0) if _rest[0].startswith(flag) else "" for flag in (FLAG, TRANSFER)]
+    main(Path(_out), _keep == "keep", _rest, *_asked)
