@@ -376,6 +376,13 @@ def test_a_resumed_run_equals_one_that_went_on(run: Path) -> None:
     assert_same_state(run / "checkpoint_last.pt", run / "straight.pt")
 
 
+def test_other_heads_than_the_checkpoints_are_named(run: Path, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_last.pt").write_bytes((run / "checkpoint_last.pt").read_bytes())
+    arguments = command(place / "bins", "RTE,MRPC,STS-B", "--multitask-san", "MRPC", save_dir=tmp_path, max_update=19)
+    with pytest.raises(UsageError, match="resume with the same heads and precision, or with --reset-optimizer"):
+        train(arguments)
+
+
 def test_the_teacher_has_the_head(run: Path) -> None:
     state = torch.load(run / "checkpoint_last.pt")
     names = [name for name in state["model"] if not name.endswith(("version", "lm_head.weight"))]

@@ -281,6 +281,8 @@ def test_from_training_to_the_submission_file(
     capsys.readouterr()
     assert evaluate.main(options) == 0
     assert f"{accuracy:.2f}" in capsys.readouterr().out
+    assert evaluate.main([*options, "--full"]) == 2
+    assert "--full knows classes and regressions, and WNLI-ranking ranks: leave it out" in capsys.readouterr().err
     # of train every row, also those that had nothing to rank
     model = Model(Path(checkpoint), data, cpu=True)
     found = model.predict("train", 512)

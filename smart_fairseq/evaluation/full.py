@@ -75,7 +75,7 @@ def evaluate_model(
     with _threads(threads):
         model = checkpoint if isinstance(checkpoint, Model) else Model(checkpoint, folder, cpu=True)
         model = model.on(folder)
-        if model.task.ranking:
+        if model.task.ranking or model.task.candidates:
             raise located(folder, 0, f"--full knows classes and regressions, and {model.task.name} ranks: leave it out")
         task, labels = model.task, gold_labels(folder, split, model.task)
         if len(labels) < 2:

@@ -229,7 +229,7 @@ class MBPP(FairseqOptimizer):
         if shapes and shapes != expected:
             raise UsageError(
                 f"--optimizer mbpp: the checkpoint's teacher has {len(shapes)} tensors that do not fit the "
-                f"{len(expected)} of this run; resume with the same precision flags, or --reset-optimizer"
+                f"{len(expected)} of this run; resume with the same heads and precision, or with --reset-optimizer"
             )
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "mbpp"}, optimizer_overrides)
         self.updates = own["updates"]
