@@ -362,3 +362,16 @@ def test_two_studies_do_not_share_a_folder(tmp_path: Path, class_data: Path) -> 
     study = studying.Study(read_plan(write_plan(tmp_path, class_data)))
     with studying.alone(tmp_path / "work" / "lock"), pytest.raises(UsageError, match="another study runs"):
         study.go(1)
+
+
+def test_a_run_takes_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fairseq's default, which it reads where there are four, would share a run out, and enlarge its batches."""
+    from fairseq import options
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert options.get_training_parser().get_default("distributed_world_size") == 4
+    plan = read_plan(write_plan(tmp_path, write_data(tmp_path / "data")))
+    asked = plan.runs()[0]
+    line = plan.command(asked, asked.task.source.folder, plan.checkpoint)
+    parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
+    assert parsed.distributed_world_size == 1 and not parsed.cpu

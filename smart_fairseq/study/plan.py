@@ -29,7 +29,10 @@ OURS = {  # flags that the study gives
     "warmup-updates": "say warmup:, the share of the updates",
     "seed": "list seeds:",
     **{name: "it follows from the task" for name in ("task", "num-classes", "regression-target", "init-token")},
-    **{name: "the study gives it" for name in ("user-dir", "save-dir", "log-format", "log-interval", "valid-subset")},
+    **{
+        name: "the study gives it"
+        for name in ("user-dir", "save-dir", "log-format", "log-interval", "valid-subset", "distributed-world-size")
+    },
 }
 
 
@@ -180,7 +183,7 @@ class Plan:
             *recipe.length_flags(asked.updates, asked.warmup, asked.flags.get("lr-scheduler")),
             # the weights once, at the end, where the worker scores them
             *("--disable-validation", "--no-epoch-checkpoints", "--no-save-optimizer-state"),
-            *("--save-interval", "1000000", *recipe.LOG),
+            *("--save-interval", "1000000", *recipe.ONE_DEVICE, *recipe.LOG),
         ]
 
 

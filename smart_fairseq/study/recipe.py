@@ -36,6 +36,8 @@ COMMON: dict[str, Flag] = {
 }
 WARMUP = 0.1  # share of the updates
 LOG = ("--log-format", "json", "--log-interval", "1")
+# where there are several GPUs fairseq would take them all for one run, and a batch from each
+ONE_DEVICE = ("--distributed-world-size", "1")
 
 METHODS = {
     "plain": ("--criterion", "sentence_prediction", "--optimizer", "adam"),
@@ -88,5 +90,5 @@ def flags(task: Task, data: Path, imported: Path, method: str, seed: int, update
         *(os.path.relpath(data), *plugin_flags(), *task_flags),
         *(*encoder_flags(imported / "model.pt"), *imported_flags(imported), *METHODS[method]),
         *(*as_flags(COMMON), *length_flags(updates), "--seed", str(seed)),
-        *("--no-epoch-checkpoints", "--no-save-optimizer-state", *LOG),
+        *("--no-epoch-checkpoints", "--no-save-optimizer-state", *ONE_DEVICE, *LOG),
     ]
