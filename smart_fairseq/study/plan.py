@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ..commands.options import imported_flags, plugin_flags
 from ..data.lines import located, shown
 from ..data.metrics import METRICS
@@ -18,6 +16,7 @@ from . import recipe
 from .attacked import Attack
 from .recipe import Flag
 from .rows import Draw, Source
+from .values import boolean, load, mapping, must_be, named, number, whole
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train", "transfer")
@@ -158,13 +157,13 @@ class Plan:
     def _asked(self, task: Task, method: str, variant: Mapping[str, Flag], seed: int) -> Asked:
         flags = {**recipe.COMMON, "warmup": recipe.WARMUP, **self.train, **task.train, **self.methods[method]}
         flags.update(variant)
-        epochs, warmup = (_number(self.path, name, flags.pop(name, None), 0) for name in ("epochs", "warmup"))
+        epochs, warmup = (number(self.path, name, flags.pop(name, None), 0) for name in ("epochs", "warmup"))
         where = f"{task.name}, {method}: "
-        _require(self.path, epochs > 0, where + "epochs", epochs, "above 0, in train: or a method")
-        _require(self.path, warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
-        _number(self.path, where + "batch-size", flags["batch-size"], 1)
+        must_be(self.path, epochs > 0, where + "epochs", epochs, "above 0, in train: or a method")
+        must_be(self.path, warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
+        number(self.path, where + "batch-size", flags["batch-size"], 1)
         for name in ("criterion", "optimizer"):
-            _require(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
+            must_be(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
         return Asked(task, method, variant, seed, flags, epochs, warmup, self.attacks(method, seed))
 
     def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
@@ -192,16 +191,16 @@ def read_plan(path: Path, files: bool = True) -> Plan:
 
     files: look at data and encoder too; a report needs neither.
     """
-    given = _mapping(path, "the plan", _load(path), KEYS)
+    given = mapping(path, "the plan", load(path), KEYS)
     for key in ("out", "tasks", "methods", "seeds"):
-        _require(path, given.get(key), key, given.get(key), "given")
+        must_be(path, given.get(key), key, given.get(key), "given")
     out = Path(str(given["out"]))
     work = Path(str(given.get("work") or Path(".cache") / "study" / path.stem))
-    methods = {name: _flags(path, f"methods.{name}", value) for name, value in _named(path, given, "methods").items()}
-    tasks = [_task(path, name, value, files) for name, value in _named(path, given, "tasks").items()]
+    methods = {name: _flags(path, f"methods.{name}", value) for name, value in named(path, given, "methods").items()}
+    tasks = [_task(path, name, value, files) for name, value in named(path, given, "tasks").items()]
     seeds = given["seeds"]
     right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
-    _require(
+    must_be(
         path, right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each"
     )
     checkpoint, encoder_flags, bpe = _encoder(path, given.get("encoder")) if files else (None, [], "")
@@ -217,107 +216,54 @@ def read_plan(path: Path, files: bool = True) -> Plan:
         methods=methods,
         seeds=seeds,
         axes=_axes(path, given.get("grid") or [], [task.name for task in tasks], list(methods)),
-        keep=_bool(path, "keep", given.get("keep", False)),
+        keep=boolean(path, "keep", given.get("keep", False)),
         attacks=_attacks(path, given.get("attack"), list(methods), seeds),
     )
     names = [asked.name for asked in plan.runs()]
     twice = next((name for name in names if names.count(name) > 1), None)
-    _require(path, twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
+    must_be(path, twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
     return plan
 
 
-def _load(path: Path) -> Any:
-    try:
-        # this loader refuses a key that stands twice, and reads 1e-4 as a number
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror}); name a study's plan") from None
-    except Exception as error:  # the YAML loader's own, which say where, and omegaconf's
-        mark = getattr(error, "problem_mark", None)
-        said = str(getattr(error, "problem", None) or str(error).splitlines()[0])
-        raise located(path, mark.line + 1 if mark else 0, f"is not a plan in YAML: {said}") from None
-
-
-def _require(path: Path, condition: Any, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise located(path, 0, f"{key} is {shown(str(value))}; it must be {allowed}")
-
-
-def _mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) -> dict[str, Any]:
-    _require(path, isinstance(value, dict), where, value, "a mapping, key: value")
-    for key in value:
-        _require(path, isinstance(key, str), f"{where}: key", key, "a word")
-        if allowed and key not in allowed:
-            raise located(path, 0, f"{where}: unknown key {shown(key)}; known are {', '.join(allowed)}")
-    return dict(value)
-
-
-def _named(path: Path, given: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
-    place = f"{where}: {key}" if where else key
-    found = _mapping(path, place, given[key])
-    for name in found:
-        right = name.replace("-", "").replace("_", "").isalnum()
-        _require(path, right, f"{place}: name", name, "of letters, digits, - and _")
-    return found
-
-
-def _number(path: Path, key: str, value: Any, least: float) -> float:
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    _require(path, right, key, value, f"a number from {least:g}")
-    return float(value)
-
-
-def _whole(path: Path, key: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    _require(path, type(value) is int and value >= 1, key, value, "a whole number from 1")
-    return int(value)
-
-
-def _bool(path: Path, key: str, value: Any) -> bool:
-    _require(path, isinstance(value, bool), key, value, "true or false")
-    return bool(value)
-
-
 def _flags(path: Path, where: str, value: Any) -> dict[str, Flag]:
-    found = _mapping(path, where, value)
+    found = mapping(path, where, value)
     for name, setting in found.items():
         if name in OURS:
             raise located(path, 0, f"{where}: {name} cannot be set; {OURS[name]}")
-        _require(path, not isinstance(setting, dict | list), f"{where}: {name}", setting, "one value (lists: grid)")
+        must_be(path, not isinstance(setting, dict | list), f"{where}: {name}", setting, "one value (lists: grid)")
     return found
 
 
 def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     where = f"tasks.{name}"
-    given = _mapping(path, where, value, TASK_KEYS)
-    _require(path, given.get("data"), f"{where}: data", given.get("data"), "a folder that preprocess wrote")
+    given = mapping(path, where, value, TASK_KEYS)
+    must_be(path, given.get("data"), f"{where}: data", given.get("data"), "a folder that preprocess wrote")
     source = Source(Path(str(given["data"])))
-    flip = _number(path, f"{where}: flip", given.get("flip", 0), 0)
-    _require(path, flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
+    flip = number(path, f"{where}: flip", given.get("flip", 0), 0)
+    must_be(path, flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
     vocabulary = given.get("vocabulary", "whole")
-    _require(path, vocabulary in ("whole", "cut"), f"{where}: vocabulary", vocabulary, "whole or cut")
+    must_be(path, vocabulary in ("whole", "cut"), f"{where}: vocabulary", vocabulary, "whole or cut")
     draw = Draw(
         vocabulary=vocabulary,
-        rows=_whole(path, f"{where}: rows", given.get("rows")),
-        stratified=_bool(path, f"{where}: stratified", given.get("stratified", False)),
+        rows=whole(path, f"{where}: rows", given.get("rows")),
+        stratified=boolean(path, f"{where}: stratified", given.get("stratified", False)),
         flip=flip,
-        evaluate=_whole(path, f"{where}: evaluate", given.get("evaluate")),
+        evaluate=whole(path, f"{where}: evaluate", given.get("evaluate")),
     )
     flags = _flags(path, f"{where}.train", given.get("train") or {})
-    others = _named(path, {"transfer": {}, **given}, "transfer", where)
+    others = named(path, {"transfer": {}, **given}, "transfer", where)
     transfer = {other: Source(Path(str(folder))) for other, folder in others.items()}
     if not files:
         return Task(name, source, draw, (), flags, transfer)
     source.check()
     most = source.train_rows
-    _require(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
+    must_be(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
     known = TASKS.get(str(source.manifest.get("task")))
     if known and known.ranking:
         raise UsageError(f"{path}: {where}: {source.folder} is a ranking, which studies do not know; use another task")
     for key in ("flip", "stratified") if source.regression else ():
-        _require(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
-    _require(path, not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")
+        must_be(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
+    must_be(path, not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")
     for other, there in transfer.items():
         there.check(train=False)
         for what in ("inputs", "classes", "words_in_order"):
@@ -335,16 +281,16 @@ def _attacks(
     """Which runs are attacked: all that the key ``attack`` does not leave out."""
     if given is None:
         return lambda method, seed: None
-    found = _mapping(path, "attack", given, ("radii", "rows", "methods", "seeds"))
-    radii, rows = found.get("radii"), _whole(path, "attack: rows", found.get("rows", 256))
+    found = mapping(path, "attack", given, ("radii", "rows", "methods", "seeds"))
+    radii, rows = found.get("radii"), whole(path, "attack: rows", found.get("rows", 256))
     right = isinstance(radii, list) and bool(radii) and all(type(r) in (float, int) and 0 < r <= 1 for r in radii)
     right = right and sorted(set(radii or [])) == radii
-    _require(path, right, "attack: radii", radii, "a list of rising shares, above 0 and up to 1")
+    must_be(path, right, "attack: radii", radii, "a list of rising shares, above 0 and up to 1")
     chosen = {}
     for key, all_of in (("methods", list(methods)), ("seeds", list(seeds))):
         chosen[key] = found.get(key, all_of)
         right = isinstance(chosen[key], list) and bool(chosen[key]) and all(value in all_of for value in chosen[key])
-        _require(path, right, f"attack: {key}", chosen[key], f"a list of {', '.join(map(str, all_of))}")
+        must_be(path, right, f"attack: {key}", chosen[key], f"a list of {', '.join(map(str, all_of))}")
     asked = Attack(tuple(map(float, radii or [])), rows or 0)
     return lambda method, seed: asked if method in chosen["methods"] and seed in chosen["seeds"] else None
 
@@ -357,7 +303,7 @@ def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, .
         known = TASKS.get(str(source.manifest.get("task")))
         return known.metrics if known else (("pearson",) if source.regression else ("accuracy",))
     right = isinstance(given, list) and given and set(given) <= set(allowed)
-    _require(path, right, f"{where}: metrics", given, f"a list of {', '.join(allowed)}")
+    must_be(path, right, f"{where}: metrics", given, f"a list of {', '.join(allowed)}")
     return tuple(given)
 
 
@@ -370,10 +316,10 @@ def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
         except (OSError, ValueError, KeyError):
             allowed = "a folder that import-hf wrote, or checkpoint: and flags:"
             raise UsageError(f"{path}: encoder is {shown(given)}; it must be {allowed}") from None
-    found = _mapping(path, "encoder", given, ("checkpoint", "flags"))
+    found = mapping(path, "encoder", given, ("checkpoint", "flags"))
     flags = recipe.as_flags(_flags(path, "encoder.flags", found.get("flags") or {}))
     checkpoint = Path(str(found["checkpoint"])) if found.get("checkpoint") else None
-    _require(path, checkpoint is None or checkpoint.is_file(), "encoder: checkpoint", checkpoint, "an existing file")
+    must_be(path, checkpoint is None or checkpoint.is_file(), "encoder: checkpoint", checkpoint, "an existing file")
     return checkpoint, flags, ""
 
 
@@ -382,18 +328,18 @@ def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) 
     found: list[Block] = []
     seen: set[tuple[str, str, str]] = set()
     for block in given if isinstance(given, list) else [given]:
-        block = _mapping(path, "grid", block)
+        block = mapping(path, "grid", block)
         for_tasks, for_methods = (
             _names(path, f"grid: {key}", block.pop(key, list(allowed)), allowed)
             for key, allowed in (("tasks", tasks), ("methods", methods))
         )
         for name, values in block.items():
-            _require(path, isinstance(values, list) and values, f"grid: {name}", values, "a list of values")
-            _require(path, len(set(map(str, values))) == len(values), f"grid: {name}", values, "different values")
+            must_be(path, isinstance(values, list) and values, f"grid: {name}", values, "a list of values")
+            must_be(path, len(set(map(str, values))) == len(values), f"grid: {name}", values, "different values")
             for value in values:
                 _flags(path, "grid", {name: value})
             for place in itertools.product([name], for_tasks, for_methods):
-                _require(path, place not in seen, "grid", name, "in one block for the same task and method")
+                must_be(path, place not in seen, "grid", name, "in one block for the same task and method")
                 seen.add(place)
         found.append((for_tasks, for_methods, block))
     return found
@@ -401,5 +347,5 @@ def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) 
 
 def _names(path: Path, key: str, value: Any, allowed: Sequence[str]) -> list[str]:
     right = isinstance(value, list) and value and all(name in allowed for name in value)
-    _require(path, right, key, value, f"a list of {', '.join(allowed)}")
+    must_be(path, right, key, value, f"a list of {', '.join(allowed)}")
     return list(value)

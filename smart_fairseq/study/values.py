@@ -1,0 +1,72 @@
+"""A plan's YAML and its values, each checked: errors name the file, the key, the value and what is allowed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ..data.lines import located, shown
+
+__all__ = ["boolean", "load", "mapping", "must_be", "named", "number", "whole"]
+
+
+def load(path: Path) -> Any:
+    """A file of YAML."""
+    try:
+        # this loader refuses a key that stands twice, and reads 1e-4 as a number
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as error:
+        raise located(path, 0, f"cannot be read ({error.strerror}); name a study's plan") from None
+    except Exception as error:  # the YAML loader's own, which say where, and omegaconf's
+        mark = getattr(error, "problem_mark", None)
+        said = str(getattr(error, "problem", None) or str(error).splitlines()[0])
+        raise located(path, mark.line + 1 if mark else 0, f"is not a plan in YAML: {said}") from None
+
+
+def must_be(path: Path, condition: Any, key: str, value: Any, allowed: str) -> None:
+    """Raise `UsageError` with the key, its value and what is allowed where the condition does not hold."""
+    if not condition:
+        raise located(path, 0, f"{key} is {shown(str(value))}; it must be {allowed}")
+
+
+def mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) -> dict[str, Any]:
+    """A mapping with words for keys, of the ``allowed`` ones where these are named."""
+    must_be(path, isinstance(value, dict), where, value, "a mapping, key: value")
+    for key in value:
+        must_be(path, isinstance(key, str), f"{where}: key", key, "a word")
+        if allowed and key not in allowed:
+            raise located(path, 0, f"{where}: unknown key {shown(key)}; known are {', '.join(allowed)}")
+    return dict(value)
+
+
+def named(path: Path, given: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    """What stands under a key: a mapping from names."""
+    place = f"{where}: {key}" if where else key
+    found = mapping(path, place, given[key])
+    for name in found:
+        right = name.replace("-", "").replace("_", "").isalnum()
+        must_be(path, right, f"{place}: name", name, "of letters, digits, - and _")
+    return found
+
+
+def number(path: Path, key: str, value: Any, least: float) -> float:
+    """A finite number from ``least`` on."""
+    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    must_be(path, right, key, value, f"a number from {least:g}")
+    return float(value)
+
+
+def whole(path: Path, key: str, value: Any) -> int | None:
+    """A whole number from 1 on, or None."""
+    if value is None:
+        return None
+    must_be(path, type(value) is int and value >= 1, key, value, "a whole number from 1")
+    return int(value)
+
+
+def boolean(path: Path, key: str, value: Any) -> bool:
+    """True or false."""
+    must_be(path, isinstance(value, bool), key, value, "true or false")
+    return bool(value)
