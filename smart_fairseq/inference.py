@@ -123,6 +123,12 @@ class Model:
                 )
             elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
                 self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
+            regression = _setting(state, "regression_target")
+            if given is None and not self.task.candidates and regression not in (None, self.task.regression):
+                kinds = (
+                    ("classifies", "is a regression") if self.task.regression else ("is a regression", "has classes")
+                )
+                self._refuse(f"{kinds[0]}, and {self.task.name} {kinds[1]}: another task's")
             models, self._config, loaded = checkpoint_utils.load_model_ensemble_and_task([path], overrides, state=given)
             # a task with a head of its own stays smart_multitask's
             (objective,) = getattr(loaded, "objectives", (None,))

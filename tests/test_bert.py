@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toolkit
 import torch
 from fairseq import checkpoint_utils
 from hf_samples import (
@@ -205,6 +206,13 @@ def test_a_trained_head_does_not_start_anew(imported: Path, tmp_path: Path) -> N
     hub.model.register_classification_head("new", num_classes=2)
     assert hub.model.classification_heads["narrow"].dense.weight.shape == (8, 16)
     assert torch.equal(hub.model.classification_heads["new"].dense.weight, state["model"]["pooler.weight"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--separator-token", "2"]])
+def test_a_separator_too_many_is_said(flags: list[str], pair_data: Path) -> None:
+    with capture_log() as log:
+        toolkit.build(toolkit.command(pair_data, *flags))
+    assert any("leave it out" in line for line in log["text"]) == bool(flags)
 
 
 # Checkpoints without token types

@@ -49,6 +49,9 @@ def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
         line = refused(evaluate.main, capsys, "--checkpoint", "nowhere.pt", *data, flag, below)
         assert f"{below}: cannot be written ({tmp_path / 'file'}: " in line
     assert "gives 3 outputs, and RTE has 2" in says(checkpoint(place, "MNLI"))
+    assert "is a regression, and RTE has classes: another task's" in says(checkpoint(place, "STS-B"))
+    regression = ["--checkpoint", checkpoint(place, "RTE"), "--data-dir", str(place / "bins" / "STS-B-bin")]
+    assert "classifies, and STS-B is a regression: another" in refused(evaluate.main, capsys, *regression, "--cpu")
     assert "classes 1, 0" in says(checkpoint(place, "MRPC"))  # as many classes, but others
     assert "--split is 'dev'; " in says(checkpoint(place, "RTE"), "--split", "dev")
     assert "--max-tokens is '0'" in says(checkpoint(place, "RTE"), "--max-tokens", "0")

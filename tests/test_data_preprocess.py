@@ -253,17 +253,19 @@ def test_example_scripts_run_from_anywhere(tmp_path):
         assert run.returncode == 0 and "--subsample" in run.stdout, run.stderr
 
 
-def test_the_command_that_is_printed_trains_with_smart(tmp_path, capsys):
-    """On the encoder that lies beside the BPE; an update."""
+@pytest.mark.parametrize("splits", [["train", "dev"], ["train"]])
+def test_the_command_that_is_printed_trains_with_smart(splits, tmp_path, capsys):
+    """On the encoder that lies beside the BPE; an update. Without rows to validate on it does not."""
     import_hf(write_hf(tmp_path / "hf", "bert"), tmp_path / "encoder")
-    for split in ("train", "dev"):
+    for split in splits:
         rows = (f"{number}\tthe cat a\tdog {'abcd'[number % 4]} c\t{RTE[number % 2]}" for number in range(16))
         write(tmp_path / "RTE" / f"{split}.tsv", "index\tsentence1\tsentence2\tlabel", *rows)
     flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(tmp_path / "encoder"), "--out", str(tmp_path / "a bin")]
     assert glue_main(["--task", "RTE", *flags]) == 0
     program, *line = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert program == "fairseq-train" and line[line.index("--max-update") + 1] == "6"
-    more = ["--max-update", "1", "--cpu", "--no-save", "--disable-validation", "--num-workers", "0"]
+    assert ("--disable-validation" in line) == ("--best-checkpoint-metric" not in line) == (len(splits) == 1)
+    more = ["--max-update", "1", "--cpu", "--no-save", "--num-workers", "0"]
     (update,) = train([*line, *more, "--log-format", "json", "--log-interval", "1"])["train_inner"]
     assert update["smart_loss"] > 0 and update["bregman_loss"] > 0
 

@@ -83,6 +83,7 @@ def test_the_log_says_what_acts_and_what_does_not(class_data: Path) -> None:
     paper = said(train(command(class_data, *flags, max_update=30)))
     assert "updates 4 to 24, as shares of the task loss: smart " in paper and "bregman " in paper
     assert "the smart term is " in paper and "it is not acting; raise --smart-epsilon" in paper
+    assert "Where the task loss has not fallen yet, look again later" in paper
     smart = said(train(command(class_data, *flags, "--smart-recipe", "smart", "--smart-epsilon", "0.3", max_update=30)))
     assert "as shares of the task loss: smart 0." in smart and "the smart term" not in smart
 

@@ -98,7 +98,10 @@ def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Pat
         flags.append("--valid-subset valid,valid1")
     # fairseq's default of 8 silently leaves out the last batch, of the validation too, unless it has 8n rows
     flags.append("--required-batch-size-multiple 1")
-    flags.append(f"--best-checkpoint-metric {metric} --maximize-best-checkpoint-metric")
+    if rows and "valid" not in rows:
+        flags.append("--disable-validation")
+    else:
+        flags.append(f"--best-checkpoint-metric {metric} --maximize-best-checkpoint-metric")
     return " ".join(flags)
 
 

@@ -110,6 +110,10 @@ class SmartBertModel(RobertaModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SmartBertModel":
+        if safe_getattr(task.cfg, "separator_token") is not None:
+            logger.warning(
+                "--separator-token puts a second [SEP] between the texts of a pair, where BERT has one; leave it out"
+            )
         with open_dict(args) if OmegaConf.is_config(args) else contextlib.nullcontext():
             base_architecture(args)
             if safe_getattr(args, "max_positions") is None:

@@ -50,4 +50,5 @@ class Acting:
                 logger.warning(
                     f"the {name} term is {share:.1e} of the task loss, below {LEAST_SHARE:g}: it is not acting; "
                     + _ADVICE.get(name, "raise its weight")
+                    + ". Where the task loss has not fallen yet, look again later"
                 )
