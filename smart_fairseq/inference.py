@@ -124,7 +124,8 @@ class Model:
             elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
                 self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
             regression = _setting(state, "regression_target")
-            if given is None and not self.task.candidates and regression not in (None, self.task.regression):
+            scored = self.task.candidates or self.task.ranking  # by one output, which is no regression's
+            if given is None and not scored and regression not in (None, self.task.regression):
                 kinds = (
                     ("classifies", "is a regression") if self.task.regression else ("is a regression", "has classes")
                 )

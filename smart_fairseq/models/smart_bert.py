@@ -110,7 +110,7 @@ class SmartBertModel(RobertaModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SmartBertModel":
-        if safe_getattr(task.cfg, "separator_token") is not None:
+        if safe_getattr(getattr(task, "cfg", None), "separator_token") is not None:
             logger.warning(
                 "--separator-token puts a second [SEP] between the texts of a pair, where BERT has one; leave it out"
             )
