@@ -154,24 +154,31 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
     if not left:
         raise located(source.folder, 0, "no labelled row is left to evaluate on; draw fewer rows")
     flip = (draw.flip, seed) if draw.flip else None
-    _write(source, target, {"train": [("train", int(place)) for place in train], "valid": left}, words, flip)
+    parts = {"train": [("train", int(place)) for place in train], "valid": left}
+    _write(source, target, labels, parts, words, flip)
 
 
 def take_all(source: Source, target: Path) -> None:
     """Write ``target``, whole or not at all: valid, all labelled rows."""
-    rows = [(split, place) for split in source.splits for place in range(len(source.labels(split)))]
-    _write(source, target, {"valid": rows})
+    labels = {split: source.labels(split) for split in source.splits}
+    _write(
+        source, target, labels, {"valid": [(split, place) for split in labels for place in range(len(labels[split]))]}
+    )
 
 
 def _write(
     source: Source,
     target: Path,
+    labels: dict[str, np.ndarray],
     parts: dict[str, list[tuple[str, int]]],
     words: np.ndarray | None = None,
     flip: tuple[float, int] | None = None,
 ) -> None:
-    """A data folder of some rows, (split, position) each. flip: share of the training labels, and the seed."""
-    labels = {split: source.labels(split) for split in source.splits}
+    """A data folder of some rows, (split, position) each.
+
+    labels: of the source, by split.
+    flip: share of the training labels, and the seed.
+    """
     with whole_folder(target) as folder:
         for name in source.inputs:
             _write_input(source, folder, name, parts, words)

@@ -65,13 +65,14 @@ class Study:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.data = {task.name: task.source.digest() for task in plan.tasks}
+        self.transfer = {t.name: {name: source.digest() for name, source in t.transfer.items()} for t in plan.tasks}
         self.encoder = [sha256(plan.checkpoint) if plan.checkpoint else "", *plan.encoder_flags]
         self.jsonl = plan.out / "runs.jsonl"
 
     def key(self, asked: Asked) -> str:
         """By all that determines the result, but for the code: a run whose key has a line is not run again."""
         attack = [asked.attack.settings()] if asked.attack else []
-        transfer = {name: source.digest() for name, source in asked.task.transfer.items()}
+        transfer = self.transfer[asked.task.name]
         more = attack + ([transfer] if transfer else [])
         return _short([asked.settings(), self.data[asked.task.name], self.encoder, *more])
 
@@ -118,7 +119,7 @@ class Study:
         """The folders that a task's models are scored on beside their own, by name; written if they are not there."""
         folders = {}
         for name, source in task.transfer.items():
-            folder = self.plan.work / "data" / f"{name}-{_short(source.digest())}"
+            folder = self.plan.work / "data" / f"{name}-{_short(self.transfer[task.name][name])}"
             if not folder.is_dir():
                 take_all(source, folder)
             folders[name] = str(folder)
