@@ -142,9 +142,7 @@ class Model:
             self._refuse(f"{reason}; give a checkpoint of fairseq-train and the data folder that it was trained on")
         self.model = models[0]
         if self.task.candidates:
-            from .training.candidates import HEAD
-
-            self.head = HEAD
+            self.head = loaded.objectives[0].head
             return Path(trained_on)
         with as_written(self._path):
             self.head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"

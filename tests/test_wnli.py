@@ -1,21 +1,16 @@
 """`--task smart_wnli`: candidates for a pronoun, scored by the LM head; through fairseq-train, predict and evaluate."""
 
-import csv
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from data_samples import make_gpt2_bpe
 from toolkit import (
     BOLD,
     DEVICE,
     NO_DROPOUT,
-    TINY_MODEL,
-    USER_DIR,
     assert_close,
     assert_equal,
     batch,
@@ -24,74 +19,19 @@ from toolkit import (
     train,
     watch_terms,
 )
+from wnli_samples import command, perturbed_scores, prepared, refused, set_up, table
 
-from smart_fairseq.commands import evaluate, predict, preprocess
+from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.data.binarize import read_indexed, read_manifest
 from smart_fairseq.errors import UsageError
 from smart_fairseq.inference import Model
 from smart_fairseq.method.candidates import best_of_others, candidate_scores, margin_loss
 from smart_fairseq.training.candidates import HEAD, read_groups, row_logits
 
-NAMES = ("the cat", "the dog", "the old cat", "a seed")
-# by the split its rows: sentence, the names put in the pronoun's place, and their labels
-SENTENCES = ["{0} saw {1}; it ran.", "{0} fed {1} as it slept.", "{1} and {0} hid. It was there."]
-CLAUSES = ["{} ran.", "{} slept.", "{} was there."]
-
-
-def rows(numbers: Sequence[int], places: Sequence[int]) -> list[tuple[str, str, str]]:
-    """Of each sentence the rows for one or both of its names; the first is right."""
-    found = []
-    for number in numbers:
-        names = NAMES[number % 4], NAMES[(number + 1) % 4]
-        sentence = SENTENCES[number % 3].format(*names) + f" {number}"
-        found += [(sentence, CLAUSES[number % 3].format(names[place]), str(1 - place)) for place in places]
-    return found
-
-
-def official(folder: Path) -> Path:
-    """WNLI's files: in train both names but for the last sentence, in dev the name that train has not, in test both."""
-    parts = {
-        "train": [*rows(range(9), [0, 1]), *rows([9], [0])],
-        "dev": rows([9, 10], [1]),
-        "test": rows([11, 2], [0, 1]),
-    }
-    (folder / "WNLI").mkdir(parents=True)
-    for part, lines in parts.items():
-        head, width = ("index", "sentence1", "sentence2", "label"), 3 if part == "test" else 4
-        table = [head, *((str(number), *line) for number, line in enumerate(lines))]
-        (folder / "WNLI" / f"{part}.tsv").write_text("".join("\t".join(line[:width]) + "\n" for line in table))
-    return folder
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wnli")
-    bpe = make_gpt2_bpe(folder / "bpe")
-    options = ["--data-dir", str(official(folder)), "--bpe-dir", str(bpe), "--out", str(folder / "bin")]
-    assert preprocess.main(["--task", "WNLI-ranking", *options]) == 0
-    return folder / "bin"
-
-
-def command(data: Path, *flags: str, save_dir: Path | None = None, updates: int = 3) -> list[str]:
-    """Arguments for fairseq-train on a tiny RoBERTa; later flags win over these."""
-    return [
-        *(str(data), "--user-dir", USER_DIR, "--task", "smart_wnli", "--wnli-new-lm-head", *TINY_MODEL),
-        *("--max-positions", "256", "--criterion", "smart_sentence_prediction", "--optimizer", "mbpp", *BOLD),
-        *("--lr", "1e-2", "--lr-scheduler", "fixed", "--batch-size", "4", "--required-batch-size-multiple", "1"),
-        *("--seed", "7", "--cpu", "--max-update", str(updates), "--num-workers", "0"),
-        *("--log-format", "json", "--log-interval", "1", "--best-checkpoint-metric", "accuracy"),
-        *("--maximize-best-checkpoint-metric", *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",))),
-        *flags,
-    ]
-
-
-def set_up(data: Path, *flags: str) -> tuple[Any, Any, Any]:
-    """Task, model and criterion without dropout; the LM head's output is not flat."""
-    _, task, model, criterion = build(command(data, "--optimizer", "adam", *NO_DROPOUT, *flags))
-    torch.manual_seed(5)
-    torch.nn.init.normal_(model.encoder.lm_head.dense.weight)
-    torch.nn.init.normal_(model.encoder.sentence_encoder.embed_tokens.weight, std=0.5)
-    return task, model.train(), criterion.train()
+    return prepared(tmp_path_factory.mktemp("wnli"))
 
 
 # --- score and loss --------------------------------------------------------------------------------
@@ -175,16 +115,6 @@ def test_the_models_scores_are_the_mean_log_probabilities_of_the_masked_tokens(d
 # --- SMART -----------------------------------------------------------------------------------------
 
 
-def perturbed_scores(model: Any, sample: Any, perturbation: torch.Tensor) -> torch.Tensor:
-    """The scores with something added to the embeddings, by a hook of the test's own."""
-    table = model.encoder.sentence_encoder.embed_tokens
-    handle = table.register_forward_hook(lambda module, args, x: x + perturbation.reshape_as(x))
-    try:
-        return model(**sample["net_input"], features_only=True, classification_head_name=HEAD)[0]  # type: ignore[no-any-return]
-    finally:
-        handle.remove()
-
-
 @pytest.mark.parametrize("mode", ["finite", "tangent"])
 def test_the_term_is_the_divergence_of_the_groups_shares_at_a_point_that_raises_it(data: Path, mode: str) -> None:
     sizes = ["--smart-epsilon", "1e-3", "--smart-noise-std", "1e-4", "--smart-steps", "2", "--smart-step-size", "1e-2"]
@@ -200,8 +130,8 @@ def test_the_term_is_the_divergence_of_the_groups_shares_at_a_point_that_raises_
 
     def divergence(perturbation: torch.Tensor) -> float:
         with torch.no_grad():
-            clean = perturbed_scores(model, sample, torch.zeros_like(perturbation)).double().log_softmax(1)
-            moved = perturbed_scores(model, sample, perturbation).double().log_softmax(1)
+            clean = perturbed_scores(model, sample, torch.zeros_like(perturbation), HEAD).double().log_softmax(1)
+            moved = perturbed_scores(model, sample, perturbation, HEAD).double().log_softmax(1)
         return ((moved.exp() - clean.exp()) * (moved - clean)).sum().item()
 
     assert term.value.item() == pytest.approx(divergence(term.perturbation), rel=0.03)
@@ -255,11 +185,6 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     return folder, train(command(data, save_dir=folder, updates=6))
 
 
-def table(path: Path) -> list[list[str]]:
-    with open(path, encoding="utf-8") as file:
-        return list(csv.reader(file, delimiter="\t"))
-
-
 def test_from_training_to_the_submission_file(
     run: tuple[Path, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,13 +217,6 @@ def test_from_training_to_the_submission_file(
 
 
 # --- what is refused before training ---------------------------------------------------------------
-
-
-def refused(arguments: Sequence[str]) -> str:
-    with capture_log() as log, pytest.raises(UsageError) as caught:
-        train(arguments)
-    assert not log["train_inner"]
-    return str(caught.value)
 
 
 def test_an_untrained_lm_head_is_refused_or_warned_of(data: Path, run: tuple[Path, Any]) -> None:
@@ -351,7 +269,7 @@ def test_data_that_do_not_fit_are_named(data: Path, tmp_path: Path, what: str) -
             shutil.copy(folder / f"input1/train.{end}", folder / f"input2/train.{end}")
         assert "row 1 of train does not hold its candidate" in refused(command(folder))
     else:
-        for kind in ("input0", "input1", "input2", "label"):
+        for kind in ("input0", "input1", "input2", "input3", "label"):
             for end in ("bin", "idx"):
                 shutil.copy(folder / f"{kind}/valid.{end}", folder / f"{kind}/train.{end}")
         assert "there is nothing to rank" in refused(command(folder))

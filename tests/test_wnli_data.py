@@ -42,7 +42,7 @@ def test_the_pronoun_and_its_candidate_are_found(marked: str, clause: str, candi
     found = align(sentence, clause)
     assert found is not None
     assert (sentence[: found.start], sentence[found.end :], found.candidate) == (before, after, candidate)
-    assert found.texts(sentence) == (before + candidate + after, before, before + candidate)
+    assert found.texts(sentence) == (before + candidate + after, before, before + candidate, before + pronoun)
 
 
 def test_a_sentence_that_is_no_clause_of_the_other_is_not_aligned() -> None:
@@ -91,10 +91,15 @@ def test_wsc_says_itself_where_its_pronoun_is(tmp_path: Path) -> None:
     assert [(row.id, row.texts, row.label) for row in rows["valid"]] == [
         (
             "7",
-            ("Ann said, she and Beth, Ann is tired.", "Ann said, she and Beth, ", "Ann said, she and Beth, Ann"),
+            (
+                "Ann said, she and Beth, Ann is tired.",
+                "Ann said, she and Beth, ",
+                "Ann said, she and Beth, Ann",
+                "Ann said, she and Beth, she",
+            ),
             "1",
         ),
-        ("8", ("The dog and the dog, it is ours.", "The dog and ", "The dog and the dog"), "0"),
+        ("8", ("The dog and the dog, it is ours.", "The dog and ", "The dog and the dog", "The dog and it"), "0"),
     ]
 
 
@@ -116,7 +121,7 @@ def test_a_broken_row_of_wsc_is_named(entry: object, words: str, tmp_path: Path)
 
 def test_noun_phrases_are_other_candidates_unless_they_are_the_files_own() -> None:
     before = "Ann met the nurse near the door since "
-    rows = [Row("0", (f"{before}Ann was ill.", before, f"{before}Ann"), "1")]
+    rows = [Row("0", (f"{before}Ann was ill.", before, f"{before}Ann", f"{before}she"), "1")]
 
     def find(text: str) -> list[str]:
         assert text == rows[0].texts[0]
@@ -125,6 +130,7 @@ def test_noun_phrases_are_other_candidates_unless_they_are_the_files_own() -> No
     found = noun_rows(rows, find)
     assert [row.texts[2].removeprefix(rows[0].texts[1]) for row in found] == ["the nurse", "the door"]
     assert found[0].texts[0] == "Ann met the nurse near the door since the nurse was ill."
+    assert found[0].texts[3] == f"{before}she"
     assert [(row.label, row.id) for row in found] == [(None, "0+0"), (None, "0+1")]
 
 

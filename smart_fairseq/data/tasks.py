@@ -60,7 +60,7 @@ class Task:
     ranking: bool = False  # a choice among the rows with the same first text, each labelled right or wrong
     fairseq_recipe: bool = True  # preprocess_GLUE_tasks.sh covers it: label dictionary by frequency
     rows: Mapping[str, int] = field(default_factory=dict)  # official counts
-    candidates: bool = False  # rows are candidates for a pronoun, in the three texts of winograd.py
+    candidates: bool = False  # rows are candidates for a pronoun, in the four texts of winograd.py
 
     @property
     def regression(self) -> bool:
@@ -173,7 +173,7 @@ def _winograd(
     name: str, folders: tuple[str, ...], splits: Splits, rows: Mapping[str, int], submission: Mapping[str, str]
 ) -> Task:
     """Candidates for a pronoun (winograd.py), right or wrong."""
-    about: dict[str, Any] = {"texts": 3, "labels": ("0", "1"), "fairseq_recipe": False, "candidates": True}
+    about: dict[str, Any] = {"texts": 4, "labels": ("0", "1"), "fairseq_recipe": False, "candidates": True}
     return Task(name, folders, splits, rows=rows, submission=submission, **about)
 
 

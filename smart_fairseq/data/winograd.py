@@ -1,8 +1,9 @@
 """Winograd sentences as candidates for a pronoun: what masked-language-model scoring is prepared from.
 
 Kocijan et al. (2019): a candidate is scored in the sentence with the pronoun replaced by it. A row here has
-three texts: the sentence with the candidate in the pronoun's place, its part before the candidate, and its part up to
-the candidate's end. From their lengths in tokens follows where the candidate stands, whatever the BPE.
+four texts: the sentence with the candidate in the pronoun's place, its part before the candidate, its part up to the
+candidate's end, and the part up to the pronoun's end of the sentence as it was. From their lengths in tokens follows
+where candidate and pronoun stand, whatever the BPE.
 
 WNLI says neither where the pronoun is nor what replaces it: sentence2 is the pronoun's clause of sentence1, with the
 candidate in its place. `align` finds both. Other candidates are the rows of the same sentence and pronoun, and where
@@ -50,10 +51,10 @@ class Aligned(NamedTuple):
     end: int
     candidate: str
 
-    def texts(self, sentence: str) -> tuple[str, str, str]:
-        """The three texts of a row."""
+    def texts(self, sentence: str) -> tuple[str, str, str, str]:
+        """The four texts of a row."""
         before = sentence[: self.start] + self.candidate
-        return before + sentence[self.end :], sentence[: self.start], before
+        return before + sentence[self.end :], sentence[: self.start], before, sentence[: self.end]
 
 
 def _words(text: str) -> Words:
@@ -125,7 +126,7 @@ def _as_in(sentence: str, candidate: str, pronoun: str) -> str:
 
 
 def aligned_row(row: Row) -> Row | UsageError:
-    """The row of WNLI, its texts sentence1 and sentence2, with the three texts of a candidate."""
+    """The row of WNLI, its texts sentence1 and sentence2, with the four texts of a candidate."""
     found = align(*row.texts)
     if found is None:
         message = f"sentence2 {shown(row.texts[1])} is no clause of sentence1 with its pronoun replaced"
@@ -203,9 +204,10 @@ def noun_rows(rows: Sequence[Row], find: Callable[[str], list[str]]) -> list[Row
             if words and not words & taken:
                 taken |= words
                 written = _as_in(group[0].texts[0], phrase, _candidate(group[0])[0] if not before.strip() else "x")
-                aligned = Aligned(len(before), len(before), written)
+                pronoun = group[0].texts[3]  # with all before it
+                aligned = Aligned(len(before), len(pronoun), written)
                 id = f"{group[0].id}+{len(found)}"
-                found.append(group[0]._replace(id=id, texts=aligned.texts(before + after), label=None))
+                found.append(group[0]._replace(id=id, texts=aligned.texts(pronoun + after), label=None))
     return found
 
 

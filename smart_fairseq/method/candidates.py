@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .loss import log_sum
 
-__all__ = ["ABSENT", "best_of_others", "candidate_scores", "margin_loss", "ranked"]
+__all__ = ["ABSENT", "best_of_others", "candidate_scores", "margin_loss", "mean_of_pairs", "ranked"]
 
 # the score of a place of a batch without a candidate: its share of a softmax is 0, and differences stay finite
 ABSENT = -1e4
@@ -51,8 +51,20 @@ def ranked(labels: Tensor) -> Tensor:
     return (labels == 1).any(1) & (labels == 0).any(1)
 
 
+def mean_of_pairs(losses: Tensor, labels: Tensor) -> Tensor:
+    """The mean over a group's pairs of a right and a wrong candidate, [G, K, K] -> [G]; 0 for a group without a pair.
+
+    ``losses`` [g, c, a]: of candidate c as the right one and a as the wrong one; ``labels`` as in `margin_loss`.
+
+    >>> mean_of_pairs(torch.tensor([[[9.0, 1.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
+    tensor([1.])
+    """
+    pairs = (labels == 1).unsqueeze(2) & (labels == 0).unsqueeze(1)
+    return torch.where(pairs, losses, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)
+
+
 def margin_loss(scores: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
-    """The loss above, the mean over a group's pairs of a right and a wrong candidate; 0 for a group without a pair.
+    """The loss above, as `mean_of_pairs`.
 
     Args:
         scores: [G, K], log P.
@@ -64,11 +76,8 @@ def margin_loss(scores: Tensor, labels: Tensor, alpha: float, beta: float) -> Te
     >>> margin_loss(scores, labels, alpha=20.0, beta=0.2)  # 1 + 20 * (0.1 + 0) / 2
     tensor([2.0000])
     """
-    right, wrong = (labels == 1).unsqueeze(2), (labels == 0).unsqueeze(1)
     score, other = scores.unsqueeze(2), scores.unsqueeze(1)
-    losses = -score + alpha * (other - score + beta).clamp_min(0)
-    pairs = right & wrong
-    return torch.where(pairs, losses, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)
+    return mean_of_pairs(-score + alpha * (other - score + beta).clamp_min(0), labels)
 
 
 def best_of_others(scores: Tensor) -> Tensor:

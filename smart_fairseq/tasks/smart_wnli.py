@@ -2,7 +2,8 @@
 
 The data are what preprocess makes of ``--task WNLI-ranking`` and ``--task WSC``. The scores of a group's candidates
 stand where a classification head's logits do, so that SMART's terms are those of the softmax over the group, and the
-teacher, the forms of the term and the precisions are the criterion's own.
+teacher, the forms of the term and the precisions are the criterion's own. With ``--wnli-hnn`` a similarity that shares
+the encoder scores them too (`smart_fairseq.method.hybrid`).
 """
 
 import contextlib
@@ -24,7 +25,16 @@ from ..data.lines import located
 from ..encoder import encoder_of
 from ..errors import UsageError, require
 from ..method.candidates import margin_loss
-from ..training.candidates import HEAD, CandidateDataset, CandidateHead, judge, read_groups
+from ..training.candidates import (
+    HEAD,
+    HYBRID,
+    CandidateDataset,
+    CandidateHead,
+    HybridHead,
+    judge,
+    judge_hybrid,
+    read_groups,
+)
 from ..training.metrics import REPORTED
 from ..training.objective import Objective
 
@@ -37,6 +47,11 @@ class WnliConfig(FairseqDataclass):
     data: str = field(default=MISSING, metadata={"help": "folder that preprocess wrote for WNLI-ranking or WSC"})
     wnli_alpha: float = field(default=20.0, metadata={"help": "weight of the margin between right and wrong candidate"})
     wnli_beta: float = field(default=0.2, metadata={"help": "the margin, in nats"})
+    wnli_hnn: bool = field(
+        default=False, metadata={"help": "score by HNN: LM head and similarity, and its loss in place of the margin's"}
+    )
+    wnli_hnn_beta: float = field(default=0.6, metadata={"help": "of HNN, the margin between scores from 0 to 1"})
+    wnli_hnn_gamma: float = field(default=10.0, metadata={"help": "of HNN, what scores are multiplied by to be ranked"})
     wnli_new_lm_head: bool = field(
         default=False, metadata={"help": "train with an encoder whose checkpoint holds no trained LM head"}
     )
@@ -51,26 +66,42 @@ class SmartWnli(SentencePredictionTask):
     """The task; its flags are `WnliConfig`. Raises `UsageError` for data of another task, or damaged ones."""
 
     def __init__(self, cfg: WnliConfig, data_dictionary: Any, label_dictionary: Any) -> None:
-        for name in ("wnli_alpha", "wnli_beta"):
+        for name in ("wnli_alpha", "wnli_beta", "wnli_hnn_beta"):
             require(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')}", getattr(cfg, name), "0 or above")
+        require(cfg.wnli_hnn_gamma > 0, "--wnli-hnn-gamma", cfg.wnli_hnn_gamma, "above 0")
+        for name in ("wnli_alpha", "wnli_beta") if cfg.wnli_hnn else ():
+            if getattr(cfg, name) != getattr(WnliConfig, name):
+                given = f"--{name.replace('_', '-')} is {getattr(cfg, name)}"
+                raise UsageError(f"{given} with --wnli-hnn, whose loss has another margin; give --wnli-hnn-beta")
         super().__init__(cfg, data_dictionary, label_dictionary)
-        loss = functools.partial(margin_loss, alpha=cfg.wnli_alpha, beta=cfg.wnli_beta)
-        judged = functools.partial(judge, loss_of=loss)
-        self.objectives = [Objective(self, HEAD, num_classes=2, regression=False, judge=judged)]
+        if cfg.wnli_hnn:
+            judged = functools.partial(judge_hybrid, beta=cfg.wnli_hnn_beta, gamma=cfg.wnli_hnn_gamma)
+        else:
+            loss = functools.partial(margin_loss, alpha=cfg.wnli_alpha, beta=cfg.wnli_beta)
+            judged = functools.partial(judge, loss_of=loss)
+        head = HYBRID if cfg.wnli_hnn else HEAD
+        self.objectives = [Objective(self, head, num_classes=2, regression=False, judge=judged)]
+        self._separators: int | None = None  # of HNN's rows
         self._checked = False
 
     @classmethod
     def setup_task(cls, cfg: WnliConfig, **kwargs: Any) -> "SmartWnli":
         folder = Path(cfg.data)
-        task = task_of(read_manifest(folder), folder)
+        manifest = read_manifest(folder)
+        task = task_of(manifest, folder)
         if not task.candidates:
             other = "--task smart_wnli needs what preprocess --task WNLI-ranking or --task WSC writes"
             raise located(folder, 0, f"holds {task.name}; {other}")
-        return cls(
+        found = cls(
             cfg,
             cls.load_dictionary(str(folder / "input0" / "dict.txt")),
             cls.load_dictionary(str(folder / "label" / "dict.txt")),
         )
+        if cfg.wnli_hnn:
+            found._separators = 1 if manifest.get("bpe") == "bert" else 2
+            if not (folder / "input3").is_dir():
+                raise located(folder, 0, "holds no pronouns, which --wnli-hnn needs; run preprocess again")
+        return found
 
     def load_dataset(
         self, split: str, combine: bool = False, *, whole: bool = False, **kwargs: Any
@@ -93,13 +124,13 @@ class SmartWnli(SentencePredictionTask):
             alone = sum(len(rows) for group in groups if len(group.labels) == 1 for rows in group.rows.values())
             if alone:
                 logger.warning(f"{alone} rows of {split} have no other candidate, so that their own is the best")
-        longest = max(group.longest for group in groups)
+        longest = max(group.longest(self._separators) for group in groups)
         if longest > self.cfg.max_positions:
             raise located(
                 folder, 0, f"{split} has rows of {longest} tokens, above --max-positions {self.cfg.max_positions}"
             )
         shuffle = split == "train" and not self.cfg.no_shuffle
-        dataset = CandidateDataset(groups, self.source_dictionary, self.cfg.seed if shuffle else None)
+        dataset = CandidateDataset(groups, self.source_dictionary, self.cfg.seed if shuffle else None, self._separators)
         self.datasets[split] = dataset
         return dataset
 
@@ -107,7 +138,13 @@ class SmartWnli(SentencePredictionTask):
         with open_dict(cfg) if OmegaConf.is_config(cfg) else contextlib.nullcontext():
             cfg.max_positions = self.cfg.max_positions
         model = models.build_model(cfg, self, from_checkpoint)
-        CandidateHead(encoder_of(model).lm_head, self.source_dictionary.pad()).attach(model)
+        encoder, padding_idx = encoder_of(model), self.source_dictionary.pad()
+        head: CandidateHead
+        if self.cfg.wnli_hnn:
+            head = HybridHead(encoder.lm_head, padding_idx, encoder.table.shape[1], self.cfg.wnli_hnn_gamma)
+        else:
+            head = CandidateHead(encoder.lm_head, padding_idx)
+        head.attach(model)
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:

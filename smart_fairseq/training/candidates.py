@@ -3,9 +3,13 @@
 A batch holds G groups of up to K candidates, each in a row of its own of ``src_tokens`` [G * K, T]; a place without a
 candidate has a row of one token. What stands under the masks is ``candidates`` [G, K, T], padding elsewhere. To SMART a
 group is one example: its candidates' embeddings are perturbed together, and its outputs are the scores [G, K].
+
+For HNN (`smart_fairseq.method.hybrid`) each group has K rows more, behind the first: the sentence with its pronoun, and
+the candidate as a second text. There ``candidates`` [G, 2 * K, T] holds the pronoun's first token and the candidate's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,24 @@ from ..data.binarize import read_indexed, read_manifest
 from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import located
 from ..data.winograd import NOUNS
+from ..encoder import encoder_of
 from ..method.candidates import best_of_others, candidate_scores, ranked
+from ..method.hybrid import hybrid_loss, hybrid_scores, similarities
 from .batches import Groups
 
-__all__ = ["CandidateDataset", "CandidateHead", "Group", "judge", "read_groups", "row_logits"]
+__all__ = [
+    "CandidateDataset",
+    "CandidateHead",
+    "Group",
+    "HybridHead",
+    "judge",
+    "judge_hybrid",
+    "read_groups",
+    "row_logits",
+]
 
-HEAD = "candidates"  # its name among the model's classification heads
+HEAD, HYBRID = "candidates", "hnn"  # the heads' names among the model's
+INIT_STD = 0.02  # BERT's, for the weights that no checkpoint brings
 UNKNOWN = -1
 
 Tokens = tuple[int, ...]
@@ -32,31 +48,37 @@ Tokens = tuple[int, ...]
 
 @dataclass
 class Group:
-    """A sentence with a pronoun: the tokens before and after it, and by a candidate's tokens its label and rows."""
+    """A sentence with a pronoun: the tokens before and after it, and by a candidate's tokens its label and rows.
+
+    ``pronoun``: its tokens; none in data that were prepared without it.
+    """
 
     before: Tokens
+    pronoun: Tokens
     after: Tokens
     labels: dict[Tokens, int] = field(default_factory=dict)
     rows: dict[Tokens, list[int]] = field(default_factory=dict)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of its longest row, the two at the ends included."""
-        return len(self.before) + len(self.after) + max(map(len, self.labels)) + 2
+    def longest(self, separators: int | None = None) -> int:
+        """Tokens of its longest row, those around the texts included; ``separators`` as `CandidateDataset` has it."""
+        pair = 0 if separators is None else len(self.pronoun) + separators
+        return len(self.before) + len(self.after) + max(map(len, self.labels)) + 2 + pair
 
 
-def _candidates(folder: Path, split: str) -> list[tuple[Tokens, Tokens, Tokens]]:
-    """Of each row the tokens before the candidate, the candidate's and those after it."""
+def _candidates(folder: Path, split: str) -> list[tuple[Tokens, Tokens, Tokens, Tokens]]:
+    """Of each row the tokens before the candidate, the candidate's, those after it, and the pronoun's."""
     texts, starts, ends = (read_indexed(folder / f"input{place}" / split) for place in range(3))
-    if not len(texts) == len(starts) == len(ends):
+    pronouns = read_indexed(folder / "input3" / split) if (folder / "input3").is_dir() else starts
+    if not len(texts) == len(starts) == len(ends) == len(pronouns):
         raise located(folder, 0, f"the texts of its split {split} have different numbers of rows; run preprocess again")
     found = []
-    for number, rows in enumerate(zip(texts, starts, ends), start=1):
-        text, before, until = (tuple(row.tolist())[:-1] for row in rows)
-        if text[: len(before)] != before or text[: len(until)] != until or len(until) <= len(before):
+    for number, rows in enumerate(zip(texts, starts, ends, pronouns), start=1):
+        text, before, until, pronoun = (tuple(row.tolist())[:-1] for row in rows)
+        begun = all(longer[: len(before)] == before for longer in (text, pronoun))
+        if not begun or text[: len(until)] != until or len(until) <= len(before):
             message = f"row {number} of {split} does not hold its candidate as tokens of its own; run preprocess again"
             raise located(folder, 0, message)
-        found.append((before, until[len(before) :], text[len(until) :]))
+        found.append((before, until[len(before) :], text[len(until) :], pronoun[len(before) :]))
     return found
 
 
@@ -78,25 +100,30 @@ def read_groups(folder: Path, split: str) -> list[Group]:
     if len(labels) != len(rows):
         raise located(folder / "label" / f"{split}.bin", 0, f"does not have the {len(rows)} rows of its texts")
     groups: dict[tuple[Tokens, Tokens], Group] = {}
-    for number, ((before, candidate, after), label) in enumerate(zip(rows, labels)):
-        group = groups.setdefault((before, after), Group(before, after))
+    for number, ((before, candidate, after, pronoun), label) in enumerate(zip(rows, labels)):
+        group = groups.setdefault((before, after), Group(before, pronoun, after))
         group.labels.setdefault(candidate, label)
         group.rows.setdefault(candidate, []).append(number)
     for other in (NOUNS, "train"):
         if other != split and other in splits:
-            for before, candidate, after in _candidates(folder, other):
+            for before, candidate, after, _ in _candidates(folder, other):
                 if (before, after) in groups:
                     groups[before, after].labels.setdefault(candidate, 0 if split == "train" else UNKNOWN)
     return list(groups.values())
 
 
 class CandidateDataset(Groups):
-    """Pronouns with their candidates as examples; ``seed`` as `Groups` has it."""
+    """Pronouns with their candidates as examples; ``seed`` as `Groups` has it.
 
-    def __init__(self, groups: Sequence[Group], dictionary: Dictionary, seed: int | None = None) -> None:
-        longest, counts = ([group.longest for group in groups], [len(group.labels) for group in groups])
-        super().__init__(np.array(longest), np.array(counts), seed)
-        self.groups, self.dictionary = groups, dictionary
+    separators: with HNN's rows, in which so many ends of text stand between sentence and candidate; None: without.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], dictionary: Dictionary, seed: int | None = None, separators: int | None = None
+    ) -> None:
+        longest, rows = [group.longest(separators) for group in groups], 1 if separators is None else 2
+        super().__init__(np.array(longest), np.array([rows * len(group.labels) for group in groups]), seed)
+        self.groups, self.dictionary, self.separators = groups, dictionary, separators
 
     def __getitem__(self, index: int) -> tuple[int, Group]:
         return int(index), self.groups[index]
@@ -106,18 +133,29 @@ class CandidateDataset(Groups):
         if not samples:
             return {}
         words, groups = self.dictionary, [group for _, group in samples]
-        most, mask = max(len(group.labels) for group in groups), words.index("<mask>")
-        shape = (len(groups), most, max(group.longest for group in groups))
+        most, mask, end = max(len(group.labels) for group in groups), words.index("<mask>"), words.eos()
+        longest = max(group.longest(self.separators) for group in groups)
+        shape = (len(groups), most if self.separators is None else 2 * most, longest)
         tokens, candidates = (torch.full(shape, words.pad(), dtype=torch.long) for _ in range(2))
         tokens[:, :, 0] = words.bos()
-        target, rows, lengths = torch.full(shape[:2], UNKNOWN), [], torch.ones(shape[:2], dtype=torch.long)
+        target, rows, lengths = torch.full((len(groups), most), UNKNOWN), [], torch.ones(shape[:2], dtype=torch.long)
+
+        def put(number: int, place: int, row: Sequence[int], marked: Mapping[int, Sequence[int]]) -> None:
+            tokens[number, place, 1 : len(row) + 1] = torch.tensor(row)
+            lengths[number, place] = len(row) + 1
+            for start, part in marked.items():
+                candidates[number, place, start : start + len(part)] = torch.tensor(part)
+
         for number, group in enumerate(groups):
+            start = len(group.before) + 1
             for place, (candidate, label) in enumerate(group.labels.items()):
-                masked = [*group.before, *[mask] * len(candidate), *group.after, words.eos()]
-                tokens[number, place, 1 : len(masked) + 1] = torch.tensor(masked)
-                start = len(group.before) + 1
-                candidates[number, place, start : start + len(candidate)] = torch.tensor(candidate)
-                target[number, place], lengths[number, place] = label, len(masked) + 1
+                masked = [*group.before, *[mask] * len(candidate), *group.after, end]
+                put(number, place, masked, {start: candidate})
+                if self.separators is not None:
+                    first = [*group.before, *group.pronoun, *group.after, *[end] * self.separators]
+                    marked = {start: group.pronoun[:1], len(first) + 1: candidate}
+                    put(number, most + place, [*first, *candidate, end], marked)
+                target[number, place] = label
                 rows += [(row, number, place) for row in group.rows.get(candidate, ())]
         net_input = {"src_tokens": tokens.flatten(0, 1), "src_lengths": lengths.flatten(), "candidates": candidates}
         return {
@@ -136,6 +174,8 @@ class CandidateHead(nn.Module):
     It has no parameters of its own; `attach` puts it into a model.
     """
 
+    name = HEAD
+
     def __init__(self, lm_head: nn.Module, padding_idx: int) -> None:
         super().__init__()
         self._lm_head = [lm_head]  # in a list it is no module of this one, so that its weights have one name
@@ -146,12 +186,14 @@ class CandidateHead(nn.Module):
         """[G * K, T, C] -> [G, K]."""
         if self.candidates is None:
             raise RuntimeError("the forward was given no candidates")
-        tokens = self.candidates.flatten(0, 1)
-        masked = tokens.ne(self.padding_idx)
-        scores = candidate_scores(
-            self._lm_head[0](features[masked]), tokens[masked], masked.nonzero()[:, 0], len(tokens)
-        )
-        return scores.view(self.candidates.shape[:2])
+        return self.score(features.view(*self.candidates.shape, -1), self.candidates)
+
+    def score(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Features [G, K, T, C] and candidates [G, K, T] -> log-probabilities [G, K]."""
+        rows = tokens.flatten(0, 1)
+        masked = rows.ne(self.padding_idx)
+        logits = self._lm_head[0](features.flatten(0, 1)[masked])
+        return candidate_scores(logits, rows[masked], masked.nonzero()[:, 0], len(rows)).view(tokens.shape[:2])
 
     def note(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         """For ``register_forward_pre_hook`` of the model: ``candidates`` of its batch."""
@@ -159,9 +201,44 @@ class CandidateHead(nn.Module):
 
     def attach(self, model: Any) -> None:
         """Make this a head of the model, which from now on takes ``candidates`` [G, K, T] too."""
-        model.classification_heads[HEAD] = self
+        model.classification_heads[self.name] = self
         # a bound method goes along where a model is copied
         model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+
+class HybridHead(CandidateHead):
+    """HNN's in its place: [2 * G * K, T, C] -> [G, K]; ``gamma`` as in `hybrid_scores`.
+
+    ``dense`` and ``out_proj``, by whose sizes fairseq tells heads apart, are W_1 and W_2.
+    """
+
+    name = HYBRID
+
+    def __init__(self, lm_head: nn.Module, padding_idx: int, channels: int, gamma: float) -> None:
+        super().__init__(lm_head, padding_idx)
+        self.dense, self.out_proj = (nn.Linear(channels, channels, bias=False) for _ in range(2))
+        for linear in (self.dense, self.out_proj):
+            nn.init.normal_(linear.weight, std=INIT_STD)
+        self.gamma = gamma
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The log-probabilities and similarities, [G, K] each, of the passes within the block, for the loss."""
+        self._kept = []
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+    def score(self, features: Tensor, tokens: Tensor) -> Tensor:
+        (of_masks, of_pairs), (masked, pairs) = features.chunk(2, dim=1), tokens.chunk(2, dim=1)
+        logs = super().score(of_masks, masked)
+        marked = pairs.flatten(0, 1).ne(self.padding_idx)
+        similarity = similarities(of_pairs.flatten(0, 1), marked, self.dense, self.out_proj).view_as(logs)
+        if self._kept is not None:
+            self._kept.append((logs, similarity))
+        return hybrid_scores(logs, similarity, self.gamma)
 
 
 def row_logits(scores: Tensor, rows: Tensor) -> Tensor:
@@ -185,8 +262,21 @@ def judge(
     ``loss_of``: scores [G, K] and labels [G, K] -> [G].
     """
     scores, _ = model(**sample["net_input"], features_only=True, classification_head_name=HEAD)
+    return _judged(scores, loss_of(scores, sample["target"]), sample)
+
+
+def judge_hybrid(model: Any, sample: dict[str, Any], beta: float, gamma: float) -> tuple[Tensor, int, dict[str, Any]]:
+    """The same by HNN's head and loss; ``beta`` and ``gamma`` as in `hybrid_loss`."""
+    head: Any = encoder_of(model).model.classification_heads[HYBRID]
+    with head.keeping() as kept:
+        scores, _ = model(**sample["net_input"], features_only=True, classification_head_name=HYBRID)
+    (logs, similarity), target = kept[-1], sample["target"]
+    return _judged(scores, hybrid_loss(scores, logs, similarity, target, beta, gamma), sample)
+
+
+def _judged(scores: Tensor, losses: Tensor, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
     target = sample["target"]
-    loss, size = loss_of(scores, target).sum(), int(ranked(target).sum())
+    loss, size = losses.sum(), int(ranked(target).sum())
     right = scores >= best_of_others(scores)
     number, place = sample["rows"][:, 1], sample["rows"][:, 2]
     labels = target[number, place]
