@@ -321,6 +321,22 @@ def test_teacher_and_terms_are_over_all_tasks(run: Path) -> None:
         assert not torch.equal(teacher[key], state["model"][key] / 20)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_ends_where_float32_does(precision: str, place: Path) -> None:
+    """Twelve updates of all tasks: each batch's loss and term to 5 %, in the same order, and no term is dropped."""
+    flags = [*NO_DROPOUT, "--smart-epsilon", "5e-2", "--smart-step-size", "1", "--lr", "1e-4", "--adam-eps", "1e-4"]
+    half: dict[str, Any] = {"bf16": True} if precision == "bf16" else {"fp16": True, "fp16_no_flatten_grads": True}
+    flags += ["--fp16-init-scale", "4"]
+    runs = [train(command(place / "bins", TASKS, *flags, max_update=12), **c)["train_inner"] for c in ({}, half)]
+    assert {name for line in runs[0] for name in TASKS if line.get(f"{name}_task_loss", "-") != "-"} == {*TASKS}
+    for exact, ours in zip(*runs, strict=True):
+        for key, value in exact.items():
+            if key.endswith(("task_loss", "smart_loss")) and value != "-":
+                assert ours[key] == pytest.approx(value, rel=0.05, abs=1e-4), key
+        assert exact["smart_loss"] > 1e-6
+        assert not any(key.endswith("_dropped") for key in ours)
+
+
 def test_validation_reports_each_official_metric_and_their_average(run: Path, place: Path) -> None:
     """As scikit-learn and scipy define them, from the predictions of the weights that were validated."""
     log = json.loads((run / "log.json").read_text())
