@@ -240,7 +240,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise located(folder, 0, f"holds no {MANIFEST}; make it with preprocess.py") from None
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        needed = f"give one of the folders in it: {', '.join(inside)}" if inside else "make it with preprocess.py"
+        raise located(folder, 0, f"holds no {MANIFEST}; {needed}") from None
     except (OSError, ValueError) as error:
         raise located(path, 0, f"cannot be read ({error}); run preprocess again") from None
     if not _sound(manifest):
