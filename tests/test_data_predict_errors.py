@@ -198,7 +198,7 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys):
     assert "--checkpoint or --predictions must be given" in line
     line = refused(evaluate.main, capsys, "--data-dir", str(place / "bins"), "--checkpoint", model)
     assert "holds 6 data folders; name one, or say which --task" in line
-    with pytest.raises(UsageError, match="give one of the folders in it: .*RTE-bin"):
+    with pytest.raises(UsageError, match=r"give one of the folders in it: .*RTE-bin"):
         read_manifest(place / "bins")
     test = ["--split", "test", "--data-dir", str(place / "bins" / "RTE-bin")]
     assert "test has no labels" in refused(evaluate.main, capsys, *test, "--checkpoint", model)

@@ -128,6 +128,11 @@ def test_regression(place):
     gold, scores = found["arrays"]["gold"], found["arrays"]["probabilities"][:, 0]
     # in the file's units, 0 to 5
     assert found["metrics"]["mean squared error"]["value"] == pytest.approx(25 * ((scores - gold) ** 2).mean())
+    assert found["metrics"]["mean error"]["value"] == pytest.approx(5 * (scores - gold).mean())
+    rest = np.random.default_rng(1).permutation(len(gold)) >= len(gold) // 2
+    slope, offset = np.polyfit(scores[~rest], gold[~rest], 1)
+    calibrated = 25 * ((slope * scores + offset - gold)[rest] ** 2).mean()
+    assert found["metrics"]["mean squared error, other half, calibrated"]["value"] == pytest.approx(calibrated)
     errors = [found["metrics"][f"mean squared error, attack at {100 * radius:g} %"]["value"] for radius in RADII]
     assert found["metrics"]["mean squared error"]["value"] < errors[0] and errors == sorted(errors)
     assert "temperature" not in found and "mean squared error, typing errors" in found["metrics"]

@@ -85,6 +85,22 @@ def test_f1_is_of_the_label_with_the_name_1_and_regression_has_its_own() -> None
     assert found["squared_error"] == pytest.approx(1 / 3) and found["pearson"] == pytest.approx(98.198, abs=1e-3)
 
 
+def test_a_regression_is_also_judged_behind_a_straight_line_that_the_other_half_fits() -> None:
+    """Outputs that are half as wide as the targets and 3 too high: the line finds 2 and -6, and the noise is left."""
+    draw = np.random.default_rng(2)
+    labels = draw.normal(size=4000)
+    noise = 0.1 * draw.normal(size=4000)
+    found = scores.all_scores((labels / 2 + 3 + noise)[:, None], labels, ["pearson"], [], seed=5)
+    half = np.random.default_rng(5).permutation(4000)[2000:]
+    assert found["mean_error"] == pytest.approx((3 - labels / 2 + noise).mean())
+    assert found["squared_error_half"] == pytest.approx(((3 - labels / 2 + noise)[half] ** 2).mean())
+    shrunk = 1 / 4 / (1 / 4 + 0.01)  # the noise in what the line is drawn through makes it less steep
+    assert found["slope"] == pytest.approx(2 * shrunk, rel=0.02)
+    assert found["squared_error_scaled"] == pytest.approx(1 - shrunk, rel=0.1)
+    flat = scores.all_scores(np.full((4, 1), 2.0), np.array([0.0, 1, 2, 3]), ["pearson"], [], seed=5)
+    assert flat["slope"] == 0
+
+
 # Differences
 
 

@@ -19,6 +19,7 @@ from .calibration import (
     calibration_error,
     cross_entropy,
     divergence_from,
+    fit_line,
     fit_temperature,
     log_softmax,
     reliability,
@@ -99,6 +100,9 @@ def evaluate_model(
                 apart = divergence_from(shares, found.logits)
                 metrics["divergence from annotators"] = Metric("nats", mean_of(apart, shares.sum(1) > 0))
             result |= {"temperature": temperature, "reliability": reliability(found.logits, gold)}
+        else:
+            line = fit_line(found.logits[half, 0], gold[half])
+            metrics |= _of_regression(found.logits[:, 0], gold, ~half, line, task.divisor)
         if typos is not None:
             with tempfile.TemporaryDirectory() as scratch:
                 written = write_with_typos(folder, split, typos, Path(scratch), model.max_positions, seed)
@@ -177,6 +181,19 @@ def _of_classes(logits: np.ndarray, gold: np.ndarray, rest: np.ndarray, temperat
         "cross entropy, other half, calibrated": Metric("nats", mean_of(scaled, rest)),
         "calibration error, other half": Metric("%", calibration_error(logits, gold, rest)),
         "calibration error, other half, calibrated": Metric("%", calibration_error(logits / temperature, gold, rest)),
+    }
+
+
+def _of_regression(
+    predicted: np.ndarray, gold: np.ndarray, rest: np.ndarray, line: tuple[float, float], divisor: float
+) -> Metrics:
+    """How far the outputs are off on the whole; with the straight line on the ``rest`` of the rows, as with classes."""
+    slope, offset = line
+    raw, scaled = ((found - gold) * divisor for found in (predicted, slope * predicted + offset))
+    return {
+        "mean error": Metric("", mean_of(raw)),
+        "mean squared error, other half": Metric("", mean_of(raw**2, rest)),
+        "mean squared error, other half, calibrated": Metric("", mean_of(scaled**2, rest)),
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..data.metrics import score
-from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_temperature
+from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_line, fit_temperature
 from .attacked import split_in_halves
 
 
@@ -24,17 +24,22 @@ def all_scores(
     """Everything that a report can show: the ``metrics`` of `data.metrics` in percent, and more.
 
     Logits [N, K] with labels [N], class numbers for the names of ``classes``; for regression [N, 1] with targets, and
-    no classes. ``seed`` draws the half of the rows that fits the temperature; what follows it is of the other half.
+    no classes. ``seed`` draws the half of the rows that fits the temperature, for regression a straight line; what
+    follows it is of the other half.
     """
     logits = logits.astype(np.float64)
+    fitted_on, half = split_in_halves(len(labels), seed)
     if not classes:
         predicted = logits[:, 0]
         found = score(metrics, list(map(str, predicted)), list(map(str, labels)), True)
-        return {**found, "squared_error": float(((predicted - labels) ** 2).mean())}
+        slope, offset = fit_line(predicted[fitted_on], labels[fitted_on])
+        errors, scaled = predicted - labels, slope * predicted + offset - labels
+        found |= {"squared_error": float((errors**2).mean()), "mean_error": float(errors.mean()), "slope": slope}
+        halves = {"squared_error_half": errors, "squared_error_scaled": scaled}
+        return found | {name: float((values[half] ** 2).mean()) for name, values in halves.items()}
     names = np.array(classes)
     found = score(metrics, list(names[logits.argmax(1)]), list(names[labels]), False)
     found |= measures(logits, labels)
-    fitted_on, half = split_in_halves(len(labels), seed)
     found["temperature"] = fit_temperature(logits[fitted_on], labels[fitted_on])
     before, after = (measures(logits[half] / divisor, labels[half]) for divisor in (1, found["temperature"]))
     for name in ("cross_entropy", "calibration_error"):
