@@ -25,8 +25,6 @@ from .place import NormalizedPlace, Place
 from .rounding import rounded
 from .weights import Slots, Substitute
 
-__all__ = ["Encoder", "Forward", "Insides"]
-
 
 class Insides(NamedTuple):
     """What a kind of encoder names.

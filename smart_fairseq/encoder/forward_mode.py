@@ -25,8 +25,6 @@ from .lean import additive
 from .memory import Replacement, gelu_at_once, gelus, gelus_and_linears, replaced
 from .place import Place
 
-__all__ = ["attention_written_out", "changed", "written_out"]
-
 # (value, change, ...) -> (result, its change)
 Formula = Callable[..., tuple[Tensor, Tensor]]
 

@@ -10,16 +10,6 @@ from fairseq.modules import gelu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = [
-    "Replacement",
-    "gelu_at_once",
-    "gelus",
-    "gelus_and_linears",
-    "recomputed",
-    "replaced",
-    "without_gelu_outputs",
-]
-
 # module, name, other value
 Replacement = tuple[nn.Module, str, Any]
 _ABSENT = object()

@@ -26,21 +26,6 @@ from torch import Tensor
 
 from .divergence import Divergence
 
-__all__ = [
-    "Adversary",
-    "GradientFn",
-    "LogitsFn",
-    "ascend",
-    "ascent_step",
-    "find_perturbation",
-    "gradient_of",
-    "gradient_to_first_order",
-    "linearized",
-    "norm",
-    "normalize",
-    "project",
-]
-
 # perturbation [B, T, C] -> gradient [B, T, C]
 GradientFn = Callable[[Tensor], Tensor]
 # perturbation [B, T, C] -> outputs [B, K]

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "without_dropout"]
-
 
 class RandomState:
     """The states of torch's generators at one moment, on the CPU and on one CUDA device.

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .divergence import Divergence
 
-__all__ = ["group_places", "of_groups", "over_groups", "picked", "ranking_loss"]
-
 # the logit where there is no candidate: its probability is 0, and differences of its logarithm are finite
 NOTHING = -1e30
 

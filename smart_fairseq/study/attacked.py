@@ -14,8 +14,6 @@ import numpy as np
 
 from ..evaluation.calibration import fit_temperature
 
-__all__ = ["FLAG", "Attack", "attacked", "scores_under_attack", "split_in_halves"]
-
 FLAG = "--attack="  # of the worker
 MAX_TOKENS = 1024  # of a batch: a gradient keeps activations, which a prediction does not
 _DRAW = 1  # the rows that are attacked are another draw than the half that fits the temperature

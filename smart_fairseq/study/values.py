@@ -9,8 +9,6 @@ from omegaconf import OmegaConf
 
 from ..data.lines import located, shown
 
-__all__ = ["boolean", "load", "mapping", "must_be", "named", "number", "whole"]
-
 
 def load(path: Path) -> Any:
     """A file of YAML."""

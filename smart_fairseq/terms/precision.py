@@ -18,8 +18,6 @@ from ..encoder import Encoder
 from ..errors import UsageError
 from ..training.flags import AdversaryFlags
 
-__all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs", "measure_place", "working_precision"]
-
 logger = logging.getLogger(__name__)
 
 # two forwards are off by epsilon over the perturbation, the first order by the perturbation, both relative to what

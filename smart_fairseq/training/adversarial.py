@@ -28,8 +28,6 @@ from .criterion import RegularizedCriterion
 from .flags import RegularizedConfig, recipe_choices, with_recipe
 from .link import Result
 
-__all__ = ["AdversarialCriterion", "Ball", "Start", "ball_config"]
-
 
 class Ball(NamedTuple):
     """The values of a criterion's flags, by their names without its prefix."""

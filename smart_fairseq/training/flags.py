@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 else:
     ByRecipe = Optional[float]
 
-__all__ = ["AdversaryFlags", "ByRecipe", "RegularizedConfig", "recipe_choices", "with_recipe"]
-
 
 @dataclass
 class AdversaryFlags:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__all__ = ["LEAST_MEMORY", "MEMORY", "MOMENTUM", "RECIPES", "RECIPES_OF"]
-
 _PAPER = {
     "smart_weight": 1.0,
     "smart_epsilon_unit": "absolute",
