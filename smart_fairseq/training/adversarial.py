@@ -11,7 +11,7 @@ l2 norm, or with the norm inf along its sign, then back onto the ball. Padding i
 the same in all passes over a batch, so that they climb one function.
 """
 
-from dataclasses import field, make_dataclass
+from dataclasses import make_dataclass
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -25,7 +25,7 @@ from ..method.noise import uniform_noise
 from ..method.relative import noise_in_units, unit_of
 from .checks import check_model
 from .criterion import RegularizedCriterion
-from .flags import RegularizedConfig, recipe_choices, with_recipe
+from .flags import RegularizedConfig, flag, recipe_choices, with_recipe
 from .link import Result
 
 
@@ -64,10 +64,10 @@ def ball_config(name: str, prefix: str, module: str, steps: str) -> Any:
     """
     types: dict[str, Any] = dict.fromkeys(Ball._fields, float)
     types |= {"epsilon_unit": ChoiceEnum(["relative", "absolute"]), "norm": ChoiceEnum(["l2", "inf"]), "steps": int}
-    recipe = field(default="relative", metadata={"help": _RECIPE})
+    recipe = flag("relative", _RECIPE)
     fields: list[Any] = [(f"{prefix}_recipe", recipe_choices(prefix), recipe)]
     for key in Ball._fields:
-        not_set = field(default=None, metadata={"help": {**_HELP, "steps": steps}[key]})
+        not_set = flag(None, {**_HELP, "steps": steps}[key])
         fields.append((f"{prefix}_{key}", Optional[types[key]], not_set))  # noqa: UP045  (fairseq knows no other)
     config = make_dataclass(name, fields, bases=(RegularizedConfig,))
     config.__module__ = module  # so that it can be pickled
