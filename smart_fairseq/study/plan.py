@@ -20,8 +20,6 @@ from .values import boolean, load, mapping, must_be, named, number, whole
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train", "transfer")
-# in a block of flags: what becomes the number of updates and their schedule
-LENGTH = ("epochs", "warmup")
 OURS = {  # flags that the study gives
     **{name: "name the encoder with encoder:" for name in ("restore-file", "finetune-from-model")},
     **{name: "say epochs: and warmup: (a share)" for name in ("max-update", "max-epoch", "total-num-update")},
@@ -103,8 +101,8 @@ class Asked:
 
     def beside(self) -> dict[str, Any]:
         """What is asked for beside the training, where something is: by it too a line is found again."""
-        attack = {"attack": self.attack.settings()} if self.attack else {}
-        return attack | ({"transfer": sorted(self.task.transfer)} if self.task.transfer else {})
+        asked = {"attack": self.attack and asdict(self.attack), "transfer": sorted(self.task.transfer)}
+        return {name: what for name, what in asked.items() if what}
 
 
 # of the grid: tasks, methods, values by flag
@@ -291,7 +289,7 @@ def _attacks(
         chosen[key] = found.get(key, all_of)
         right = isinstance(chosen[key], list) and bool(chosen[key]) and all(value in all_of for value in chosen[key])
         must_be(path, right, f"attack: {key}", chosen[key], f"a list of {', '.join(map(str, all_of))}")
-    asked = Attack(tuple(map(float, radii or [])), rows or 0)
+    asked = Attack(list(map(float, radii or [])), rows or 0)
     return lambda method, seed: asked if method in chosen["methods"] and seed in chosen["seeds"] else None
 
 

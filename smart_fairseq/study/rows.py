@@ -17,8 +17,6 @@ from ..data.lines import located
 from ..data.pool import integer_typecode
 from ..files import whole_folder
 
-TRANSFER = "--transfer="  # of the worker: a JSON object, name to folder
-
 
 @dataclass(frozen=True)
 class Draw:
