@@ -184,7 +184,6 @@ def draw(title: str, models: dict[str, dict[str, Group]], paper: dict[str, Point
     axes[0].set_yticks(range(0, 101, 20))
     axes[-1].legend(fontsize="small", loc="upper left")
     figure.suptitle(title)
-    figure.tight_layout()
     save(figure, path)
 
 

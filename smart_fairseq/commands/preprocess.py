@@ -197,7 +197,9 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
             path = partial / f"{part:g}"
             path.mkdir()
             rows = subset(data.rows["train"], part, order)
-            print(f"fraction {part:g}: {len(rows)} training rows{_classes(data.task, rows)}")
+            counts = Counter(row.label for row in rows)
+            classes = "".join(f", {label} {counts[label]}" for label in data.task.labels)
+            print(f"fraction {part:g}: {len(rows)} training rows{classes}")
             folder = write_folder(data, path, pool, rows, **facts, subsample=part, seed=options.seed)
             _check_known(folder, bpe)
     shown_at = target / f"{parts[0]:g}" if parts else target
@@ -209,11 +211,6 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
     print(f"wrote {target}; train with", flush=True)
     print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)
-
-
-def _classes(task: Task, rows: Sequence[Row]) -> str:
-    counts = Counter(row.label for row in rows)
-    return "".join(f", {label} {counts[label]}" for label in task.labels)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -317,8 +314,7 @@ def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times:
 
 def _anli(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog=prog,
-        description="From ANLI's files, alone or with others, to fairseq's data folder.",
+        prog=prog, description="From ANLI's files, alone or with others, to fairseq's data folder."
     )
     parser.add_argument("--rounds", default="R1,R2,R3", help="which rounds (%(default)s)")
     parser.add_argument("--with", dest="extra", default="", help="more training data: MNLI, SNLI, FEVER, as a list")

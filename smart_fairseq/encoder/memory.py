@@ -117,7 +117,7 @@ class GeluAndLinear:
             return self.project(x)
 
 
-def gelus_and_linears(model: nn.Module, kind: type[GeluAndLinear]) -> list[Replacement]:
+def gelus_and_linears(model: nn.Module, kind: type[GeluAndLinear] = GeluAndLinear) -> list[Replacement]:
     """For `replaced`: a ``kind(linear)`` for every gelu with the linear layer after it."""
     found: list[Replacement] = []
     for module in _with_gelu(model):
@@ -126,8 +126,3 @@ def gelus_and_linears(model: nn.Module, kind: type[GeluAndLinear]) -> list[Repla
             both = kind(linear)
             found += [(module, "activation_fn", both.activation), (linear, "forward", both.forward)]
     return found
-
-
-def without_gelu_outputs(model: nn.Module) -> list[Replacement]:
-    """For `replaced`: forwards keep the input of each layer's gelu for the gradient, and not the output too."""
-    return gelus_and_linears(model, GeluAndLinear)

@@ -126,11 +126,7 @@ def ascent_step(perturbation: Tensor, gradient: Tensor, mask: Tensor, adversary:
 
 
 def ascend(
-    gradient_fn: GradientFn,
-    noise: Tensor,
-    mask: Tensor,
-    adversary: Adversary,
-    first_gradient: Tensor | None = None,
+    gradient_fn: GradientFn, noise: Tensor, mask: Tensor, adversary: Adversary, first_gradient: Tensor | None = None
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: from the noise, one projected gradient step at a time.
 
@@ -259,8 +255,7 @@ def linearized(outputs: Tensor, inputs: Tensor) -> LogitsFn:
 
 
 def gradient_to_first_order(
-    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
-    divergence_of_change: Divergence,
+    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]], divergence_of_change: Divergence
 ) -> GradientFn:
     """The gradient of the divergence's second-order form, for `ascend`; right in any precision.
 

@@ -58,13 +58,11 @@ class MBPPConfig(FairseqAdamConfig):
 class _RAdam(FairseqAdam):
     """torch's RAdam with the flags of fairseq's adam, weight decay decoupled as there."""
 
+    supports_flat_params = True  # it works entry by entry
+
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
         super().__init__(cfg, params)
         self._optimizer = torch.optim.RAdam(params, **self.optimizer_config, decoupled_weight_decay=True)
-
-    @property
-    def supports_flat_params(self) -> bool:
-        return True  # it works entry by entry
 
 
 class _FusedAdamW(FairseqAdam):
@@ -75,14 +73,11 @@ class _FusedAdamW(FairseqAdam):
     """
 
     updates = 0
+    supports_flat_params = True  # it works entry by entry
 
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
         super().__init__(cfg, params)
         self._optimizer = torch.optim.AdamW(params, **self.optimizer_config, fused=True)
-
-    @property
-    def supports_flat_params(self) -> bool:
-        return True  # it works entry by entry
 
     def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
         # fairseq adds epsilon before the second moment's bias is corrected, torch after it

@@ -19,7 +19,7 @@ from ..files import sha256
 from .attacked import scores_under_attack
 from .lines import Line, alone, facts, read_lines, write_lines
 from .plan import Asked, Plan, Task
-from .report import last_tenth
+from .report import term
 from .rows import cut_out, take_all
 from .runs import Result, Run, run_all
 from .scores import all_scores, scores_elsewhere
@@ -139,13 +139,13 @@ class Study:
     def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:
         key = self.key(asked)
         terms = {name for update in result.inner for name in update if name.endswith(TERMS) and name != "nll_loss"}
-        found = {name: last_tenth(result, name) for name in sorted(terms | {"task_loss"})}
+        found = {name: term(result, name) for name in sorted(terms | {"task_loss"})}
         return {
             "key": key,
             **asked.settings(),
             **asked.beside(),
             "metrics": self.metrics(asked, key),
-            "terms": {name: value for name, value in found.items() if value is not None},
+            "terms": {name: values[1] for name, values in found.items() if values is not None},
             "updates": result.done,
             "rows": {"train": asked.task.train_rows, "valid": int(result.scored["rows"])},
             "seconds": round(result.seconds, 1),

@@ -18,11 +18,7 @@ from fairseq import models
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
-from fairseq.tasks.sentence_prediction import (
-    SHORTEN_METHOD_CHOICES,
-    SentencePredictionConfig,
-    SentencePredictionTask,
-)
+from fairseq.tasks.sentence_prediction import SHORTEN_METHOD_CHOICES, SentencePredictionConfig, SentencePredictionTask
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
 from ..convert.checkpoint import HEAD_PARTS, check_head

@@ -120,9 +120,8 @@ class AdversarialCriterion(RegularizedCriterion):
     def prepare(self, encoder: Encoder) -> str:
         if self.adversarial:
             check_model(encoder)
-        return (
-            f"{self.name}: the task loss is taken at {'a perturbed point' if self.adversarial else 'the embeddings'}, "
-        )
+        where = "a perturbed point" if self.adversarial else "the embeddings"
+        return f"{self.name}: the task loss is taken at {where}, "
 
     def start(self, forward: Forward, sample: dict[str, Any]) -> Start:
         """A random point of the ball, which belongs to the example and the update."""
