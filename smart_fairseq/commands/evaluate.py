@@ -17,14 +17,14 @@ from ..data.metrics import score
 from ..data.ranking import parts, read_groups
 from ..data.readers import find_sources, read_source
 from ..data.tasks import RIGHT, TASKS, Task
-from ..errors import UsageError, parse_json
+from ..errors import UsageError, parse_json, require
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
-from ..files import check_place
+from ..files import check_place, write_json
 from ..inference import Model, read_ids
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
-from .predict import LETTERS, write_json
+from .predict import LETTERS
 from .run import run
 
 Scores = dict[str, float]
@@ -71,14 +71,10 @@ def _checked(task: Task, label: str, path: Path, number: int) -> str:
 
 def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], gold: Sequence[str]) -> Scores:
     """The task's metrics; for joined rounds of ANLI the accuracy of each, then of all."""
-    parts = read_manifest(folder).get("parts", {}).get(split, [])
+    joined = read_manifest(folder).get("parts", {}).get(split, [])
     scores: Scores = {}
-    start = 0
-    if len(parts) > 1:
-        for name, rows in parts:
-            found = score(("accuracy",), predicted[start : start + rows], gold[start : start + rows], False)
-            scores[f"accuracy {name}"] = found["accuracy"]
-            start += rows
+    for (name, _), rows in zip(joined, parts([count for _, count in joined])) if len(joined) > 1 else ():
+        scores[f"accuracy {name}"] = score(("accuracy",), predicted[rows], gold[rows], False)["accuracy"]
     return {**scores, **score(task.metrics, predicted, gold, task.regression)}
 
 
@@ -148,8 +144,7 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
         return next(iter(folders.values()))
     if options.task in folders:
         return folders[options.task]
-    if options.task not in TASKS:
-        raise UsageError(f"--task is {shown(options.task)}; it must be one of {', '.join(TASKS)}")
+    require(options.task in TASKS, "--task", shown(options.task), f"one of {', '.join(TASKS)}")
     return official_folder(TASKS[options.task], "valid", scratch / "data", options)
 
 

@@ -17,7 +17,7 @@ from ..data.ranking import in_words, sizes_of
 from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..data.winograd import NOUNS, add_noun_rows
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..progress import Progress
 from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
 from .run import run
@@ -281,8 +281,7 @@ def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
     must = f"a list, each once, of {', '.join(allowed)}"
     names = chosen(flag, text, allowed, must) if text.strip(" ,") else []
-    if len(set(names)) != len(names):
-        raise UsageError(f"{flag} is {shown(text)}; it must be {must}")
+    require(len(set(names)) == len(names), flag, shown(text), must)
     return names
 
 

@@ -49,6 +49,13 @@ def named(path: Path, given: Mapping[str, Any], key: str, where: str = "") -> di
     return found
 
 
+def some_of(path: Path, key: str, value: Any, allowed: Sequence[Any]) -> list[Any]:
+    """A list of one or more of the ``allowed``."""
+    right = isinstance(value, list) and value and all(item in allowed for item in value)
+    must_be(path, right, key, value, f"a list of {', '.join(map(str, allowed))}")
+    return list(value)
+
+
 def number(path: Path, key: str, value: Any, least: float) -> float:
     """A finite number from ``least`` on."""
     right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least

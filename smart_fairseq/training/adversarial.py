@@ -90,20 +90,21 @@ class Start(NamedTuple):
 class AdversarialCriterion(RegularizedCriterion):
     """What the adversarial criteria share; a subclass has `perturbation`, which sets ``delta`` and ``before``.
 
-    Args:
-        name: of the method, with which its flags and its entries in the log begin. Errors in them are `UsageError`s.
-
     Attributes:
+        name: of the method, with which its flags and its entries in the log begin. Errors in them are `UsageError`s.
         ball: the flags' values.
         delta: size of the batch's perturbations, a sum of norms in the unit of the radius.
         before: task loss of the batch where the ascent began, a sum; None where that is not known.
     """
 
-    def __init__(self, cfg: RegularizedConfig, task: Any, name: str) -> None:
+    name: str
+
+    def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
+        name = self.name
         cfg = with_recipe(cfg, name)
         ball = Ball.of(cfg, name)
         super().__init__(cfg, task, weights={}, adversarial=ball.epsilon > 0)
-        self.name, self.ball = name, ball
+        self.ball = ball
         self.delta: Tensor | None = None
         self.before: Tensor | None = None
         for key in ("epsilon", "start"):
