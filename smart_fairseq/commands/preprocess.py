@@ -17,7 +17,7 @@ from ..data.ranking import in_words, sizes_of
 from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..data.winograd import NOUNS, add_noun_rows
-from ..errors import UsageError, require
+from ..errors import UsageError, refuse, require
 from ..progress import Progress
 from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
 from .run import run
@@ -174,11 +174,8 @@ def _check_known(folder: Folder, bpe: BpeFiles) -> None:
     symbols = sum(count.tokens for count in folder.counts.values())
     unknown = sum(count.unknown for count in folder.counts.values())
     if unknown > symbols / 2:
-        raise located(
-            bpe.dictionary,
-            0,
-            f"lacks {unknown} of {symbols} symbols that --bpe {bpe.kind} made; it belongs to another BPE",
-        )
+        what = f"lacks {unknown} of {symbols} symbols that --bpe {bpe.kind} made"
+        refuse(bpe.dictionary, what, "it belongs to another BPE")
 
 
 def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace) -> None:
