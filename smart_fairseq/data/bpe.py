@@ -143,8 +143,7 @@ def _gpt2_encoder(folder: Path) -> Encoder:
     lines = read_bytes(merges).decode("utf-8", "replace").split("\n")[1:-1]
     for number, line in enumerate(lines, start=2):
         if len(line.split()) != 2:
-            message = f"{shown(line)} is not a merge of two symbols; GPT-2's vocab.bpe is needed"
-            raise located(merges, number, message)
+            raise located(merges, number, f"{shown(line)} is not a merge of two symbols; GPT-2's vocab.bpe is needed")
     fairseq = importlib.util.find_spec("fairseq")
     if fairseq is None or fairseq.origin is None:
         raise UsageError("--bpe gpt2 needs fairseq; install it (README, Installation)")

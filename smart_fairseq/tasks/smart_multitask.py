@@ -185,7 +185,7 @@ def _objective(cfg: MultitaskConfig, name: str, task: Task, folder: Path) -> Obj
 def _dropout(text: Optional[str], names: Sequence[str]) -> Dict[str, float]:
     """By task what ``--multitask-dropout`` says."""
     found = {}
-    for part in (text or "").split(",") if text else ():
+    for part in text.split(",") if text else ():
         name, _, value = part.strip().partition("=")
         allowed = f"TASK=SHARE with one of {', '.join(names)} and a share from 0 to below 1"
         require(name in names and 0 <= as_number(value) < 1, "--multitask-dropout", shown(part), allowed)
