@@ -33,11 +33,10 @@ def chosen(flag: str, text: str, allowed: Iterable[str], must: str) -> list[str]
     return [by_lower[name] for name in names]
 
 
-def existing(data_dir: Path) -> Path:
-    """The folder of ``--data-dir``. Raises `UsageError` if it is not there."""
+def existing(data_dir: Path) -> None:
+    """Raise `UsageError` if the folder of ``--data-dir`` is not there."""
     if not data_dir.is_dir():
         raise located(data_dir, 0, "--data-dir: no such folder")
-    return data_dir
 
 
 def data_folders(data_dir: Path) -> dict[str, Path]:

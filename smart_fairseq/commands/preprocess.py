@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import random
 import shlex
 from collections import Counter
@@ -64,12 +65,7 @@ def nested_order(rows: Sequence[Row], seed: int, classes: bool = True) -> list[i
     piles = [by_class[key] for key in sorted(by_class, key=str)]
     for pile in piles:
         generator.shuffle(pile)
-        pile.reverse()
-    order: list[int] = []
-    while piles:
-        piles = [pile for pile in piles if pile]
-        order += [pile.pop() for pile in piles]
-    return order
+    return [place for turn in itertools.zip_longest(*piles) for place in turn if place is not None]
 
 
 def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[Row]:

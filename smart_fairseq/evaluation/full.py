@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import log_softmax
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles
@@ -15,7 +14,15 @@ from ..data.lines import located
 from ..data.tasks import Task
 from ..inference import Model
 from . import intervals
-from .calibration import brier, calibration_error, cross_entropy, divergence_from, fit_temperature, reliability
+from .calibration import (
+    brier,
+    calibration_error,
+    cross_entropy,
+    divergence_from,
+    fit_temperature,
+    log_softmax,
+    reliability,
+)
 from .intervals import Statistic, mean_of
 from .labels import annotator_shares, gold_labels
 from .texts import shared_vocabulary, write_with_typos
@@ -186,7 +193,7 @@ def divergence(outputs: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """Symmetric KL in nats, [N]; squared error of a single output."""
     if outputs.shape[1] == 1:
         return np.asarray((outputs[:, 0] - clean[:, 0]) ** 2)
-    one, other = log_softmax(outputs, axis=1), log_softmax(clean, axis=1)
+    one, other = log_softmax(outputs), log_softmax(clean)
     return np.asarray(((np.exp(one) - np.exp(other)) * (one - other)).sum(1))
 
 

@@ -103,7 +103,8 @@ def with_recipe(flags: Flags, prefix: str) -> Flags:
     taken: dict[str, Any] = {key: value for key, value in recipe.items() if getattr(flags, key) is None}
     for key, value in taken.items():
         setattr(filled, key, value)
-    sizes = [f"--{key.replace('_', '-')} {taken[key]:g}" for key in sizes_of(prefix) if key in taken]
+    measured_in_it = [f"{prefix}_{size}" for size in ("epsilon", "noise_std", "step_size", "start")]
+    sizes = [f"--{key.replace('_', '-')} {taken[key]:g}" for key in measured_in_it if key in taken]
     given = str(getattr(filled, unit, None))
     if sizes and recipe.get(unit, given) != given:
         logger.warning(
@@ -111,11 +112,6 @@ def with_recipe(flags: Flags, prefix: str) -> Flags:
             f"{recipe[unit]} sizes; give these as well"
         )
     return filled
-
-
-def sizes_of(prefix: str) -> list[str]:
-    """The flags that are measured in ``--PREFIX-epsilon-unit``."""
-    return [f"{prefix}_{size}" for size in ("epsilon", "noise_std", "step_size", "start")]
 
 
 @dataclass
