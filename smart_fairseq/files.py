@@ -8,6 +8,7 @@ removed by the next one that writes the same target.
 import contextlib
 import glob
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -79,6 +80,18 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write the whole file or nothing; folders above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same for JSON, as `finite` makes it."""
+    replace_file(path, json.dumps(finite(value), indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -2,9 +2,8 @@
 
 import doctest
 import importlib
-import inspect
 import pkgutil
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 
@@ -18,7 +17,7 @@ MODULES = [
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_examples(module: ModuleType) -> None:
-    public = [(name, getattr(module, name)) for name in module.__all__]
-    documented = [(name, value) for name, value in public if inspect.isfunction(value) or inspect.isclass(value)]
-    assert documented and not [name for name, value in documented if ">>>" not in (value.__doc__ or "")]
+    own = [(name, value) for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    public = [(name, value) for name, value in own if name[0] != "_" and isinstance(value, type | FunctionType)]
+    assert public and not [name for name, value in public if ">>>" not in (value.__doc__ or "")]
     assert doctest.testmod(module).failed == 0

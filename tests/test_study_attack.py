@@ -1,5 +1,6 @@
 """A study's runs under attack: what is stored, by which key, and that nothing changes for plans without it."""
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +32,8 @@ seed = int(flags[flags.index("--seed") + 1])
 print("x | INFO | train_inner | " + json.dumps({"loss": "1", "num_updates": "0"}), flush=True)
 logits = np.random.default_rng([seed, "smart_sentence_prediction" in flags]).normal(size=(22, 2))
 stored = {"logits": logits, "labels": np.arange(22) % 2}
-if flags[0].startswith("--attack="):
-    asked = json.loads(flags[0].partition("=")[2])
+asked = json.loads(sys.argv[2])["attack"]
+if asked:
     rows = np.arange(asked["rows"])
     always = np.zeros((len(asked["radii"]), len(rows), 2)) + [1, 0]
     stored |= {"attack_rows": rows, "attack_radii": asked["radii"], "attack_loss": always, "attack_random": always}
@@ -163,7 +164,7 @@ def test_the_attack_of_the_documents_is_one(tmp_path: Path) -> None:
     plan, block = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").split("```yaml\n")[1:3]
     (tmp_path / "movie.yaml").write_text(plan.partition("```")[0] + block.partition("```")[0])
     runs = read_plan(tmp_path / "movie.yaml", files=False).runs()
-    assert {asked.attack for asked in runs} == {Attack((0.01, 0.03), 256), None}
+    assert {str(asked.attack) for asked in runs} == {str(Attack([0.01, 0.03], 256)), "None"}
     assert {asked.seed for asked in runs if asked.attack} == {1, 2}
 
 
@@ -204,7 +205,8 @@ def test_scores_by_hand() -> None:
 
 
 def test_an_attack_on_its_way_to_the_worker() -> None:
-    assert Attack.of_argument(Attack((0.01, 0.1), 7).argument(3)) == (Attack((0.01, 0.1), 7), 3)
+    asked = Attack([0.01, 0.1], 7)
+    assert Attack(**json.loads(json.dumps(asdict(asked)))) == asked
 
 
 @pytest.mark.parametrize("kind", ["classes", pytest.param("regression", marks=pytest.mark.slow)])

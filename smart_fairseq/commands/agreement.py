@@ -17,13 +17,12 @@ import numpy as np
 from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..evaluation.intervals import interval, mean_of, resampled
 from ..evaluation.labels import vote_shares
 from ..evaluation.report import pyplot, save
-from ..files import check_place
+from ..files import check_place, write_json
 from .evaluate import in_order
-from .predict import write_json
 from .run import run
 
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
@@ -184,7 +183,6 @@ def draw(title: str, models: dict[str, dict[str, Group]], paper: dict[str, Point
     axes[0].set_yticks(range(0, 101, 20))
     axes[-1].legend(fontsize="small", loc="upper left")
     figure.suptitle(title)
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -213,8 +211,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     task = TASKS[options.task]
     for place in (options.json, options.picture):
         check_place(place)
-    if options.split not in task.splits:
-        raise UsageError(f"--split is {shown(options.split)}; it must be one of {', '.join(task.splits)}")
+    require(options.split in task.splits, "--split", shown(options.split), f"one of {', '.join(task.splits)}")
     rows = annotated_rows(task, Path(options.data_dir), options.split)
     models = {name: analyse(task, rows, path) for name, path in _named(options.predictions).items()}
     paper = PAPER.get(options.split, {}) if options.task == "MNLI" else {}

@@ -17,14 +17,14 @@ from ..data.metrics import score
 from ..data.ranking import parts, read_groups
 from ..data.readers import find_sources, read_source
 from ..data.tasks import RIGHT, TASKS, Task
-from ..errors import UsageError, parse_json
+from ..errors import UsageError, parse_json, refuse, require
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
-from ..files import check_place
+from ..files import check_place, write_json
 from ..inference import Model, read_ids
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
-from .predict import LETTERS, write_json
+from .predict import LETTERS
 from .run import run
 
 Scores = dict[str, float]
@@ -71,14 +71,10 @@ def _checked(task: Task, label: str, path: Path, number: int) -> str:
 
 def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], gold: Sequence[str]) -> Scores:
     """The task's metrics; for joined rounds of ANLI the accuracy of each, then of all."""
-    parts = read_manifest(folder).get("parts", {}).get(split, [])
+    joined = read_manifest(folder).get("parts", {}).get(split, [])
     scores: Scores = {}
-    start = 0
-    if len(parts) > 1:
-        for name, rows in parts:
-            found = score(("accuracy",), predicted[start : start + rows], gold[start : start + rows], False)
-            scores[f"accuracy {name}"] = found["accuracy"]
-            start += rows
+    for (name, _), rows in zip(joined, parts([count for _, count in joined])) if len(joined) > 1 else ():
+        scores[f"accuracy {name}"] = score(("accuracy",), predicted[rows], gold[rows], False)["accuracy"]
     return {**scores, **score(task.metrics, predicted, gold, task.regression)}
 
 
@@ -127,15 +123,7 @@ def _check_picks(path: Path, predicted: Sequence[str], groups: Sequence[int]) ->
     for number, part in enumerate(parts(groups), start=1):
         picks = predicted[part].count(RIGHT)
         if picks != 1:
-            raise located(
-                path, 0, f"group {number} has {picks} picks; a ranking has one in each group, labelled {RIGHT}"
-            )
-
-
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return _evaluate(_data_folder(options, Path(scratch)), options)
+            refuse(path, f"group {number} has {picks} picks", f"a ranking has one in each group, labelled {RIGHT}")
 
 
 def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
@@ -148,8 +136,7 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
         return next(iter(folders.values()))
     if options.task in folders:
         return folders[options.task]
-    if options.task not in TASKS:
-        raise UsageError(f"--task is {shown(options.task)}; it must be one of {', '.join(TASKS)}")
+    require(options.task in TASKS, "--task", shown(options.task), f"one of {', '.join(TASKS)}")
     return official_folder(TASKS[options.task], "valid", scratch / "data", options)
 
 
@@ -160,32 +147,35 @@ def _labelled_splits(folder: Path, options: argparse.Namespace) -> list[str]:
     return splits
 
 
-def _evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    task = task_of(read_manifest(folder), folder)
-    splits = _labelled_splits(folder, options)
-    gold = {split: gold_labels(folder, split, task) for split in splits}
-    runs: dict[str, dict[str, Scores]] = {split: {} for split in splits}
-    if options.predictions:
-        if len(splits) != 1:
-            raise UsageError(f"--predictions needs one split; say --split with one of {', '.join(splits)}")
-        ids = read_ids(folder, splits[0])
-        for text in options.predictions:
-            predicted = _from_files([Path(part) for part in text.split(",")], task, ids)
-            if task.ranking:
-                _check_picks(Path(text), predicted, read_groups(folder, splits[0], len(ids)))
-            runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
-    for checkpoint in options.checkpoint or []:
-        model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
-        for split in splits:
-            predicted = model.predict(split, options.max_tokens).labels
-            runs[split][checkpoint] = metrics_of(task, folder, split, predicted, gold[split])
-    return {
-        "task": task.name,
-        "splits": {
-            split: {"rows": len(gold[split]), "runs": found, "summary": summary(list(found.values()))}
-            for split, found in runs.items()
-        },
-    }
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _data_folder(options, Path(scratch))
+        task = task_of(read_manifest(folder), folder)
+        splits = _labelled_splits(folder, options)
+        gold = {split: gold_labels(folder, split, task) for split in splits}
+        runs: dict[str, dict[str, Scores]] = {split: {} for split in splits}
+        if options.predictions:
+            if len(splits) != 1:
+                raise UsageError(f"--predictions needs one split; say --split with one of {', '.join(splits)}")
+            ids = read_ids(folder, splits[0])
+            for text in options.predictions:
+                predicted = _from_files([Path(part) for part in text.split(",")], task, ids)
+                if task.ranking:
+                    _check_picks(Path(text), predicted, read_groups(folder, splits[0], len(ids)))
+                runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
+        for checkpoint in options.checkpoint or []:
+            model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
+            for split in splits:
+                predicted = model.predict(split, options.max_tokens).labels
+                runs[split][checkpoint] = metrics_of(task, folder, split, predicted, gold[split])
+        return {
+            "task": task.name,
+            "splits": {
+                split: {"rows": len(gold[split]), "runs": found, "summary": summary(list(found.values()))}
+                for split, found in runs.items()
+            },
+        }
 
 
 def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from ..data.lines import located, shown
 from ..data.pool import Pool
 from ..data.readers import read_task
 from ..data.tasks import Task
-from ..errors import UsageError
+from ..errors import UsageError, require
 
 
 def whole_number(flag: str, text: str, least: int) -> int:
@@ -21,8 +21,7 @@ def whole_number(flag: str, text: str, least: int) -> int:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise UsageError(f"{flag} is {shown(text)}; it must be a whole number from {least}")
+    require(value >= least, flag, shown(text), f"a whole number from {least}")
     return value
 
 
@@ -30,16 +29,14 @@ def chosen(flag: str, text: str, allowed: Iterable[str], must: str) -> list[str]
     """Parse a list of names in any case, as ``allowed`` writes them. Raises `UsageError`: it must be ``must``."""
     by_lower = {name.lower(): name for name in allowed}
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    if not names or not set(names) <= set(by_lower):
-        raise UsageError(f"{flag} is {shown(text)}; it must be {must}")
+    require(bool(names) and set(names) <= set(by_lower), flag, shown(text), must)
     return [by_lower[name] for name in names]
 
 
-def existing(data_dir: Path) -> Path:
-    """The folder of ``--data-dir``. Raises `UsageError` if it is not there."""
+def existing(data_dir: Path) -> None:
+    """Raise `UsageError` if the folder of ``--data-dir`` is not there."""
     if not data_dir.is_dir():
         raise located(data_dir, 0, "--data-dir: no such folder")
-    return data_dir
 
 
 def data_folders(data_dir: Path) -> dict[str, Path]:

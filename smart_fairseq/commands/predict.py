@@ -7,14 +7,13 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.binarize import read_manifest
 from ..data.lines import located, shown
 from ..data.readers import find_sources
 from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
-from ..files import check_place, finite, whole_file
+from ..files import check_place, replace_file, whole_file
 from ..inference import Model, Predictions, read_ids
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
@@ -37,18 +36,6 @@ LETTERS = {"entailment": "e", "neutral": "n", "contradiction": "c"}
 
 
 # Files -------------------------------------------------------------------------------------------------------------
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the whole file or nothing."""
-    replace_file(path, json.dumps(finite(value), indent=1) + "\n")
 
 
 def _server_file(path: Path, rows: Iterable[tuple[int, str]]) -> Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import random
 import shlex
 from collections import Counter
@@ -17,7 +18,7 @@ from ..data.ranking import in_words, sizes_of
 from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..data.winograd import NOUNS, add_noun_rows
-from ..errors import UsageError
+from ..errors import UsageError, refuse, require
 from ..progress import Progress
 from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
 from .run import run
@@ -64,12 +65,7 @@ def nested_order(rows: Sequence[Row], seed: int, classes: bool = True) -> list[i
     piles = [by_class[key] for key in sorted(by_class, key=str)]
     for pile in piles:
         generator.shuffle(pile)
-        pile.reverse()
-    order: list[int] = []
-    while piles:
-        piles = [pile for pile in piles if pile]
-        order += [pile.pop() for pile in piles]
-    return order
+    return [place for turn in itertools.zip_longest(*piles) for place in turn if place is not None]
 
 
 def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[Row]:
@@ -174,11 +170,8 @@ def _check_known(folder: Folder, bpe: BpeFiles) -> None:
     symbols = sum(count.tokens for count in folder.counts.values())
     unknown = sum(count.unknown for count in folder.counts.values())
     if unknown > symbols / 2:
-        raise located(
-            bpe.dictionary,
-            0,
-            f"lacks {unknown} of {symbols} symbols that --bpe {bpe.kind} made; it belongs to another BPE",
-        )
+        what = f"lacks {unknown} of {symbols} symbols that --bpe {bpe.kind} made"
+        refuse(bpe.dictionary, what, "it belongs to another BPE")
 
 
 def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace) -> None:
@@ -197,7 +190,9 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
             path = partial / f"{part:g}"
             path.mkdir()
             rows = subset(data.rows["train"], part, order)
-            print(f"fraction {part:g}: {len(rows)} training rows{_classes(data.task, rows)}")
+            counts = Counter(row.label for row in rows)
+            classes = "".join(f", {label} {counts[label]}" for label in data.task.labels)
+            print(f"fraction {part:g}: {len(rows)} training rows{classes}")
             folder = write_folder(data, path, pool, rows, **facts, subsample=part, seed=options.seed)
             _check_known(folder, bpe)
     shown_at = target / f"{parts[0]:g}" if parts else target
@@ -209,11 +204,6 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
     print(f"wrote {target}; train with", flush=True)
     print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)
-
-
-def _classes(task: Task, rows: Sequence[Row]) -> str:
-    counts = Counter(row.label for row in rows)
-    return "".join(f", {label} {counts[label]}" for label in task.labels)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -284,8 +274,7 @@ def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
     must = f"a list, each once, of {', '.join(allowed)}"
     names = chosen(flag, text, allowed, must) if text.strip(" ,") else []
-    if len(set(names)) != len(names):
-        raise UsageError(f"{flag} is {shown(text)}; it must be {must}")
+    require(len(set(names)) == len(names), flag, shown(text), must)
     return names
 
 
@@ -317,8 +306,7 @@ def join(parts: Mapping[str, dict[str, list[Row]]], extra: Sequence[str], times:
 
 def _anli(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog=prog,
-        description="From ANLI's files, alone or with others, to fairseq's data folder.",
+        prog=prog, description="From ANLI's files, alone or with others, to fairseq's data folder."
     )
     parser.add_argument("--rounds", default="R1,R2,R3", help="which rounds (%(default)s)")
     parser.add_argument("--with", dest="extra", default="", help="more training data: MNLI, SNLI, FEVER, as a list")

@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from safetensors import SafetensorError
@@ -44,17 +44,12 @@ HELD = {
 }
 
 
-class Folders(NamedTuple):
-    """Where the names of labels and symbols stand: a data folder, and the one that it was prepared with."""
+def find_folders(
+    path: Path, config: dict[str, Any], data_dir: Path | None, bpe_dir: Path | None
+) -> tuple[Path, BpeFiles]:
+    """The data folder of a checkpoint's run, and the encoder's files that it was prepared with, where not given.
 
-    data: Path
-    bpe: BpeFiles
-
-
-def find_folders(path: Path, config: dict[str, Any], data_dir: Path | None, bpe_dir: Path | None) -> Folders:
-    """The folders of a checkpoint's run where they are not given; `UsageError` where they are not there or do not fit.
-
-    ``config``: the checkpoint's, plain containers.
+    ``config``: the checkpoint's, plain containers. Raises `UsageError` where they are not there or do not fit.
     """
     data = data_dir or Path(config["task"].get("data") or ".")
     if not (data / "input0" / "dict.txt").is_file():
@@ -72,10 +67,10 @@ def find_folders(path: Path, config: dict[str, Any], data_dir: Path | None, bpe_
         if found != value:
             flag = "--" + name.replace("_", "-")
             refuse(path, f"was trained with {flag} {found}", f"the tokenizer of this family stands for {value}")
-    return Folders(data, bpe)
+    return data, bpe
 
 
-def read_architecture(path: Path, config: dict[str, Any], folders: Folders) -> tuple[Config, argparse.Namespace]:
+def read_architecture(path: Path, config: dict[str, Any], bpe: BpeFiles) -> tuple[Config, argparse.Namespace]:
     """What config.json says, and all of fairseq's settings; `UsageError` for what Hugging Face's models cannot hold."""
     kind = kind_of(path, config["model"])
     settings = argparse.Namespace(**config["model"])
@@ -85,13 +80,13 @@ def read_architecture(path: Path, config: dict[str, Any], folders: Folders) -> t
         if value not in held:
             flag = "--" + name.replace("_", "-")
             refuse(path, f"has {flag} {value}", f"Hugging Face can hold {', '.join(map(str, dict.fromkeys(held)))}")
-    family, padding, token_types, _ = FAMILIES[folders.bpe.kind]
+    family, padding, token_types, _ = FAMILIES[bpe.kind]
     sizes = Sizes(
         layers=settings.encoder_layers,
         embed_dim=settings.encoder_embed_dim,
         ffn_dim=settings.encoder_ffn_embed_dim,
         heads=settings.encoder_attention_heads,
-        vocabulary=load_vocabulary(folders.bpe.dictionary).size + 1,  # and <mask>, which the task adds
+        vocabulary=load_vocabulary(bpe.dictionary).size + 1,  # and <mask>, which the task adds
         position_rows=settings.max_source_positions + (2 if family == "roberta" else 0),
         token_types=token_types,
     )
@@ -126,31 +121,31 @@ def write_hugging_face(
     head = (config.get("criterion") or {}).get("classification_head_name") or "sentence_classification_head"
     check_head(path, state["model"], head)
     output = state["model"][f"classification_heads.{head}.out_proj.weight"]
-    folders = find_folders(path, config, data_dir, bpe_dir)
-    architecture, settings = read_architecture(path, config, folders)
-    family, bpe = architecture.model_type, Path(folders.bpe.folder)
+    data, bpe = find_folders(path, config, data_dir, bpe_dir)
+    architecture, settings = read_architecture(path, config, bpe)
+    family, bpe_folder = architecture.model_type, Path(bpe.folder)
 
-    symbols = [*load_vocabulary(folders.bpe.dictionary)][len(FAIRSEQ_SPECIALS) - 1 :]
+    symbols = [*load_vocabulary(bpe.dictionary)][len(FAIRSEQ_SPECIALS) - 1 :]
     tokenizer: dict[str, Any] = {"model_max_length": settings.max_source_positions}
     if family == "bert":
-        vocabulary = read_bert_vocabulary(bpe, architecture)
+        vocabulary = read_bert_vocabulary(bpe_folder, architecture)
         if vocabulary.symbols != symbols:
-            refuse(folders.bpe.dictionary, "is not vocab.txt's", "the folder that import-hf wrote is needed")
+            refuse(bpe.dictionary, "is not vocab.txt's", "the folder that import-hf wrote is needed")
         rows, files = vocabulary.rows, vocabulary.files
-        tokenizer |= {"tokenizer_class": "BertTokenizer", "do_lower_case": folders.bpe.lowercase}
+        tokenizer |= {"tokenizer_class": "BertTokenizer", "do_lower_case": bpe.lowercase}
     else:
-        tokens = gpt2_tokens(bpe / "encoder.json", symbols)
-        rows, merges = list(tokens.values()), (bpe / "vocab.bpe").read_bytes()
+        tokens = gpt2_tokens(bpe_folder / "encoder.json", symbols)
+        rows, merges = list(tokens.values()), (bpe_folder / "vocab.bpe").read_bytes()
         files = {"vocab.json": json.dumps(tokens, ensure_ascii=False).encode(), "merges.txt": merges}
         tokenizer |= {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False}
 
     model = state["model"]
-    weights = Weights(path, f"with {folders.bpe.dictionary}, its configuration", {k: k for k in model}, model.get)
+    weights = Weights(path, f"with {bpe.dictionary}, its configuration", {k: k for k in model}, model.get)
     tensors = revert_weights(weights, architecture, rows, head, len(output))
     about = {
         "architectures": [f"{ {'bert': 'Bert', 'roberta': 'Roberta'}[family] }ForSequenceClassification"],
         **config_json(architecture),
-        **labels_json(path, config, folders.data, len(output)),
+        **labels_json(path, config, data, len(output)),
         "hidden_dropout_prob": settings.dropout,
         "attention_probs_dropout_prob": settings.attention_dropout,
         "classifier_dropout": settings.pooler_dropout,

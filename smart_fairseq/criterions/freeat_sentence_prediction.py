@@ -38,8 +38,10 @@ class _Held:
 class FreeATSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeATConfig`."""
 
+    name = "freeat"
+
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
-        super().__init__(cfg, task, "freeat")
+        super().__init__(cfg, task)
         self.held: dict[tuple[int, ...], _Held] = {}  # by the examples' numbers: the batches of one update
         if self.ball.steps > 1:
             repeat_batches(task, cfg.smart_train_subset, self.ball.steps, cfg.smart_update_freq)

@@ -29,8 +29,10 @@ FreeLBConfig = ball_config(
 class FreeLBSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeLBConfig`."""
 
+    name = "freelb"
+
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
-        super().__init__(cfg, task, "freelb")
+        super().__init__(cfg, task)
         self.num_passes = self.ball.steps if self.adversarial else 1
         self.entering: Tensor | None = None  # what the pass that is next is perturbed by
 

@@ -13,7 +13,6 @@ from ..encoder import Forward
 from ..method.adversary import ascend, gradient_of
 from ..method.dropout import RandomState
 from ..training.adversarial import AdversarialCriterion, ball_config
-from ..training.flags import RegularizedConfig
 
 PGDConfig = ball_config("PGDConfig", "pgd", __name__, "number of ascent steps K")
 
@@ -22,8 +21,7 @@ PGDConfig = ball_config("PGDConfig", "pgd", __name__, "number of ascent steps K"
 class PGDSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `PGDConfig`."""
 
-    def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
-        super().__init__(cfg, task, "pgd")
+    name = "pgd"
 
     def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
         start, weights = self.start(forward, sample), forward.encoder.frozen_weights()

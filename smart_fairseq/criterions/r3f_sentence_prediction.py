@@ -9,7 +9,7 @@ reach a RoBERTa. For a regression, which that code leaves out, the squared diffe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -26,7 +26,7 @@ from ..method.relative import unit_of
 from ..terms import TermValue
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import ByRecipe, RegularizedConfig, recipe_choices, with_recipe
+from ..training.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 
 NOISE = {"normal": example_noise, "uniform": uniform_noise}
 
@@ -34,23 +34,19 @@ NOISE = {"normal": example_noise, "uniform": uniform_noise}
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class R3FConfig(RegularizedConfig):
-    r3f_recipe: recipe_choices("r3f") = field(  # type: ignore[valid-type]
-        default="paper",
-        metadata={"help": "values of the flags that are not given: paper (the default), rte (the authors' command)"},
+    r3f_recipe: recipe_choices("r3f") = flag(  # type: ignore[valid-type]
+        "paper", "values of the flags that are not given: paper (the default), rte (the authors' command)"
     )
-    r3f_weight: ByRecipe = field(default=None, metadata={"help": "the paper's lambda; 0 switches the term off"})
-    r3f_epsilon: ByRecipe = field(
-        default=None, metadata={"help": "standard deviation of normal noise, largest entry of uniform noise"}
+    r3f_weight: ByRecipe = flag(None, "the paper's lambda; 0 switches the term off")
+    r3f_epsilon: ByRecipe = flag(None, "standard deviation of normal noise, largest entry of uniform noise")
+    r3f_epsilon_unit: Optional[ChoiceEnum(["absolute", "relative"])] = flag(  # type: ignore[valid-type]
+        None, "unit of the noise: relative, the root mean square of an example's embeddings"
     )
-    r3f_epsilon_unit: Optional[ChoiceEnum(["absolute", "relative"])] = field(  # type: ignore[valid-type]
-        default=None,
-        metadata={"help": "unit of the noise: relative, the root mean square of an example's embeddings"},
+    r3f_noise: Optional[ChoiceEnum(list(NOISE))] = flag(  # type: ignore[valid-type]
+        None, "distribution of the noise"
     )
-    r3f_noise: Optional[ChoiceEnum(list(NOISE))] = field(  # type: ignore[valid-type]
-        default=None, metadata={"help": "distribution of the noise"}
-    )
-    r3f_dropout: Optional[ChoiceEnum(["independent", "shared"])] = field(  # type: ignore[valid-type]
-        default=None, metadata={"help": "dropout masks of the noisy pass: fresh ones, or the clean pass's"}
+    r3f_dropout: Optional[ChoiceEnum(["independent", "shared"])] = flag(  # type: ignore[valid-type]
+        None, "dropout masks of the noisy pass: fresh ones, or the clean pass's"
     )
 
 

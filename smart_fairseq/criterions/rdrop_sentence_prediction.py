@@ -8,7 +8,7 @@ the paper leaves open, the squared difference in the place of the mean of both K
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..encoder import Encoder, Forward
 from ..terms import TermValue
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import ByRecipe, RegularizedConfig, recipe_choices, with_recipe
+from ..training.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +27,11 @@ logger = logging.getLogger(__name__)
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class RDropConfig(RegularizedConfig):
-    rdrop_recipe: recipe_choices("rdrop") = field(  # type: ignore[valid-type]
-        default="paper",
-        metadata={
-            "help": "values of the flags that are not given: paper (the default), or those of the authors' code for a "
-            "task of GLUE"
-        },
+    rdrop_recipe: recipe_choices("rdrop") = flag(  # type: ignore[valid-type]
+        "paper",
+        "values of the flags that are not given: paper (the default), or those of the authors' code for a task of GLUE",
     )
-    rdrop_weight: ByRecipe = field(
-        default=None,
-        metadata={"help": "the paper's alpha, 1 to 5 there; 0 switches the second pass off as well"},
-    )
+    rdrop_weight: ByRecipe = flag(None, "the paper's alpha, 1 to 5 there; 0 switches the second pass off as well")
 
 
 @register_criterion("rdrop_sentence_prediction", dataclass=RDropConfig)

@@ -7,7 +7,7 @@ Paper: Jiang et al. (2020), equation 1 and Algorithm 1:
     D_Breg  divergence(clean output, teacher's output)
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List
 
 from fairseq.criterions import register_criterion
@@ -23,7 +23,7 @@ from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, work
 from ..terms.smoothness import Settings, smoothness
 from ..training.checks import check_adversary, check_model, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import AdversaryFlags, ByRecipe, RegularizedConfig, with_recipe
+from ..training.flags import AdversaryFlags, ByRecipe, RegularizedConfig, flag, with_recipe
 from ..training.objective import Objective
 
 # of the training set, at which the form of the term is chosen
@@ -33,14 +33,8 @@ EXAMPLES = 32
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class SmartSentencePredictionConfig(RegularizedConfig, AdversaryFlags):
-    smart_weight: ByRecipe = field(
-        default=None,
-        metadata={"help": "weight of the smoothness term; 0 switches it off"},
-    )
-    smart_every: int = field(
-        default=1,
-        metadata={"help": "approximation: the smoothness term at every n-th update alone, n times as heavy"},
-    )
+    smart_weight: ByRecipe = flag(None, "weight of the smoothness term; 0 switches it off")
+    smart_every: int = flag(1, "approximation: the smoothness term at every n-th update alone, n times as heavy")
 
 
 @register_criterion("smart_sentence_prediction", dataclass=SmartSentencePredictionConfig)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import parse_json
+from ..errors import parse_json, refuse
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .lines import Row, as_number, located, read_lines, shown
@@ -281,7 +281,6 @@ def complete_folder(target: Path) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise located(target, 0, "--out: a file is there; choose another name")
     if target.is_dir() and not _ours(target):
-        other = "this folder holds other things than preprocess.py writes; choose another or remove it"
-        raise located(target, 0, f"--out: {other}")
+        refuse(target, "--out: this folder holds other things than preprocess.py writes", "choose another or remove it")
     with whole_folder(target) as partial:
         yield partial

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, parse_json
+from ..errors import UsageError, parse_json, require
 from .lines import located, read_bytes, shown
 
 NEEDED = {  # the files of each kind; sentencepiece's model has a name of its own
@@ -92,8 +92,8 @@ def _json_file(path: Path) -> Any:
 
 def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
     """Check what ``--bpe`` and ``--bpe-dir`` name. ``kind`` None: what bpe.json in the folder says, otherwise gpt2."""
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"--bpe is {shown(kind)}; it must be one of {', '.join(KINDS)}")
+    if kind is not None:
+        require(kind in KINDS, "--bpe", shown(kind), f"one of {', '.join(KINDS)}")
     if not folder.is_dir():
         raise located(folder, 0, "--bpe-dir: no such folder; it must hold dict.txt and the encoder's files")
     settings, lowercase = folder / "bpe.json", True
@@ -143,8 +143,7 @@ def _gpt2_encoder(folder: Path) -> Encoder:
     lines = read_bytes(merges).decode("utf-8", "replace").split("\n")[1:-1]
     for number, line in enumerate(lines, start=2):
         if len(line.split()) != 2:
-            message = f"{shown(line)} is not a merge of two symbols; GPT-2's vocab.bpe is needed"
-            raise located(merges, number, message)
+            raise located(merges, number, f"{shown(line)} is not a merge of two symbols; GPT-2's vocab.bpe is needed")
     fairseq = importlib.util.find_spec("fairseq")
     if fairseq is None or fairseq.origin is None:
         raise UsageError("--bpe gpt2 needs fairseq; install it (README, Installation)")

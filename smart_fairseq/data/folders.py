@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, refuse
 from .binarize import MANIFEST, read_ids_of, read_indexed, read_manifest
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
@@ -49,8 +49,7 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
             raise located(place, 0, f"no such folder; {flag} names folders in {data}")
         task = task_of(read_manifest(place), place)
         if task.name in found:
-            other = f"choose one of the two by {flag}"
-            raise located(place, 0, f"holds {task.name}, as {found[task.name][1]} does; {other}")
+            refuse(place, f"holds {task.name}, as {found[task.name][1]} does", f"choose one of the two by {flag}")
         first = next(iter(found.values()), (task, place))[1]
         if _dictionary(place) != _dictionary(first):
             other = f"that of {first}, and all tasks share one encoder; preprocess both with the same --bpe-dir"

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..errors import refuse
 from .lines import Report, Row, located, read_lines, shown
 from .tasks import RIGHT
 
@@ -72,7 +73,5 @@ def read_groups(folder: Path, split: str, rows: int) -> list[int]:
             raise located(path, number, f"{shown(line)} is no number of rows; run preprocess again")
         sizes.append(int(line))
     if sum(sizes) != rows:
-        raise located(
-            path, 0, f"has groups of {sum(sizes)} rows together, and {split} has {rows}; run preprocess again"
-        )
+        refuse(path, f"has groups of {sum(sizes)} rows together, and {split} has {rows}", "run preprocess again")
     return sizes

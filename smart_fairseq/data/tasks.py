@@ -5,7 +5,7 @@ SNLI 1.0, MultiNLI 1.0, SciTail 1.1, the STS benchmark, CoLA 1.1 and the Microso
 official ones, before rows without a label are left out; sentiment.py says how its tasks are split.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +81,8 @@ class Task:
 _SPLITS = {"train": "train", "valid": "dev", "test": "test"}  # fairseq's names, and those of the files
 _PAIR = ("sentence1", "sentence2")
 _VOTES = ("label1", "label2", "label3", "label4", "label5")
+_NO_YES, _ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")  # labels
+_WITH_F1, _CORRELATIONS = ("acc_and_f1", "accuracy", "f1"), ("pearson_and_spearman", "pearson", "spearman")  # metrics
 
 
 def _glue(file: str, texts: tuple[Column, ...], label: Column | None = "label", **more: Any) -> Source:
@@ -163,34 +165,49 @@ def _stsb(split: str) -> tuple[Source, ...]:
     return (_glue(f"{split}.tsv", _PAIR, label), own)
 
 
-_WSC: Splits = {
-    split: (Source((f"{file}.jsonl",), (), form="wsc"),)
-    for split, file in {"train": "train", "valid": "val", "test": "test"}.items()
-}
+def _wsc(split: str) -> tuple[Source, ...]:
+    return (Source((f"{'val' if split == 'dev' else split}.jsonl",), (), form="wsc"),)
 
 
-def _winograd(
-    name: str, folders: tuple[str, ...], splits: Splits, rows: Mapping[str, int], submission: Mapping[str, str]
+def _task(name: str, folders: tuple[str, ...], splits: Splits, rows: Sequence[int], **more: Any) -> Task:
+    """A task with its official number of rows in each split, in their order."""
+    return Task(name, folders, splits, rows=dict(zip(splits, rows)), **more)
+
+
+def _of_glue(name: str, splits: Splits, rows: Sequence[int], released: Sequence[str] = (), **more: Any) -> Task:
+    """A task of GLUE, whose folder and file for the server have its name; ``released``: folders of other releases."""
+    return _task(name, (name, *released), splits, rows, **{"submission": {"test": f"{name}.tsv"}, **more})
+
+
+def _inference(
+    name: str,
+    folders: tuple[str, ...],
+    make: Callable[[str], tuple[Source, ...]],
+    rows: Sequence[int],
+    labels: tuple[str, ...] = NLI_LABELS,
 ) -> Task:
+    """An inference task outside of GLUE."""
+    return _task(name, folders, _three(make), rows, labels=labels, fairseq_recipe=False)
+
+
+def _winograd(name: str, folder: str, splits: Splits, rows: Sequence[int], **more: Any) -> Task:
     """Candidates for a pronoun (winograd.py), right or wrong."""
-    about: dict[str, Any] = {"texts": 4, "labels": ("0", "1"), "fairseq_recipe": False, "candidates": True}
-    return Task(name, folders, splits, rows=rows, submission=submission, **about)
+    return _task(name, (folder,), splits, rows, texts=4, labels=_NO_YES, fairseq_recipe=False, candidates=True, **more)
 
 
 def _sentiment(name: str, domain: str, *rows: int) -> tuple[Task, Task]:
     """The sign of the mean rating, and the mean itself, from 0 (-4, extremely negative) to 8 (4)."""
     texts, ratings = f"{domain}_GroundTruth.txt", f"{domain}_anonDataRatings.txt"
-    sign = Task(
+    sign = _task(
         name,
         ("vader_sentiment", "hutto_ICWSM_2014"),
         {split: (Source((texts,), (2,), 1, 0, "rated", ratings=ratings, part=split),) for split in _SPLITS},
+        rows,
         texts=1,
         labels=("negative", "positive"),
         fairseq_recipe=False,
-        rows=dict(zip(_SPLITS, rows)),
     )
-    metrics = ("pearson_and_spearman", "pearson", "spearman")
-    return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=metrics)
+    return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=_CORRELATIONS)
 
 
 def _ranking(task: Task, right: str) -> Task:
@@ -212,59 +229,31 @@ def _ranking(task: Task, right: str) -> Task:
 
 
 _ROWS: tuple[Task, ...] = (
-    Task(
+    _of_glue(
         "CoLA",
-        ("CoLA", "cola_public"),
         {
             "train": _cola("train.tsv", "in_domain_train.tsv"),
             "valid": _cola("dev.tsv", "in_domain_dev.tsv", "out_of_domain_dev.tsv"),
             "test": (_glue("test.tsv", ("sentence",), None),),
         },
+        (8551, 1043, 1063),
+        ("cola_public",),
         texts=1,
-        labels=("0", "1"),
+        labels=_NO_YES,
         metrics=("mcc", "accuracy"),
-        submission={"test": "CoLA.tsv"},
-        rows={"train": 8551, "valid": 1043, "test": 1063},
     ),
-    Task(
-        "SST-2",
-        ("SST-2",),
-        _glue_splits(("sentence",), id=None),
-        texts=1,
-        labels=("0", "1"),
-        submission={"test": "SST-2.tsv"},
-        rows={"train": 67349, "valid": 872, "test": 1821},
-    ),
-    Task(
-        "MRPC",
-        ("MRPC",),
-        _three(_mrpc),
-        labels=("0", "1"),
-        metrics=("acc_and_f1", "accuracy", "f1"),
-        submission={"test": "MRPC.tsv"},
-        rows={"train": 3668, "valid": 408, "test": 1725},
-    ),
-    Task(
-        "STS-B",
-        ("STS-B", "stsbenchmark"),
-        _three(_stsb),
-        divisor=5.0,
-        metrics=("pearson_and_spearman", "pearson", "spearman"),
-        submission={"test": "STS-B.tsv"},
-        rows={"train": 5749, "valid": 1500, "test": 1379},
-    ),
-    Task(
+    _of_glue("SST-2", _glue_splits(("sentence",), id=None), (67349, 872, 1821), texts=1, labels=_NO_YES),
+    _of_glue("MRPC", _three(_mrpc), (3668, 408, 1725), labels=_NO_YES, metrics=_WITH_F1),
+    _of_glue("STS-B", _three(_stsb), (5749, 1500, 1379), ("stsbenchmark",), divisor=5.0, metrics=_CORRELATIONS),
+    _of_glue(
         "QQP",
-        ("QQP",),
         _glue_splits(("question1", "question2"), "is_duplicate", id="id", loose=True),
-        labels=("0", "1"),
-        metrics=("acc_and_f1", "accuracy", "f1"),
-        submission={"test": "QQP.tsv"},
-        rows={"train": 363846, "valid": 40430, "test": 390965},
+        (363846, 40430, 390965),
+        labels=_NO_YES,
+        metrics=_WITH_F1,
     ),
-    Task(
+    _of_glue(
         "MNLI",
-        ("MNLI", "multinli_1.0"),
         {
             "train": _mnli("train"),
             "valid": _mnli("dev_matched"),
@@ -272,84 +261,32 @@ _ROWS: tuple[Task, ...] = (
             "test": _mnli("test_matched", label=False),
             "test1": _mnli("test_mismatched", label=False),
         },
+        (392702, 9815, 9832, 9796, 9847),
+        ("multinli_1.0",),
         labels=NLI_LABELS,
         submission={"test": "MNLI-m.tsv", "test1": "MNLI-mm.tsv"},
-        rows={"train": 392702, "valid": 9815, "valid1": 9832, "test": 9796, "test1": 9847},
     ),
-    Task(
-        "QNLI",
-        ("QNLI", "QNLIv2"),
-        _glue_splits(("question", "sentence")),
-        labels=("entailment", "not_entailment"),
-        submission={"test": "QNLI.tsv"},
-        rows={"train": 104743, "valid": 5463, "test": 5463},
-    ),
-    Task(
-        "RTE",
-        ("RTE",),
-        _glue_splits(),
-        labels=("entailment", "not_entailment"),
-        submission={"test": "RTE.tsv"},
-        rows={"train": 2490, "valid": 277, "test": 3000},
-    ),
-    Task(
-        "WNLI",
-        ("WNLI",),
-        _glue_splits(),
-        labels=("0", "1"),
-        submission={"test": "WNLI.tsv"},
-        fairseq_recipe=False,
-        rows={"train": 635, "valid": 71, "test": 146},
-    ),
-    _winograd(
-        "WNLI-ranking", ("WNLI",), _glue_splits(), {"train": 635, "valid": 71, "test": 146}, {"test": "WNLI.tsv"}
-    ),
-    _winograd("WSC", ("WSC",), _WSC, {"train": 554, "valid": 104, "test": 146}, {}),
-    Task(
+    _of_glue("QNLI", _glue_splits(("question", "sentence")), (104743, 5463, 5463), ("QNLIv2",), labels=_ENTAILMENT),
+    _of_glue("RTE", _glue_splits(), (2490, 277, 3000), labels=_ENTAILMENT),
+    _of_glue("WNLI", _glue_splits(), (635, 71, 146), labels=_NO_YES, fairseq_recipe=False),
+    _winograd("WNLI-ranking", "WNLI", _glue_splits(), (635, 71, 146), submission={"test": "WNLI.tsv"}),
+    _winograd("WSC", "WSC", _three(_wsc), (554, 104, 146)),
+    _of_glue(
         "AX",
-        ("AX", "diagnostic", "MNLI"),
         {"test": (_glue("AX.tsv", _PAIR, None), _glue("diagnostic.tsv", _PAIR, None))},
+        (1104,),
+        ("diagnostic", "MNLI"),
         labels=NLI_LABELS,
         metrics=("mcc",),
-        submission={"test": "AX.tsv"},
         fairseq_recipe=False,
-        rows={"test": 1104},
     ),
     *(
-        Task(
-            f"ANLI-{part}",
-            (f"anli_v1.0/{part}", f"anli_v0.1/{part}", part),
-            _three(_anli),
-            labels=NLI_LABELS,
-            fairseq_recipe=False,
-            rows={"train": train, "valid": valid, "test": valid},
-        )
+        _inference(f"ANLI-{part}", (f"anli_v1.0/{part}", f"anli_v0.1/{part}", part), _anli, (train, valid, valid))
         for part, train, valid in (("R1", 16946, 1000), ("R2", 45460, 1000), ("R3", 100459, 1200))
     ),
-    Task(
-        "SNLI",
-        ("SNLI", "snli_1.0"),
-        _three(_snli),
-        labels=NLI_LABELS,
-        fairseq_recipe=False,
-        rows={"train": 550152, "valid": 10000, "test": 10000},
-    ),
-    Task(
-        "SciTail",
-        ("SciTail", "SciTailV1.1", "scitail"),
-        _three(_scitail),
-        labels=("neutral", "entails"),
-        fairseq_recipe=False,
-        rows={"train": 23596, "valid": 1304, "test": 2126},
-    ),
-    Task(
-        "FEVER",
-        ("nli_fever", "FEVER"),
-        _three(_fever),
-        labels=NLI_LABELS,
-        fairseq_recipe=False,
-        rows={"train": 208346, "valid": 19998, "test": 19998},
-    ),
+    _inference("SNLI", ("SNLI", "snli_1.0"), _snli, (550152, 10000, 10000)),
+    _inference("SciTail", ("SciTail", "SciTailV1.1", "scitail"), _scitail, (23596, 1304, 2126), ("neutral", "entails")),
+    _inference("FEVER", ("nli_fever", "FEVER"), _fever, (208346, 19998, 19998)),
     *_sentiment("movie", "movieReviewSnippets", 8506, 1030, 1069),
     *_sentiment("product", "amazonReviewSnippets", 2979, 459, 270),
     *_sentiment("news", "nytEditorialSnippets", 4234, 442, 514),

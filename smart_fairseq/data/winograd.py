@@ -21,8 +21,6 @@ from ..errors import UsageError, parse_json
 from .lines import Row, Skip, located, read_lines, shown
 from .tasks import Source, Task
 
-__all__ = ["NOUNS", "Aligned", "add_noun_rows", "align", "aligned_row", "noun_phrases", "noun_rows", "wsc_rows"]
-
 NOUNS = "nouns"  # the split of the noun phrases
 
 PRONOUNS = frozenset(

@@ -25,8 +25,6 @@ from .place import NormalizedPlace, Place
 from .rounding import rounded
 from .weights import Slots, Substitute
 
-__all__ = ["Encoder", "Forward", "Insides"]
-
 
 class Insides(NamedTuple):
     """What a kind of encoder names.
@@ -133,13 +131,10 @@ class Encoder:
 
     # --- passes ------------------------------------------------------------------------------------
 
+    @cached_property
     def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
         """By layer, and for the model around them, what is replaced for `lean` passes."""
         return {}
-
-    @cached_property
-    def _lean_parts(self) -> dict[nn.Module, list[Replacement]]:
-        return self.lean_parts()
 
     @contextmanager
     def lean(self) -> Iterator[None]:
@@ -147,7 +142,7 @@ class Encoder:
         if self._lean:
             yield
             return
-        with replaced([part for parts in self._lean_parts.values() for part in parts]):
+        with replaced([part for parts in self.lean_parts.values() for part in parts]):
             self._lean = True
             try:
                 yield
@@ -192,7 +187,7 @@ class Encoder:
         Args:
             written_out: the block is also one of `attention_written_out`.
         """
-        lean = self._lean_parts if self._lean else {}
+        lean = self.lean_parts if self._lean else {}
         attention = self._attention_written_out if written_out else []
 
         def again(layer: nn.Module) -> AbstractContextManager[None]:
@@ -202,7 +197,7 @@ class Encoder:
 
     @cached_property
     def _without_gelu_outputs(self) -> list[Replacement]:
-        return memory.without_gelu_outputs(self.model)
+        return memory.gelus_and_linears(self.model)
 
     def without_gelu_outputs(self) -> AbstractContextManager[None]:
         """Within the block, forwards keep the input of each layer's gelu for the gradient, and not the output too."""

@@ -22,10 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from .lean import additive
-from .memory import Replacement, gelu_at_once, gelus, gelus_and_linears, replaced
+from .memory import GeluAndLinear, Replacement, gelu_at_once, gelus, gelus_and_linears, replaced
 from .place import Place
-
-__all__ = ["attention_written_out", "changed", "written_out"]
 
 # (value, change, ...) -> (result, its change)
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -97,12 +95,8 @@ def _gelu_change(value: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     return gelu_at_once(value), (slope * moved).to(value.dtype)
 
 
-class _GeluAndLinear:
-    """gelu and the linear layer after it, with a change: kept are gelu's inputs, and its outputs computed again."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
-        self._made: tuple[Tensor, Tensor, Tensor] | None = None
+class _GeluAndLinear(GeluAndLinear):
+    """The same with a change: what is computed again is gelu's value and its change."""
 
     def activation(self, x: Tensor) -> Tensor:
         value, change = forward_ad.unpack_dual(x)
@@ -112,30 +106,14 @@ class _GeluAndLinear:
         self._made = output, value.detach(), change.detach()
         return output
 
-    def forward(self, x: Tensor) -> Tensor:
-        made, self._made = self._made, None
-        if made is None or made[0] is not x:  # a dropout stands between the two
-            return _linear(self.linear, x)
-        # nothing of what the hooks hold is an output
-        places = {part.untyped_storage()._cdata: place for place, part in enumerate(forward_ad.unpack_dual(x))}
-        entries, inputs = x.numel(), made[1:]
-        held: dict[int, Tensor] = {}  # the one that was computed with the other and not yet asked for
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        return tuple(forward_ad.unpack_dual(x))
 
-        def pack(tensor: Tensor) -> Any:
-            place = places.get(tensor.untyped_storage()._cdata)
-            return tensor if place is None or tensor.numel() != entries else (place, tensor.shape)
+    def again(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return _gelu_change(*inputs)
 
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            place, shape = packed
-            if place not in held:
-                with torch.no_grad():
-                    held.update(enumerate(_gelu_change(*inputs)))
-            return held.pop(place).view(shape)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return _linear(self.linear, x)
+    def project(self, x: Tensor) -> Tensor:
+        return _linear(self.linear, x)
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from .memory import Replacement, gelu_at_once, gelus
 
-__all__ = ["additive", "known", "lean_layer"]
-
 # what fused kernels align the rows of a mask to, with a copy in each layer where they are not
 _ALIGNED = 8
 

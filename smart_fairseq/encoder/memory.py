@@ -1,7 +1,7 @@
 """Savers of memory: what a forward keeps for its gradient. They change no number."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -9,16 +9,6 @@ import torch
 from fairseq.modules import gelu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-__all__ = [
-    "Replacement",
-    "gelu_at_once",
-    "gelus",
-    "gelus_and_linears",
-    "recomputed",
-    "replaced",
-    "without_gelu_outputs",
-]
 
 # module, name, other value
 Replacement = tuple[nn.Module, str, Any]
@@ -74,15 +64,15 @@ def gelus(model: nn.Module, function: Callable[[Tensor], Tensor]) -> list[Replac
     return [(module, "activation_fn", function) for module in _with_gelu(model)]
 
 
-class _GeluAndLinear:
-    """gelu and the linear layer after it, which keeps gelu's input for the gradient in the place of the output.
+class GeluAndLinear:
+    """gelu and the linear layer after it, which keeps gelu's inputs for the gradient in the place of its outputs.
 
-    The input is kept by gelu itself; the output is computed again, which costs no product of matrices.
+    The inputs are kept by gelu itself; the outputs are computed again, which costs no product of matrices.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, ...] | None = None  # gelu's output as the linear layer gets it, and its inputs
 
     def activation(self, x: Tensor) -> Tensor:
         output = gelu_at_once(x)
@@ -90,30 +80,44 @@ class _GeluAndLinear:
             self._made = output, x.detach()
         return output
 
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The tensors that gelu's output is made of."""
+        return (x,)
+
+    def again(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """These from gelu's inputs."""
+        return (gelu_at_once(*inputs),)
+
+    def project(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         made, self._made = self._made, None
         if made is None or made[0] is not x:  # a dropout stands between the two
-            return nn.functional.linear(x, self.linear.weight, self.linear.bias)
-        source, storage = made[1], x.untyped_storage()._cdata
+            return self.project(x)
+        # nothing of what the hooks hold is an output
+        places = {part.untyped_storage()._cdata: place for place, part in enumerate(self.parts(x))}
+        entries, inputs = x.numel(), made[1:]
+        held: dict[int, Tensor] = {}  # what was computed with another and not yet asked for
 
         def pack(tensor: Tensor) -> Any:
-            if tensor.untyped_storage()._cdata != storage or tensor.numel() != source.numel():
-                return tensor
-            return source, tensor.shape
+            place = places.get(tensor.untyped_storage()._cdata)
+            return tensor if place is None or tensor.numel() != entries else (place, tensor.shape)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            return nn.functional.linear(x, self.linear.weight, self.linear.bias)
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            place, shape = packed
+            if place not in held:
+                with torch.no_grad():
+                    held.update(enumerate(self.again(*inputs)))
+            return held.pop(place).view(shape)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.project(x)
 
 
-def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    source, shape = packed
-    with torch.no_grad():
-        return gelu_at_once(source).view(shape)
-
-
-def gelus_and_linears(model: nn.Module, kind: Any) -> list[Replacement]:
+def gelus_and_linears(model: nn.Module, kind: type[GeluAndLinear] = GeluAndLinear) -> list[Replacement]:
     """For `replaced`: a ``kind(linear)`` for every gelu with the linear layer after it."""
     found: list[Replacement] = []
     for module in _with_gelu(model):
@@ -122,8 +126,3 @@ def gelus_and_linears(model: nn.Module, kind: Any) -> list[Replacement]:
             both = kind(linear)
             found += [(module, "activation_fn", both.activation), (linear, "forward", both.forward)]
     return found
-
-
-def without_gelu_outputs(model: nn.Module) -> list[Replacement]:
-    """For `replaced`: forwards keep the input of each layer's gelu for the gradient, and not the output too."""
-    return gelus_and_linears(model, _GeluAndLinear)

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["NormalizedPlace", "Place"]
-
 # of the LayerNorm without parameters; that of SiFT's code
 EPSILON = 1e-7
 

@@ -11,6 +11,7 @@ perturbation enters through a hook on one of these modules.
 """
 
 import functools
+from functools import cached_property
 from typing import Any
 
 from fairseq.models.transformer.transformer_encoder import TransformerEncoderBase
@@ -48,6 +49,7 @@ class RobertaEncoder(Encoder):
         head: nn.Module | None = getattr(self.model.encoder, "lm_head", None)
         return super().lm_head if head is None else head
 
+    @cached_property
     def lean_parts(self) -> dict[nn.Module, list[Replacement]]:
         inner: Any = self.model.encoder.sentence_encoder
         if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:

@@ -13,8 +13,6 @@ rounding to the nearest was off by 6 to 9 %.
 import torch
 from torch import Tensor
 
-__all__ = ["rounded"]
-
 # mantissa bits of float32 that the precision has not
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio's fraction in 64 bits, as int64 holds it

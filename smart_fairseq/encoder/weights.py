@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Slots", "Substitute"]
-
 
 class Slots:
     """Where each parameter of a model stands; one that is shared stands in several modules."""

@@ -136,7 +136,7 @@ def attack(
     return found
 
 
-def attack_rows(
+def attacked_outputs(
     model: Model,
     split: str,
     gold: np.ndarray,

@@ -1,7 +1,7 @@
 """All that is measured of one model on one split, with intervals."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,14 +111,15 @@ def evaluate_model(
             if not task.regression:
                 lost = cross_entropy(arrays["typos"], gold)
                 metrics["cross entropy, typing errors"] = Metric("nats", mean_of(lost))
-            result["typos"] = written._asdict()
+            result["typos"] = written
         if attack:
+            from .attack import STEPS, attacked_outputs
+
             chosen = np.random.default_rng(seed).permutation(len(gold)) < (attack_rows or len(gold))
-            more, facts, outputs = _attack(
-                model, split, found.logits, gold, temperature, max_tokens, chosen, attack_radii, seed
-            )
-            metrics |= more
-            result["attack"] = facts
+            # a gradient keeps activations, which a prediction does not
+            outputs = attacked_outputs(model, split, gold, chosen, temperature, max_tokens // 4, seed, attack_radii)
+            metrics |= _under_attack(task, found.logits, gold, outputs, temperature, chosen, attack_radii)
+            result["attack"] = {"radii": attack_radii, "steps": STEPS, "rows": int(chosen.sum())}
             arrays |= {f"attack_{name}": values for name, values in outputs.items()}
         resampled = intervals.resampled({n: m.statistic for n, m in metrics.items()}, len(gold), resamples, seed)
         result["metrics"] = {
@@ -213,29 +214,23 @@ def divergence(outputs: np.ndarray, clean: np.ndarray) -> np.ndarray:
     return np.asarray(((np.exp(one) - np.exp(other)) * (one - other)).sum(1))
 
 
-def _attack(
-    model: Model,
-    split: str,
+def _under_attack(
+    task: Task,
     clean: np.ndarray,
     gold: np.ndarray,
+    outputs: Mapping[str, np.ndarray],
     temperature: float,
-    max_tokens: int,
     chosen: np.ndarray,
     radii: Sequence[float],
-    seed: int,
-) -> tuple[Metrics, dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics by radius, facts about them, and the outputs themselves."""
-    from . import attack
-
-    # a gradient keeps activations, which a prediction does not
-    outputs = attack.attack_rows(model, split, gold, chosen, temperature, max_tokens // 4, seed, radii)
-    found = _quality(model.task, clean, gold, "attacked rows before", chosen)
-    unit = "" if model.task.regression else "nats"
+) -> Metrics:
+    """Metrics by radius, from the clean outputs and those that `attack.attacked_outputs` found."""
+    found = _quality(task, clean, gold, "attacked rows before", chosen)
+    unit = "" if task.regression else "nats"
     for place, radius in enumerate(radii):
         at = f"{100 * radius:g} %"
         loss, apart, random = (outputs[name][place] for name in ("loss", "divergence", "random"))
         for name, values in (("attack", loss), ("random signs", random)):
-            found |= _quality(model.task, values, gold, f"{name} at {at}", chosen)
+            found |= _quality(task, values, gold, f"{name} at {at}", chosen)
         # either way can be the worse one
         worst = np.fmax(divergence(loss, clean), divergence(apart, clean))
         found[f"divergence, attack at {at}"] = Metric(unit, mean_of(worst, chosen))
@@ -244,7 +239,6 @@ def _attack(
             soft = np.fmax(*(divergence(o / temperature, clean / temperature) for o in (loss, apart)))
             found["sensitivity"] = Metric("", mean_of(worst / radius**2, chosen))
             found["sensitivity, random signs"] = Metric("", mean_of(divergence(random, clean) / radius**2, chosen))
-            if not model.task.regression:
+            if not task.regression:
                 found["sensitivity, calibrated"] = Metric("", mean_of(soft / radius**2, chosen))
-    facts = {"radii": radii, "steps": attack.STEPS, "rows": int(chosen.sum())}
-    return found, facts, outputs
+    return found

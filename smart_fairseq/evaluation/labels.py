@@ -41,13 +41,9 @@ def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
     return shares
 
 
-def _annotators(folder: Path, split: str) -> Path:
-    return folder / "annotators" / f"{split}.tsv"
-
-
 def write_shares(folder: Path, split: str, labels: Sequence[str], shares: np.ndarray) -> None:
     """What `annotator_shares` reads."""
-    path = _annotators(folder, split)
+    path = folder / "annotators" / f"{split}.tsv"
     path.parent.mkdir(exist_ok=True)
     lines = ["\t".join(labels), *("\t".join(f"{share:.9g}" for share in row) for row in shares)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -60,7 +56,7 @@ def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.nda
     each row of the split holds shares with the sum 1, or with the sum 0 where nobody labelled the row. Raises
     `UsageError` with file and line for anything else.
     """
-    path = _annotators(folder, split)
+    path = folder / "annotators" / f"{split}.tsv"
     if not path.is_file():
         return None
     (_, first), *lines = read_lines(path)

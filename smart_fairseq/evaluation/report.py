@@ -136,6 +136,7 @@ def save(figure: Any, path: Path, **more: Any) -> None:
     if kind not in kinds:
         raise UsageError(f"{path}: no picture ends in .{kind}; allowed: {', '.join(sorted(kinds))}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
     with whole_file(path) as partial:  # whose own name does not end in the format
         figure.savefig(partial, dpi=150, format=kind, **more)
     pyplot().close(figure)
@@ -166,7 +167,6 @@ def _reliability(results: Mapping[str, Result], path: Path) -> Path:
     above.legend(fontsize="small")
     below.set_ylabel("share of rows")
     below.set_xlabel("confidence")
-    figure.tight_layout()
     save(figure, path)
     return path
 
@@ -201,6 +201,5 @@ def _radii(results: Mapping[str, Result], path: Path) -> Path:
     axis.set_xlabel("radius (share of the embeddings' rms)")
     axis.set_ylabel(quality_of(first, unit=True))
     axis.legend(fontsize="small")
-    figure.tight_layout()
     save(figure, path)
     return path

@@ -4,33 +4,23 @@ import shutil
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..data.binarize import indexed_writer, read_indexed, read_manifest
 from ..data.bpe import END, SPECIAL_SYMBOLS, UNKNOWN, BpeFiles, Vocabulary, load_vocabulary
-from ..data.lines import Row, located
+from ..data.lines import Row
 from ..data.pool import Pool, integer_typecode
+from ..errors import refuse
 from ..inference import read_ids
-from .typos import SHARE, with_typos
-
-
-class Rewritten(NamedTuple):
-    """How many rows a decoded text gives back as they were, and how many typing errors changed."""
-
-    rows: int
-    exact: int
-    changed: int
+from .typos import with_typos
 
 
 def shared_vocabulary(folder: Path, bpe: BpeFiles) -> Vocabulary:
     """That of a data folder. Raises `UsageError` if the encoder has another."""
     vocabulary = load_vocabulary(folder / "input0" / "dict.txt")
     if vocabulary != load_vocabulary(bpe.dictionary):
-        raise located(
-            bpe.dictionary, 0, f"differs from {folder / 'input0' / 'dict.txt'}; give the --bpe-dir of preprocess"
-        )
+        refuse(bpe.dictionary, f"differs from {folder / 'input0' / 'dict.txt'}", "give the --bpe-dir of preprocess")
     return vocabulary
 
 
@@ -68,15 +58,14 @@ def decoded(folder: Path, split: str, bpe: BpeFiles) -> list[Row]:
     return [Row(identity, texts, None) for identity, texts in zip(read_ids(folder, split), zip(*columns))]
 
 
-def write_with_typos(
-    folder: Path, split: str, bpe: BpeFiles, target: Path, longest: int, seed: int, share: float = SHARE
-) -> Rewritten:
+def write_with_typos(folder: Path, split: str, bpe: BpeFiles, target: Path, longest: int, seed: int) -> dict[str, int]:
     """Write a split with typing errors into ``target``, as far as a model needs it that knows ``folder``.
 
-    ``longest``: tokens that the model takes; where ``folder`` has a lower limit, that counts.
+    ``longest``: tokens that the model takes; where ``folder`` has a lower limit, that counts. Returns how many ``rows``
+    there are, how many a decoded text gives back as they were (``exact``), and how many typing errors ``changed``.
     """
     rows = decoded(folder, split, bpe)
-    wrong = [row._replace(texts=tuple(with_typos(row.texts, row.id, share, seed))) for row in rows]
+    wrong = [row._replace(texts=tuple(with_typos(row.texts, row.id, seed=seed))) for row in rows]
     limit = min(read_manifest(folder).get("max_tokens") or longest, longest)
     with Pool(bpe, 1, limit, len(rows[0].texts)) as pool:
         again, typed = _encoded(pool, rows), _encoded(pool, wrong)
@@ -89,7 +78,7 @@ def write_with_typos(
     (target / "ids").mkdir()
     shutil.copy(folder / "ids" / f"{split}.tsv", target / "ids")
     before = [read_indexed(folder / f"input{place}" / split) for place in range(len(typed))]
-    return Rewritten(len(rows), _equal(before, again), len(rows) - _equal(before, typed))
+    return {"rows": len(rows), "exact": _equal(before, again), "changed": len(rows) - _equal(before, typed)}
 
 
 def _encoded(pool: Pool, rows: Sequence[Row]) -> list[list[np.ndarray]]:

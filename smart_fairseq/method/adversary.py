@@ -26,21 +26,6 @@ from torch import Tensor
 
 from .divergence import Divergence
 
-__all__ = [
-    "Adversary",
-    "GradientFn",
-    "LogitsFn",
-    "ascend",
-    "ascent_step",
-    "find_perturbation",
-    "gradient_of",
-    "gradient_to_first_order",
-    "linearized",
-    "norm",
-    "normalize",
-    "project",
-]
-
 # perturbation [B, T, C] -> gradient [B, T, C]
 GradientFn = Callable[[Tensor], Tensor]
 # perturbation [B, T, C] -> outputs [B, K]
@@ -141,11 +126,7 @@ def ascent_step(perturbation: Tensor, gradient: Tensor, mask: Tensor, adversary:
 
 
 def ascend(
-    gradient_fn: GradientFn,
-    noise: Tensor,
-    mask: Tensor,
-    adversary: Adversary,
-    first_gradient: Tensor | None = None,
+    gradient_fn: GradientFn, noise: Tensor, mask: Tensor, adversary: Adversary, first_gradient: Tensor | None = None
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: from the noise, one projected gradient step at a time.
 
@@ -274,8 +255,7 @@ def linearized(outputs: Tensor, inputs: Tensor) -> LogitsFn:
 
 
 def gradient_to_first_order(
-    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
-    divergence_of_change: Divergence,
+    products_fn: Callable[[Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]], divergence_of_change: Divergence
 ) -> GradientFn:
     """The gradient of the divergence's second-order form, for `ascend`; right in any precision.
 

@@ -26,8 +26,6 @@ from torch import Tensor, nn
 
 from .loss import log_sum
 
-__all__ = ["StepDropout", "StochasticAnswer", "average", "texts"]
-
 
 def texts(tokens: Tensor, end: int, special: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Where the two texts of each row stand, without the tokens around them.

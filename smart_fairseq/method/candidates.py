@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .loss import log_sum
 
-__all__ = ["ABSENT", "best_of_others", "candidate_scores", "margin_loss", "mean_of_pairs", "ranked"]
-
 # the score of a place of a batch without a candidate: its share of a softmax is 0, and differences stay finite
 ABSENT = -1e4
 

@@ -17,19 +17,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DIVERGENCES",
-    "Divergence",
-    "jensen_shannon",
-    "kl",
-    "squared_change",
-    "squared_change_of_classes",
-    "squared_error",
-    "squared_error_of_classes",
-    "symmetric_kl",
-    "symmetric_kl_of_change",
-]
-
 # (outputs, reference outputs), both [B, K] -> [B]
 Divergence = Callable[[Tensor, Tensor], Tensor]
 

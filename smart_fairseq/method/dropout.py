@@ -11,8 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "without_dropout"]
-
 
 class RandomState:
     """The states of torch's generators at one moment, on the CPU and on one CUDA device.
@@ -36,12 +34,9 @@ class RandomState:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Run a block from this state, then go on as if the block had drawn nothing."""
-        after = RandomState(self.device)
-        self.restore()
-        try:
+        with torch.random.fork_rng([] if self.cuda is None else [self.device]):
+            self.restore()
             yield
-        finally:
-            after.restore()
 
 
 @contextmanager

@@ -27,8 +27,6 @@ from torch.nn.functional import logsigmoid, softplus
 from .candidates import ABSENT, mean_of_pairs
 from .loss import log_sum
 
-__all__ = ["hybrid_loss", "hybrid_scores", "similarities"]
-
 Linear = Callable[[Tensor], Tensor]
 
 

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from .divergence import squared_error
 
-__all__ = ["log_sum", "task_loss"]
-
 
 def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy for classes, squared error for a regression, in float32 or wider.

@@ -15,8 +15,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["example_noise", "uniform_noise"]
-
 
 def _signed(value: int) -> int:
     """The 64-bit pattern of ``value`` as torch's int64 holds it."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .divergence import Divergence
 
-__all__ = ["group_places", "of_groups", "over_groups", "picked", "ranking_loss"]
-
 # the logit where there is no candidate: its probability is 0, and differences of its logarithm are finite
 NOTHING = -1e30
 
@@ -26,12 +24,8 @@ def group_places(sizes: list[int]) -> Tensor:
     tensor([[0, 1, 5],
             [2, 3, 4]])
     """
-    places = torch.full((len(sizes), max(sizes)), sum(sizes))
-    start = 0
-    for row, size in zip(places, sizes):
-        row[:size] = torch.arange(start, start + size)
-        start += size
-    return places
+    rows = torch.arange(sum(sizes))
+    return torch.nn.utils.rnn.pad_sequence(list(rows.split(sizes)), batch_first=True, padding_value=len(rows))
 
 
 def over_groups(values: Tensor, groups: Tensor, nothing: float = NOTHING) -> Tensor:

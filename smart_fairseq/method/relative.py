@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .adversary import Adversary
 
-__all__ = ["noise_in_units", "unit_of"]
-
 
 def unit_of(embeddings: Tensor, mask: Tensor, adversary: Adversary) -> Tensor:
     """The size of an example's (scope "example") or a token's embeddings: what a relative size is a share of.

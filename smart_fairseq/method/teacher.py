@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["average_", "momentum_at", "momentum_for"]
-
 
 def momentum_at(
     update: int, *, total_updates: int, momentum: float, warmup_momentum: float, warmup_ratio: float

@@ -36,16 +36,6 @@ logger = logging.getLogger(__name__)
 BERT_LAYER_NORM_EPS = 1e-12
 
 
-def set_layer_norm_eps(model: nn.Module, eps: float) -> None:
-    """Give every LayerNorm inside `model` the epsilon `eps`.
-
-    Found by attribute rather than by class, because fairseq uses apex's fused LayerNorm where that is installed.
-    """
-    for module in model.modules():
-        if hasattr(module, "normalized_shape") and hasattr(module, "eps"):
-            setattr(module, "eps", eps)  # noqa: B010  to mypy, a module's attributes are modules or tensors
-
-
 def in_second_text(src_tokens: Tensor, separator: int) -> Tensor:
     """Whether a token stands behind the first separator of its row: [B, T] ids -> [B, T] bool.
 
@@ -105,7 +95,10 @@ class SmartBertModel(RobertaModel):
         super().__init__(args, encoder)
         eps = safe_getattr(args, "smart_layer_norm_eps", BERT_LAYER_NORM_EPS)
         require(math.isfinite(eps) and eps > 0, "--smart-layer-norm-eps", eps, "a positive number, such as 1e-12")
-        set_layer_norm_eps(self.encoder, eps)
+        for module in self.encoder.modules():
+            # not by class: fairseq uses apex's fused LayerNorm where that is installed
+            if hasattr(module, "normalized_shape") and hasattr(module, "eps"):
+                module.eps = eps
         self.pooler: dict[str, Tensor] = {}  # weight [C, C] and bias [C], once a checkpoint brought them
 
     @classmethod

@@ -8,7 +8,7 @@ teacher through `smart_fairseq.training.link`.
 import argparse
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UsageError, require
 from ..method.teacher import average_, momentum_at, momentum_for
+from ..training.flags import flag
 from ..training.recipes import LEAST_MEMORY, MEMORY, MOMENTUM
 
 logger = logging.getLogger(__name__)
@@ -28,36 +29,26 @@ logger = logging.getLogger(__name__)
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class MBPPConfig(FairseqAdamConfig):
-    mbpp_base: str = field(
-        default="adam",
-        metadata={
-            "help": "wrapped optimizer: adam, adamw_fused (the same in one kernel), radam, or any registered one that "
-            "needs no flags of its own"
-        },
+    mbpp_base: str = flag(
+        "adam",
+        "wrapped optimizer: adam, adamw_fused (the same in one kernel), radam, or any registered one that "
+        "needs no flags of its own",
     )
-    mbpp_recipe: ChoiceEnum(list(MOMENTUM)) = field(  # type: ignore[valid-type]
-        default="smart",
-        metadata={
-            "help": "momentum where it is not given: smart, of a teacher that remembers a share of the run; paper, "
-            "0.99 and then 0.999"
-        },
+    mbpp_recipe: ChoiceEnum(list(MOMENTUM)) = flag(  # type: ignore[valid-type]
+        "smart",
+        "momentum where it is not given: smart, of a teacher that remembers a share of the run; paper, "
+        "0.99 and then 0.999",
     )
-    mbpp_momentum: Optional[float] = field(
-        default=None,
-        metadata={"help": "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"},
+    mbpp_momentum: Optional[float] = flag(
+        None, "weight of the old teacher in its moving average; 0 with --mbpp-inner-steps above 1 is VBPP"
     )
-    mbpp_warmup_momentum: Optional[float] = field(
-        default=None,
-        metadata={"help": "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"},
+    mbpp_warmup_momentum: Optional[float] = flag(
+        None, "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"
     )
-    mbpp_warmup_ratio: float = field(
-        default=0.1,
-        metadata={"help": "that first part, as a fraction of --max-update (or else of --total-num-update)"},
+    mbpp_warmup_ratio: float = flag(
+        0.1, "that first part, as a fraction of --max-update (or else of --total-num-update)"
     )
-    mbpp_inner_steps: int = field(
-        default=1,
-        metadata={"help": "updates between two averages of the teacher"},
-    )
+    mbpp_inner_steps: int = flag(1, "updates between two averages of the teacher")
     # for the length of training; bare interpolations, so that they do not become flags
     mbpp_max_update: int = II("optimization.max_update")
     mbpp_lr_scheduler: Any = II("lr_scheduler")
@@ -67,13 +58,11 @@ class MBPPConfig(FairseqAdamConfig):
 class _RAdam(FairseqAdam):
     """torch's RAdam with the flags of fairseq's adam, weight decay decoupled as there."""
 
+    supports_flat_params = True  # it works entry by entry
+
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
         super().__init__(cfg, params)
         self._optimizer = torch.optim.RAdam(params, **self.optimizer_config, decoupled_weight_decay=True)
-
-    @property
-    def supports_flat_params(self) -> bool:
-        return True  # it works entry by entry
 
 
 class _FusedAdamW(FairseqAdam):
@@ -84,14 +73,11 @@ class _FusedAdamW(FairseqAdam):
     """
 
     updates = 0
+    supports_flat_params = True  # it works entry by entry
 
     def __init__(self, cfg: MBPPConfig, params: Any) -> None:
         super().__init__(cfg, params)
         self._optimizer = torch.optim.AdamW(params, **self.optimizer_config, fused=True)
-
-    @property
-    def supports_flat_params(self) -> bool:
-        return True  # it works entry by entry
 
     def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
         # fairseq adds epsilon before the second moment's bias is corrected, torch after it

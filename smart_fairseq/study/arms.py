@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from ..data.lines import shown
-from ..errors import UsageError
+from ..errors import require
 from .lines import Line
 from .plan import Asked, Plan, arm_of
 from .report import half_width
@@ -78,9 +78,9 @@ def arms_of(plan: Plan, against: str | None = None) -> dict[str, list[Arm]]:
     has them too; where that has more values, with its only arm that has these. Raises `UsageError` for a method that
     the plan does not have.
     """
-    if against is not None and against not in plan.methods:
-        names = ", ".join(plan.methods)
-        raise UsageError(f"--against is {shown(against)}; it must be a method of {plan.path}: {names}")
+    if against is not None:
+        allowed = f"a method of {plan.path}: {', '.join(plan.methods)}"
+        require(against in plan.methods, "--against", shown(against), allowed)
     first = against or next(iter(plan.methods))
     found: dict[tuple[str, str], tuple[Asked, dict[int, Line]]] = {}
     for asked in plan.runs():

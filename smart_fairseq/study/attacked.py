@@ -4,8 +4,6 @@ For a seed all methods have the same rows attacked, from the same start. Logits 
 fitted on the half of the rows on which `scores` fits it: overconfidence alone hides the direction of an attack.
 """
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +12,6 @@ import numpy as np
 
 from ..evaluation.calibration import fit_temperature
 
-__all__ = ["FLAG", "Attack", "attacked", "scores_under_attack", "split_in_halves"]
-
-FLAG = "--attack="  # of the worker
 MAX_TOKENS = 1024  # of a batch: a gradient keeps activations, which a prediction does not
 _DRAW = 1  # the rows that are attacked are another draw than the half that fits the temperature
 
@@ -28,22 +23,8 @@ Forwards = Callable[[list[int]], tuple[Any, Any, Any]]
 class Attack:
     """What is asked for: rising radii, as shares of an example's own embeddings; so many rows, drawn by the seed."""
 
-    radii: tuple[float, ...]
+    radii: list[float]
     rows: int
-
-    def settings(self) -> dict[str, Any]:
-        """For a run's key and line."""
-        return {"radii": list(self.radii), "rows": self.rows}
-
-    def argument(self, seed: int) -> str:
-        """Of the worker."""
-        return FLAG + json.dumps({**dataclasses.asdict(self), "seed": seed})
-
-    @staticmethod
-    def of_argument(text: str) -> tuple["Attack", int]:
-        """The attack and the seed."""
-        given = json.loads(text.removeprefix(FLAG))
-        return Attack(tuple(given["radii"]), given["rows"]), given["seed"]
 
 
 def split_in_halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..commands.predict import replace_file
 from ..data.lines import located, shown
+from ..files import replace_file
 from .arms import Arm, arms_of
 from .lines import Line
 from .pictures import draw, draw_against_cost
@@ -40,14 +40,11 @@ def write_report(plan: Plan, against: str | None = None) -> list[Path]:
     written = [plan.out / f"report{suffix}.md", plan.out / f"report{suffix}.csv"]
     for name, arms in tasks.items():
         parts += [f"## {name}", _made_with(_lines(arms)), short_table(arms)]
-        for picture, drawn, title in (
-            (plan.out / f"{name}{suffix}.svg", draw, f"Differences to {baseline}, with their 95 % intervals"),
-            (
-                plan.out / f"{name}{suffix}-cost.svg",
-                draw_against_cost,
-                f"Differences to {baseline} against the cost of an update",
-            ),
+        for end, drawn, title in (
+            ("", draw, f"Differences to {baseline}, with their 95 % intervals"),
+            ("-cost", draw_against_cost, f"Differences to {baseline} against the cost of an update"),
         ):
+            picture = plan.out / f"{name}{suffix}{end}.svg"
             if drawn(arms, picture):
                 parts.append(f"![{title}]({picture.name})")
                 written.append(picture)
@@ -64,8 +61,8 @@ def _lines(arms: Sequence[Arm]) -> list[Line]:
 def _made_with(lines: Sequence[Line]) -> str:
     """Rows, seeds, versions and commits in words."""
 
-    def all_of(*names: str) -> str:
-        return ", ".join(dict.fromkeys(" ".join(str(line[name]) for name in names) for line in lines))
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(line[name]) for line in lines))
 
     draw = lines[0]["draw"]
     flip = f", {draw['flip']:.0%} of their labels flipped" if draw["flip"] else ""
@@ -106,7 +103,7 @@ def put_into(plan: Plan, document: Path, against: str | None = None) -> list[str
     except OSError as error:
         raise located(document, 0, f"--into: cannot be read ({error.strerror})") from None
     tasks = [name for name, arms in arms_of(plan).items() if arms]
-    marks = [mark for mark in _marks(document, text, tasks)]
+    marks = list(_marks(document, text, tasks))
     if not marks:
         names = ", ".join(task.name for task in plan.tasks)
         raise located(document, 0, f"--into: has no marks <!-- study:TASK begin --> for a task with runs ({names})")
@@ -120,15 +117,15 @@ def _marks(document: Path, text: str, tasks: Sequence[str]) -> Iterator[_Mark]:
     found = [match for match in MARK.finditer(text) if match[1] in tasks]
     for place, match in enumerate(found):
         line = text.count("\n", 0, match.start()) + 1
-        beside = [found[other] if 0 <= other < len(found) else None for other in (place - 1, place + 1)]
-        (before, after), other = beside, "begin" if match[3] == "end" else "end"
-        partner = after if match[3] == "begin" else before
-        if partner is None or (partner[1], partner[3]) != (match[1], other):
-            what = f"begins a table, and <!-- study:{match[1]} end --> must come next"
-            if match[3] == "end":
-                what = f"ends a table, and <!-- study:{match[1]} begin --> must come before it"
+        begins = match[3] == "begin"
+        other = place + 1 if begins else place - 1
+        partner = found[other] if 0 <= other < len(found) else None
+        if partner is None or (partner[1], partner[3]) != (match[1], "end" if begins else "begin"):
+            what = f"ends a table, and <!-- study:{match[1]} begin --> must come before it"
+            if begins:
+                what = f"begins a table, and <!-- study:{match[1]} end --> must come next"
             raise located(document, line, f"--into: this mark {what}")
-        if match[3] == "begin":
+        if begins:
             options = _options(document, line, match[2].split())
             yield _Mark(match[1], options, line, match.end(), partner.start())
 

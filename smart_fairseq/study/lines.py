@@ -16,7 +16,7 @@ import smart_fairseq
 
 from ..data.lines import located, shown
 from ..errors import UsageError, parse_json
-from ..files import finite, whole_file
+from ..files import finite, replace_file
 
 Line = dict[str, Any]
 # what every line has, with the kind of each; metrics and terms hold numbers
@@ -66,10 +66,7 @@ def _sound(line: Any) -> Line:
 
 def write_lines(path: Path, lines: Sequence[Line]) -> None:
     """Replace the file; numbers that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
-        partial.write_text(text, encoding="utf-8", newline="\n")
+    replace_file(path, "".join(json.dumps(finite(line)) + "\n" for line in lines))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ def _plots() -> Any:
 
 
 def _save(figure: Any, path: Path) -> bool:
-    figure.tight_layout()
     # the same bytes for the same numbers
     with pyplot().rc_context({"svg.hashsalt": path.stem}):
         save(figure, path, metadata={"Date": None})

@@ -16,12 +16,10 @@ from . import recipe
 from .attacked import Attack
 from .recipe import Flag
 from .rows import Draw, Source
-from .values import boolean, load, mapping, must_be, named, number, whole
+from .values import boolean, load, mapping, must_be, named, number, some_of, whole
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train", "transfer")
-# in a block of flags: what becomes the number of updates and their schedule
-LENGTH = ("epochs", "warmup")
 OURS = {  # flags that the study gives
     **{name: "name the encoder with encoder:" for name in ("restore-file", "finetune-from-model")},
     **{name: "say epochs: and warmup: (a share)" for name in ("max-update", "max-epoch", "total-num-update")},
@@ -103,8 +101,8 @@ class Asked:
 
     def beside(self) -> dict[str, Any]:
         """What is asked for beside the training, where something is: by it too a line is found again."""
-        attack = {"attack": self.attack.settings()} if self.attack else {}
-        return attack | ({"transfer": sorted(self.task.transfer)} if self.task.transfer else {})
+        asked = {"attack": self.attack and asdict(self.attack), "transfer": sorted(self.task.transfer)}
+        return {name: what for name, what in asked.items() if what}
 
 
 # of the grid: tasks, methods, values by flag
@@ -194,8 +192,6 @@ def read_plan(path: Path, files: bool = True) -> Plan:
     given = mapping(path, "the plan", load(path), KEYS)
     for key in ("out", "tasks", "methods", "seeds"):
         must_be(path, given.get(key), key, given.get(key), "given")
-    out = Path(str(given["out"]))
-    work = Path(str(given.get("work") or Path(".cache") / "study" / path.stem))
     methods = {name: _flags(path, f"methods.{name}", value) for name, value in named(path, given, "methods").items()}
     tasks = [_task(path, name, value, files) for name, value in named(path, given, "tasks").items()]
     seeds = given["seeds"]
@@ -206,8 +202,8 @@ def read_plan(path: Path, files: bool = True) -> Plan:
     checkpoint, encoder_flags, bpe = _encoder(path, given.get("encoder")) if files else (None, [], "")
     plan = Plan(
         path=path,
-        out=out,
-        work=work,
+        out=Path(str(given["out"])),
+        work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
         checkpoint=checkpoint,
         encoder_flags=encoder_flags,
         bpe=bpe,
@@ -286,13 +282,10 @@ def _attacks(
     right = isinstance(radii, list) and bool(radii) and all(type(r) in (float, int) and 0 < r <= 1 for r in radii)
     right = right and sorted(set(radii or [])) == radii
     must_be(path, right, "attack: radii", radii, "a list of rising shares, above 0 and up to 1")
-    chosen = {}
-    for key, all_of in (("methods", list(methods)), ("seeds", list(seeds))):
-        chosen[key] = found.get(key, all_of)
-        right = isinstance(chosen[key], list) and bool(chosen[key]) and all(value in all_of for value in chosen[key])
-        must_be(path, right, f"attack: {key}", chosen[key], f"a list of {', '.join(map(str, all_of))}")
-    asked = Attack(tuple(map(float, radii or [])), rows or 0)
-    return lambda method, seed: asked if method in chosen["methods"] and seed in chosen["seeds"] else None
+    attacked_methods = some_of(path, "attack: methods", found.get("methods", list(methods)), methods)
+    attacked_seeds = some_of(path, "attack: seeds", found.get("seeds", list(seeds)), seeds)
+    asked = Attack(list(map(float, radii or [])), rows or 0)
+    return lambda method, seed: asked if method in attacked_methods and seed in attacked_seeds else None
 
 
 def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:
@@ -302,9 +295,7 @@ def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, .
     if given is None:
         known = TASKS.get(str(source.manifest.get("task")))
         return known.metrics if known else (("pearson",) if source.regression else ("accuracy",))
-    right = isinstance(given, list) and given and set(given) <= set(allowed)
-    must_be(path, right, f"{where}: metrics", given, f"a list of {', '.join(allowed)}")
-    return tuple(given)
+    return tuple(some_of(path, f"{where}: metrics", given, allowed))
 
 
 def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
@@ -330,7 +321,7 @@ def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) 
     for block in given if isinstance(given, list) else [given]:
         block = mapping(path, "grid", block)
         for_tasks, for_methods = (
-            _names(path, f"grid: {key}", block.pop(key, list(allowed)), allowed)
+            some_of(path, f"grid: {key}", block.pop(key, list(allowed)), allowed)
             for key, allowed in (("tasks", tasks), ("methods", methods))
         )
         for name, values in block.items():
@@ -343,9 +334,3 @@ def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) 
                 seen.add(place)
         found.append((for_tasks, for_methods, block))
     return found
-
-
-def _names(path: Path, key: str, value: Any, allowed: Sequence[str]) -> list[str]:
-    right = isinstance(value, list) and value and all(name in allowed for name in value)
-    must_be(path, right, key, value, f"a list of {', '.join(allowed)}")
-    return list(value)

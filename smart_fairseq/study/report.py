@@ -37,12 +37,6 @@ def term(result: Result, name: str) -> tuple[float, float] | None:
     return (values[0], mean(values[-max(1, len(values) // 10) :])) if values else None
 
 
-def last_tenth(result: Result, name: str) -> float | None:
-    """The mean of what was logged under a name over the last tenth of the updates that logged it."""
-    found = term(result, name)
-    return None if found is None else found[1]
-
-
 def logged(result: Result, name: str) -> list[float]:
     """What the updates logged under a name, those that did."""
     return [value for value in (_term_of(line, name) for line in result.inner) if value is not None]

@@ -17,7 +17,8 @@ from ..data.lines import located
 from ..data.pool import integer_typecode
 from ..files import whole_folder
 
-TRANSFER = "--transfer="  # of the worker: a JSON object, name to folder
+# of a new folder's parts the rows: (split, position) in the folder that they are from
+Parts = dict[str, list[tuple[str, int]]]
 
 
 @dataclass(frozen=True)
@@ -161,20 +162,19 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
 def take_all(source: Source, target: Path) -> None:
     """Write ``target``, whole or not at all: valid, all labelled rows."""
     labels = {split: source.labels(split) for split in source.splits}
-    _write(
-        source, target, labels, {"valid": [(split, place) for split in labels for place in range(len(labels[split]))]}
-    )
+    rows = [(split, place) for split in labels for place in range(len(labels[split]))]
+    _write(source, target, labels, {"valid": rows})
 
 
 def _write(
     source: Source,
     target: Path,
     labels: dict[str, np.ndarray],
-    parts: dict[str, list[tuple[str, int]]],
+    parts: Parts,
     words: np.ndarray | None = None,
     flip: tuple[float, int] | None = None,
 ) -> None:
-    """A data folder of some rows, (split, position) each.
+    """A data folder of some rows.
 
     labels: of the source, by split.
     flip: share of the training labels, and the seed.
@@ -203,9 +203,7 @@ def _write(
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_input(
-    source: Source, folder: Path, name: str, parts: dict[str, list[tuple[str, int]]], words: np.ndarray | None
-) -> None:
+def _write_input(source: Source, folder: Path, name: str, parts: Parts, words: np.ndarray | None) -> None:
     (folder / name).mkdir()
     lines = (source.folder / name / "dict.txt").read_bytes().splitlines(keepends=True)
     if words is None:

@@ -84,15 +84,6 @@ class Result:
     def done(self) -> int:
         return len(self.inner)
 
-    @property
-    def updates_left(self) -> int:
-        return 0 if self.seconds else self.run.updates - self.done
-
-    @property
-    def seconds_beside(self) -> float:
-        """What start and end take, beside the updates."""
-        return self.seconds - (self.last_update - self.first_update)
-
     def seconds_per_update(self) -> float | None:
         return (self.last_update - self.first_update) / (self.done - 1) if self.done > 4 else None
 
@@ -145,9 +136,9 @@ def seconds_left(results: Sequence[Result], jobs: int) -> float | None:
         return None
     usual = mean(mean(found) for found in rates.values())
     rate_of = {run.method: run.cost * mean(rates.get(run.method, [usual])) for run in (r.run for r in results)}
-    beside = [result.seconds_beside for result in results if result.seconds]
+    beside = [r.seconds - (r.last_update - r.first_update) for r in results if r.seconds]
     each = mean(beside) if beside else 0.0
-    left = [r.updates_left * rate_of[r.run.method] + (0.0 if r.seconds else each) for r in results]
+    left = [0.0 if r.seconds else (r.run.updates - r.done) * rate_of[r.run.method] + each for r in results]
     return max(sum(left) / jobs, max(left))
 
 

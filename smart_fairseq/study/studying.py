@@ -19,8 +19,8 @@ from ..files import sha256
 from .attacked import scores_under_attack
 from .lines import Line, alone, facts, read_lines, write_lines
 from .plan import Asked, Plan, Task
-from .report import last_tenth
-from .rows import TRANSFER, cut_out, take_all
+from .report import term
+from .rows import cut_out, take_all
 from .runs import Result, Run, run_all
 from .scores import all_scores, scores_elsewhere
 
@@ -71,10 +71,8 @@ class Study:
 
     def key(self, asked: Asked) -> str:
         """By all that determines the result, but for the code: a run whose key has a line is not run again."""
-        attack = [asked.attack.settings()] if asked.attack else []
-        transfer = self.transfer[asked.task.name]
-        more = attack + ([transfer] if transfer else [])
-        return _short([asked.settings(), self.data[asked.task.name], self.encoder, *more])
+        more = (asked.attack and asdict(asked.attack), self.transfer[asked.task.name])
+        return _short([asked.settings(), self.data[asked.task.name], self.encoder, *filter(None, more)])
 
     def folder(self, asked: Asked) -> Path:
         """The data folder of a run: the same for all methods."""
@@ -99,11 +97,8 @@ class Study:
             checkpoint = target
         logits = self.logits(self.key(asked))
         logits.parent.mkdir(parents=True, exist_ok=True)
-        program = [*WORKER, str(logits), "keep" if self.plan.keep else "delete"]
-        if asked.attack:
-            program.append(asked.attack.argument(asked.seed))
-        if asked.task.transfer:
-            program.append(TRANSFER + json.dumps(self.elsewhere(asked.task)))
+        attack, transfer = asked.attack and asdict(asked.attack), self.elsewhere(asked.task)
+        beside = {"keep": self.plan.keep, "seed": asked.seed, "attack": attack, "transfer": transfer}
         return Run(
             name=asked.name,
             method=f"{asked.task.name} {asked.arm}",
@@ -112,7 +107,7 @@ class Study:
             folder=self.plan.work,
             updates=asked.updates,
             cost=1.0 if asked.flags["criterion"] == "sentence_prediction" else 2.5,
-            program=program,
+            program=[*WORKER, str(logits), json.dumps(beside)],
         )
 
     def elsewhere(self, task: Task) -> dict[str, str]:
@@ -144,13 +139,13 @@ class Study:
     def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:
         key = self.key(asked)
         terms = {name for update in result.inner for name in update if name.endswith(TERMS) and name != "nll_loss"}
-        found = {name: last_tenth(result, name) for name in sorted(terms | {"task_loss"})}
+        found = {name: term(result, name) for name in sorted(terms | {"task_loss"})}
         return {
             "key": key,
             **asked.settings(),
             **asked.beside(),
             "metrics": self.metrics(asked, key),
-            "terms": {name: value for name, value in found.items() if value is not None},
+            "terms": {name: values[1] for name, values in found.items() if values is not None},
             "updates": result.done,
             "rows": {"train": asked.task.train_rows, "valid": int(result.scored["rows"])},
             "seconds": round(result.seconds, 1),

@@ -9,8 +9,6 @@ from omegaconf import OmegaConf
 
 from ..data.lines import located, shown
 
-__all__ = ["boolean", "load", "mapping", "must_be", "named", "number", "whole"]
-
 
 def load(path: Path) -> Any:
     """A file of YAML."""
@@ -49,6 +47,13 @@ def named(path: Path, given: Mapping[str, Any], key: str, where: str = "") -> di
         right = name.replace("-", "").replace("_", "").isalnum()
         must_be(path, right, f"{place}: name", name, "of letters, digits, - and _")
     return found
+
+
+def some_of(path: Path, key: str, value: Any, allowed: Sequence[Any]) -> list[Any]:
+    """A list of one or more of the ``allowed``."""
+    right = isinstance(value, list) and value and all(item in allowed for item in value)
+    must_be(path, right, key, value, f"a list of {', '.join(map(str, allowed))}")
+    return list(value)
 
 
 def number(path: Path, key: str, value: Any, least: float) -> float:

@@ -1,6 +1,6 @@
 """One run of a study, as a process of its own: fairseq-train, then the logits of the valid split.
 
-    python -m smart_fairseq.study.worker LOGITS.npz {keep,delete} [--attack=JSON] [--transfer=JSON] TRAIN_FLAGS...
+    python -m smart_fairseq.study.worker LOGITS.npz JSON TRAIN_FLAGS...
 
 The weights are attacked, and predict the rows of other folders, where that is asked for. The checkpoint is deleted once
 the logits are there, unless it is to be kept. The process ends with the one that started it, even if that was killed.
@@ -22,8 +22,7 @@ import numpy as np
 from ..files import whole_file
 from ..inference import batches
 from ..patches import allow_fairseq_checkpoints
-from .attacked import FLAG, Attack, attacked
-from .rows import TRANSFER
+from .attacked import Attack, attacked
 
 MAX_TOKENS = 4096
 NICENESS = 5
@@ -127,11 +126,11 @@ class Trained:
         return forward, inputs["src_tokens"], gold.to(self.device)
 
 
-def main(out: Path, keep: bool, arguments: list[str], attack: str = "", transfer: str = "") -> None:
+def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
     """Train, predict, attack, store: ``out`` is there whole or not at all.
 
-    attack: an `Attack.argument`.
-    transfer: `TRANSFER` with a JSON object of folders by name.
+    beside: whether to ``keep`` the checkpoint, the ``seed``, an `Attack`'s values or None as ``attack``, and folders by
+        name as ``transfer``.
     """
     leave_with_parent()
     os.nice(NICENESS)
@@ -144,20 +143,19 @@ def main(out: Path, keep: bool, arguments: list[str], attack: str = "", transfer
     if not np.isfinite(logits).all():
         sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
     stored: dict[str, Any] = {"logits": logits, "labels": labels}
-    if attack:
-        stored |= attacked(*Attack.of_argument(attack), logits, labels, trained.sizes, trained.forward)
-    for name, folder in (json.loads(transfer.removeprefix(TRANSFER)) if transfer else {}).items():
+    if beside["attack"]:
+        asked = Attack(**beside["attack"])
+        stored |= attacked(asked, beside["seed"], logits, labels, trained.sizes, trained.forward)
+    for name, folder in beside["transfer"].items():
         trained.turn_to(folder)
         stored[f"logits_on_{name}"], stored[f"labels_on_{name}"] = trained.predict()
     with whole_file(out) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **stored)
-    if not keep:
+    if not beside["keep"]:
         shutil.rmtree(save_dir)
     facts = {"rows": len(labels), "cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
     logger.info(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    _out, _keep, *_rest = sys.argv[1:]
-    _asked = [_rest.pop(0) if _rest[0].startswith(flag) else "" for flag in (FLAG, TRANSFER)]
-    main(Path(_out), _keep == "keep", _rest, *_asked)
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:])

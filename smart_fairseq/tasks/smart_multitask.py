@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -18,11 +18,7 @@ from fairseq import models
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
-from fairseq.tasks.sentence_prediction import (
-    SHORTEN_METHOD_CHOICES,
-    SentencePredictionConfig,
-    SentencePredictionTask,
-)
+from fairseq.tasks.sentence_prediction import SHORTEN_METHOD_CHOICES, SentencePredictionConfig, SentencePredictionTask
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
 from ..convert.checkpoint import HEAD_PARTS, check_head
@@ -37,6 +33,7 @@ from ..method.answer import StochasticAnswer
 from ..training.batches import GroupedDataset, MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
+from ..training.flags import flag
 from ..training.objective import Objective, common, log_by_task
 
 logger = logging.getLogger(__name__)
@@ -47,46 +44,34 @@ TASKS_FLAG = "--multitask-tasks"
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class MultitaskConfig(FairseqDataclass):
-    data: str = field(default=MISSING, metadata={"help": "folder of the data folders, or one of them"})
-    multitask_tasks: Optional[str] = field(
-        default=None,
-        metadata={"help": "data folders in that folder, with commas between; not set: all that it holds"},
+    data: str = flag(MISSING, "folder of the data folders, or one of them")
+    multitask_tasks: Optional[str] = flag(
+        None, "data folders in that folder, with commas between; not set: all that it holds"
     )
-    multitask_alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "an epoch takes batches of each task in proportion to the number of all its batches to this power: "
-            "1 takes each once, 0 as many of every task"
-        },
+    multitask_alpha: float = flag(
+        1.0,
+        "an epoch takes batches of each task in proportion to the number of all its batches to this power: "
+        "1 takes each once, 0 as many of every task",
     )
-    multitask_dropout: Optional[str] = field(
-        default=None,
-        metadata={"help": "dropout of single tasks' heads in the place of --pooler-dropout, as in CoLA=0.05,MNLI=0.3"},
+    multitask_dropout: Optional[str] = flag(
+        None, "dropout of single tasks' heads in the place of --pooler-dropout, as in CoLA=0.05,MNLI=0.3"
     )
-    multitask_san: Optional[str] = field(
-        default=None,
-        metadata={"help": "tasks of pairs that get a stochastic answer network as their head, as in RTE,MRPC"},
+    multitask_san: Optional[str] = flag(
+        None, "tasks of pairs that get a stochastic answer network as their head, as in RTE,MRPC"
     )
-    multitask_san_steps: int = field(default=5, metadata={"help": "reading steps of these heads"})
-    multitask_san_dropout: float = field(
-        default=0.1,
-        metadata={
-            "help": "share of these heads' steps whose answers training leaves out (stochastic prediction dropout)"
-        },
+    multitask_san_steps: int = flag(5, "reading steps of these heads")
+    multitask_san_dropout: float = flag(
+        0.1, "share of these heads' steps whose answers training leaves out (stochastic prediction dropout)"
     )
     # the rest as sentence_prediction has it
-    init_token: Optional[int] = field(default=None, metadata={"help": "add token at the beginning of each batch item"})
-    separator_token: Optional[int] = field(default=None, metadata={"help": "add separator token between inputs"})
-    no_shuffle: bool = field(default=False, metadata={"help": "keep the rows of each task in their order"})
-    shorten_method: SHORTEN_METHOD_CHOICES = field(
-        default="none",
-        metadata={"help": "if not none, shorten sequences that exceed tokens_per_sample"},
+    init_token: Optional[int] = flag(None, "add token at the beginning of each batch item")
+    separator_token: Optional[int] = flag(None, "add separator token between inputs")
+    no_shuffle: bool = flag(False, "keep the rows of each task in their order")
+    shorten_method: SHORTEN_METHOD_CHOICES = flag(
+        "none", "if not none, shorten sequences that exceed tokens_per_sample"
     )
-    shorten_data_split_list: str = field(
-        default="",
-        metadata={"help": "comma-separated list of dataset splits to apply shortening to"},
-    )
-    max_positions: int = field(default=512, metadata={"help": "max tokens per example"})
+    shorten_data_split_list: str = flag("", "comma-separated list of dataset splits to apply shortening to")
+    max_positions: int = flag(512, "max tokens per example")
     # bare interpolations, so that they do not become flags
     seed: int = II("common.seed")
 
@@ -200,7 +185,7 @@ def _objective(cfg: MultitaskConfig, name: str, task: Task, folder: Path) -> Obj
 def _dropout(text: Optional[str], names: Sequence[str]) -> Dict[str, float]:
     """By task what ``--multitask-dropout`` says."""
     found = {}
-    for part in (text or "").split(",") if text else ():
+    for part in text.split(",") if text else ():
         name, _, value = part.strip().partition("=")
         allowed = f"TASK=SHARE with one of {', '.join(names)} and a share from 0 to below 1"
         require(name in names and 0 <= as_number(value) < 1, "--multitask-dropout", shown(part), allowed)

@@ -9,7 +9,7 @@ the encoder scores them too (`smart_fairseq.method.hybrid`).
 import contextlib
 import functools
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ..training.candidates import (
     judge_hybrid,
     read_groups,
 )
+from ..training.flags import flag
 from ..training.metrics import REPORTED
 from ..training.objective import Objective
 
@@ -44,19 +45,15 @@ logger = logging.getLogger(__name__)
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class WnliConfig(FairseqDataclass):
-    data: str = field(default=MISSING, metadata={"help": "folder that preprocess wrote for WNLI-ranking or WSC"})
-    wnli_alpha: float = field(default=20.0, metadata={"help": "weight of the margin between right and wrong candidate"})
-    wnli_beta: float = field(default=0.2, metadata={"help": "the margin, in nats"})
-    wnli_hnn: bool = field(
-        default=False, metadata={"help": "score by HNN: LM head and similarity, and its loss in place of the margin's"}
-    )
-    wnli_hnn_beta: float = field(default=0.6, metadata={"help": "of HNN, the margin between scores from 0 to 1"})
-    wnli_hnn_gamma: float = field(default=10.0, metadata={"help": "of HNN, what scores are multiplied by to be ranked"})
-    wnli_new_lm_head: bool = field(
-        default=False, metadata={"help": "train with an encoder whose checkpoint holds no trained LM head"}
-    )
-    no_shuffle: bool = field(default=False, metadata={"help": "keep the groups in the order of the file"})
-    max_positions: int = field(default=512, metadata={"help": "max tokens per row"})
+    data: str = flag(MISSING, "folder that preprocess wrote for WNLI-ranking or WSC")
+    wnli_alpha: float = flag(20.0, "weight of the margin between right and wrong candidate")
+    wnli_beta: float = flag(0.2, "the margin, in nats")
+    wnli_hnn: bool = flag(False, "score by HNN: LM head and similarity, and its loss in place of the margin's")
+    wnli_hnn_beta: float = flag(0.6, "of HNN, the margin between scores from 0 to 1")
+    wnli_hnn_gamma: float = flag(10.0, "of HNN, what scores are multiplied by to be ranked")
+    wnli_new_lm_head: bool = flag(False, "train with an encoder whose checkpoint holds no trained LM head")
+    no_shuffle: bool = flag(False, "keep the groups in the order of the file")
+    max_positions: int = flag(512, "max tokens per row")
     # a bare interpolation, so that it does not become a flag
     seed: int = II("common.seed")
 

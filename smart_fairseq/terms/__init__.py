@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Term", "TermValue"]
-
 
 class TermValue(NamedTuple):
     """A term of one batch.

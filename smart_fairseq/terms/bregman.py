@@ -13,8 +13,6 @@ from ..encoder import Forward
 from ..method.divergence import Divergence
 from . import TermValue
 
-__all__ = ["bregman", "teacher_output"]
-
 
 def teacher_output(forward: Forward, weights: Mapping[str, Tensor], perturbation: Tensor | None = None) -> Tensor:
     """The teacher's logits [B, K], without dropout and without gradients."""

@@ -18,8 +18,6 @@ from ..encoder import Encoder
 from ..errors import UsageError
 from ..training.flags import AdversaryFlags
 
-__all__ = ["Form", "FormOfTerm", "Place", "Search", "choose_form", "few_outputs", "measure_place", "working_precision"]
-
 logger = logging.getLogger(__name__)
 
 # two forwards are off by epsilon over the perturbation, the first order by the perturbation, both relative to what
@@ -45,20 +43,10 @@ class FormOfTerm(Enum):
 class Search(Enum):
     """Where the gradient of the first ascent step comes from; the later ones take a forward each, or none."""
 
-    CLEAN_PASS = "clean_pass"
-    OWN_PASS = "own_pass"
-    FORWARD = "forward"
-    EVERY_STEP = "every_step"
-
-
-_WORDS = {
-    FormOfTerm.TWO_FORWARDS: "by two forwards",
-    FormOfTerm.FIRST_ORDER: "to first order (tangent)",
-    Search.CLEAN_PASS: "its first ascent step from the clean pass",
-    Search.OWN_PASS: "its first ascent step from a pass of its own",
-    Search.FORWARD: "its first ascent step by a forward, whose fresh masks move the output more than any noise",
-    Search.EVERY_STEP: "every ascent step from the clean pass",
-}
+    CLEAN_PASS = "its first ascent step from the clean pass"
+    OWN_PASS = "its first ascent step from a pass of its own"
+    FORWARD = "its first ascent step by a forward, whose fresh masks move the output more than any noise"
+    EVERY_STEP = "every ascent step from the clean pass"
 
 
 class Form(NamedTuple):
@@ -72,7 +60,8 @@ class Form(NamedTuple):
     scale: float = 1.0
 
     def in_words(self) -> str:
-        return f"{_WORDS[self.term]}, {_WORDS[self.search]}"
+        term = "by two forwards" if self.term is FormOfTerm.TWO_FORWARDS else "to first order (tangent)"
+        return f"{term}, {self.search.value}"
 
 
 class Place(NamedTuple):
@@ -94,11 +83,7 @@ def measure_place(encoder: Encoder, place: str, net_input: dict[str, Any]) -> Pl
     with encoder.turned_to(inputs):
         mask = encoder.mask(inputs["src_tokens"]).bool().squeeze(-1)
         values = encoder.embeddings(place, inputs)[mask].float()
-    return Place(
-        float(values.abs().median()),
-        float(values.square().mean().sqrt()),
-        values.numel() / len(mask),
-    )
+    return Place(float(values.abs().median()), float(values.square().mean().sqrt()), values.numel() / len(mask))
 
 
 def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_classes: int, dtype: torch.dtype) -> Form:
@@ -201,11 +186,8 @@ def _unknown_to_first_order(flags: AdversaryFlags, fresh_masks: bool) -> Iterato
     """Which flags the first-order form does not know, and what to do about each."""
     if fresh_masks or flags.smart_dropout == "off":
         yield f"does not know --smart-dropout {flags.smart_dropout}; use shared"
-    for flag, value in (
-        ("--smart-recompute", flags.smart_recompute),
-        ("--smart-linear-search", flags.smart_linear_search),
-    ):
-        if value:
-            yield f"does not know {flag}; leave that flag out"
+    for flag in ("recompute", "linear_search"):
+        if getattr(flags, f"smart_{flag}"):
+            yield f"does not know --smart-{flag.replace('_', '-')}; leave that flag out"
     if flags.smart_divergence in ("kl", "js"):
         yield f"does not know --smart-divergence {flags.smart_divergence}; use auto"

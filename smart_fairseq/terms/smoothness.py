@@ -37,8 +37,6 @@ from ..method.relative import noise_in_units, unit_of
 from . import Term, TermValue
 from .precision import Form, FormOfTerm, Search, few_outputs
 
-__all__ = ["Settings", "smoothness"]
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -11,7 +11,7 @@ l2 norm, or with the norm inf along its sign, then back onto the ball. Padding i
 the same in all passes over a batch, so that they climb one function.
 """
 
-from dataclasses import field, make_dataclass
+from dataclasses import make_dataclass
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -25,10 +25,8 @@ from ..method.noise import uniform_noise
 from ..method.relative import noise_in_units, unit_of
 from .checks import check_model
 from .criterion import RegularizedCriterion
-from .flags import RegularizedConfig, recipe_choices, with_recipe
+from .flags import RegularizedConfig, flag, recipe_choices, with_recipe
 from .link import Result
-
-__all__ = ["AdversarialCriterion", "Ball", "Start", "ball_config"]
 
 
 class Ball(NamedTuple):
@@ -66,10 +64,10 @@ def ball_config(name: str, prefix: str, module: str, steps: str) -> Any:
     """
     types: dict[str, Any] = dict.fromkeys(Ball._fields, float)
     types |= {"epsilon_unit": ChoiceEnum(["relative", "absolute"]), "norm": ChoiceEnum(["l2", "inf"]), "steps": int}
-    recipe = field(default="relative", metadata={"help": _RECIPE})
+    recipe = flag("relative", _RECIPE)
     fields: list[Any] = [(f"{prefix}_recipe", recipe_choices(prefix), recipe)]
     for key in Ball._fields:
-        not_set = field(default=None, metadata={"help": {**_HELP, "steps": steps}[key]})
+        not_set = flag(None, {**_HELP, "steps": steps}[key])
         fields.append((f"{prefix}_{key}", Optional[types[key]], not_set))  # noqa: UP045  (fairseq knows no other)
     config = make_dataclass(name, fields, bases=(RegularizedConfig,))
     config.__module__ = module  # so that it can be pickled
@@ -92,20 +90,21 @@ class Start(NamedTuple):
 class AdversarialCriterion(RegularizedCriterion):
     """What the adversarial criteria share; a subclass has `perturbation`, which sets ``delta`` and ``before``.
 
-    Args:
-        name: of the method, with which its flags and its entries in the log begin. Errors in them are `UsageError`s.
-
     Attributes:
+        name: of the method, with which its flags and its entries in the log begin. Errors in them are `UsageError`s.
         ball: the flags' values.
         delta: size of the batch's perturbations, a sum of norms in the unit of the radius.
         before: task loss of the batch where the ascent began, a sum; None where that is not known.
     """
 
-    def __init__(self, cfg: RegularizedConfig, task: Any, name: str) -> None:
+    name: str
+
+    def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
+        name = self.name
         cfg = with_recipe(cfg, name)
         ball = Ball.of(cfg, name)
         super().__init__(cfg, task, weights={}, adversarial=ball.epsilon > 0)
-        self.name, self.ball = name, ball
+        self.ball = ball
         self.delta: Tensor | None = None
         self.before: Tensor | None = None
         for key in ("epsilon", "start"):
@@ -122,9 +121,8 @@ class AdversarialCriterion(RegularizedCriterion):
     def prepare(self, encoder: Encoder) -> str:
         if self.adversarial:
             check_model(encoder)
-        return (
-            f"{self.name}: the task loss is taken at {'a perturbed point' if self.adversarial else 'the embeddings'}, "
-        )
+        where = "a perturbed point" if self.adversarial else "the embeddings"
+        return f"{self.name}: the task loss is taken at {where}, "
 
     def start(self, forward: Forward, sample: dict[str, Any]) -> Start:
         """A random point of the ball, which belongs to the example and the update."""

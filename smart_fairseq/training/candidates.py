@@ -28,17 +28,6 @@ from ..method.candidates import best_of_others, candidate_scores, ranked
 from ..method.hybrid import hybrid_loss, hybrid_scores, similarities
 from .batches import Groups
 
-__all__ = [
-    "CandidateDataset",
-    "CandidateHead",
-    "Group",
-    "HybridHead",
-    "judge",
-    "judge_hybrid",
-    "read_groups",
-    "row_logits",
-]
-
 HEAD, HYBRID = "candidates", "hnn"  # the heads' names among the model's
 INIT_STD = 0.02  # BERT's, for the weights that no checkpoint brings
 UNKNOWN = -1

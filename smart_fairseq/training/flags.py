@@ -22,95 +22,66 @@ if TYPE_CHECKING:
 else:
     ByRecipe = Optional[float]
 
-__all__ = ["AdversaryFlags", "ByRecipe", "RegularizedConfig", "recipe_choices", "with_recipe"]
+
+def flag(default: Any, help: str) -> Any:
+    """A field of a configuration that fairseq makes a flag."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class AdversaryFlags:
     """The ball, the ascent, and how the term at its end is computed."""
 
-    smart_recipe: ChoiceEnum(list(RECIPES)) = field(  # type: ignore[valid-type]
-        default="smart",
-        metadata={
-            "help": "values of the flags that are not given: smart (acts; the default), paper (as printed), release "
-            "(the authors' code), sift (DeBERTa's)"
-        },
+    smart_recipe: ChoiceEnum(list(RECIPES)) = flag(  # type: ignore[valid-type]
+        "smart",
+        "values of the flags that are not given: smart (acts; the default), paper (as printed), release "
+        "(the authors' code), sift (DeBERTa's)",
     )
-    smart_epsilon_unit: Optional[ChoiceEnum(["relative", "absolute"])] = field(  # type: ignore[valid-type]
-        default=None,
-        metadata={
-            "help": "what radius, noise and step are measured in: relative, in the root mean square of the example's "
-            "embeddings where they are perturbed; absolute, in their own units"
-        },
+    smart_epsilon_unit: Optional[ChoiceEnum(["relative", "absolute"])] = flag(  # type: ignore[valid-type]
+        None,
+        "what radius, noise and step are measured in: relative, in the root mean square of the example's "
+        "embeddings where they are perturbed; absolute, in their own units",
     )
-    smart_epsilon: ByRecipe = field(
-        default=None,
-        metadata={"help": "radius of the ball around the embeddings (with --smart-projection ball)"},
+    smart_epsilon: ByRecipe = flag(None, "radius of the ball around the embeddings (with --smart-projection ball)")
+    smart_noise_std: ByRecipe = flag(None, "standard deviation of the noise that the perturbation starts from")
+    smart_step_size: ByRecipe = flag(None, "length of an ascent step along the normalised gradient")
+    smart_steps: int = flag(1, "number of ascent steps")
+    smart_norm: ChoiceEnum(["inf", "l2"]) = flag(  # type: ignore[valid-type]
+        "inf", "norm of the ball and of the gradient's normalisation"
     )
-    smart_noise_std: ByRecipe = field(
-        default=None,
-        metadata={"help": "standard deviation of the noise that the perturbation starts from"},
+    smart_norm_scope: Optional[ChoiceEnum(["example", "token"])] = flag(  # type: ignore[valid-type]
+        None, "what a norm is taken over: the tokens of an example together, or each token"
     )
-    smart_step_size: ByRecipe = field(
-        default=None,
-        metadata={"help": "length of an ascent step along the normalised gradient"},
+    smart_projection: Optional[ChoiceEnum(["ball", "normalize"])] = flag(  # type: ignore[valid-type]
+        None, "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"
     )
-    smart_steps: int = field(
-        default=1,
-        metadata={"help": "number of ascent steps"},
+    smart_embedding: Optional[ChoiceEnum(["token", "normalized", "input"])] = flag(  # type: ignore[valid-type]
+        None,
+        "what is perturbed: the embedding lookup; what enters the embeddings' LayerNorm, normalised (SiFT);"
+        " or what enters the first layer",
     )
-    smart_norm: ChoiceEnum(["inf", "l2"]) = field(  # type: ignore[valid-type]
-        default="inf",
-        metadata={"help": "norm of the ball and of the gradient's normalisation"},
+    smart_dropout: Optional[ChoiceEnum(["shared", "independent", "off"])] = flag(  # type: ignore[valid-type]
+        None,
+        "dropout masks of the perturbed pass: the clean pass's, fresh ones, or none in either pass "
+        "of the smoothness term (one more forward)",
     )
-    smart_norm_scope: Optional[ChoiceEnum(["example", "token"])] = field(  # type: ignore[valid-type]
-        default=None,
-        metadata={"help": "what a norm is taken over: the tokens of an example together, or each token"},
+    smart_divergence: ChoiceEnum(["auto", "sym_kl", "kl", "js", "squared"]) = flag(  # type: ignore[valid-type]
+        "auto", "divergence between outputs; auto: sym_kl for classes, squared for --regression-target"
     )
-    smart_projection: Optional[ChoiceEnum(["ball", "normalize"])] = field(  # type: ignore[valid-type]
-        default=None,
-        metadata={
-            "help": "after a step: project onto the ball (the paper), or divide by the norm (the authors' release)"
-        },
+    smart_mode: ChoiceEnum(["auto", "finite", "tangent"]) = flag(  # type: ignore[valid-type]
+        "auto",
+        "how the term is computed: finite, by two forwards; tangent, to first order; auto: finite, "
+        "and tangent where the perturbation is below what the precision resolves",
     )
-    smart_embedding: Optional[ChoiceEnum(["token", "normalized", "input"])] = field(  # type: ignore[valid-type]
-        default=None,
-        metadata={
-            "help": "what is perturbed: the embedding lookup; what enters the embeddings' LayerNorm, normalised (SiFT);"
-            " or what enters the first layer"
-        },
+    smart_linear_search: bool = flag(
+        False,
+        "approximation: every ascent step takes its gradient to first order from the clean pass, with no "
+        "forward of its own",
     )
-    smart_dropout: Optional[ChoiceEnum(["shared", "independent", "off"])] = field(  # type: ignore[valid-type]
-        default=None,
-        metadata={
-            "help": "dropout masks of the perturbed pass: the clean pass's, fresh ones, or none in either pass "
-            "of the smoothness term (one more forward)"
-        },
-    )
-    smart_divergence: ChoiceEnum(["auto", "sym_kl", "kl", "js", "squared"]) = field(  # type: ignore[valid-type]
-        default="auto",
-        metadata={"help": "divergence between outputs; auto: sym_kl for classes, squared for --regression-target"},
-    )
-    smart_mode: ChoiceEnum(["auto", "finite", "tangent"]) = field(  # type: ignore[valid-type]
-        default="auto",
-        metadata={
-            "help": "how the term is computed: finite, by two forwards; tangent, to first order; auto: finite, "
-            "and tangent where the perturbation is below what the precision resolves"
-        },
-    )
-    smart_linear_search: bool = field(
-        default=False,
-        metadata={
-            "help": "approximation: every ascent step takes its gradient to first order from the clean pass, with no "
-            "forward of its own"
-        },
-    )
-    smart_recompute: bool = field(
-        default=False,
-        metadata={
-            "help": "save memory: keep no activations of the clean pass while the perturbed pass's are held "
-            "(one or two more forwards)"
-        },
+    smart_recompute: bool = flag(
+        False,
+        "save memory: keep no activations of the clean pass while the perturbed pass's are held "
+        "(one or two more forwards)",
     )
 
 
@@ -132,7 +103,8 @@ def with_recipe(flags: Flags, prefix: str) -> Flags:
     taken: dict[str, Any] = {key: value for key, value in recipe.items() if getattr(flags, key) is None}
     for key, value in taken.items():
         setattr(filled, key, value)
-    sizes = [f"--{key.replace('_', '-')} {taken[key]:g}" for key in sizes_of(prefix) if key in taken]
+    measured_in_it = [f"{prefix}_{size}" for size in ("epsilon", "noise_std", "step_size", "start")]
+    sizes = [f"--{key.replace('_', '-')} {taken[key]:g}" for key in measured_in_it if key in taken]
     given = str(getattr(filled, unit, None))
     if sizes and recipe.get(unit, given) != given:
         logger.warning(
@@ -142,29 +114,20 @@ def with_recipe(flags: Flags, prefix: str) -> Flags:
     return filled
 
 
-def sizes_of(prefix: str) -> list[str]:
-    """The flags that are measured in ``--PREFIX-epsilon-unit``."""
-    return [f"{prefix}_{size}" for size in ("epsilon", "noise_std", "step_size", "start")]
-
-
 @dataclass
 class RegularizedConfig(SentencePredictionConfig):
     """The teacher, what `sentence_prediction` has, and what the checks before training need to see."""
 
-    smart_bregman_weight: Optional[float] = field(
-        default=None,
-        metadata={"help": "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"},
+    smart_bregman_weight: Optional[float] = flag(
+        None, "weight of the Bregman term; not set: 1 with --optimizer mbpp, otherwise 0"
     )
-    smart_validate_with: ChoiceEnum(["student", "teacher"]) = field(  # type: ignore[valid-type]
-        default="student",
-        metadata={
-            "help": "whose weights validation runs under: the model's, or the teacher's of --optimizer mbpp "
-            "(fairseq-validate: always the model's)"
-        },
+    smart_validate_with: ChoiceEnum(["student", "teacher"]) = flag(  # type: ignore[valid-type]
+        "student",
+        "whose weights validation runs under: the model's, or the teacher's of --optimizer mbpp "
+        "(fairseq-validate: always the model's)",
     )
-    smart_report_calibration: bool = field(
-        default=False,
-        metadata={"help": "valid lines carry calibration_error, in percent, over 15 bins of equal width (classes)"},
+    smart_report_calibration: bool = flag(
+        False, "valid lines carry calibration_error, in percent, over 15 bins of equal width (classes)"
     )
     # bare interpolations, so that they do not become flags
     smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it

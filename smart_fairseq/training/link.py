@@ -51,13 +51,6 @@ class SeveralPasses(Protocol):
         ...
 
 
-def _unwrap(optimizer: Any) -> Any:
-    """The optimizer that ``--optimizer`` named, inside fairseq's wrappers for precision."""
-    for attribute in ("fp32_optimizer", "wrapped_optimizer"):
-        optimizer = getattr(optimizer, attribute, optimizer)
-    return optimizer
-
-
 class _Passes:
     """In the criterion's place in a task's train_step: a call takes the next pass, all else is the criterion's."""
 
@@ -162,7 +155,9 @@ class TrainingLink:
 
         Raises RuntimeError where no optimizer with a teacher was heard of, or it updates another model.
         """
-        mbpp = _unwrap(self._optimizer)
+        mbpp = self._optimizer
+        for wrapped in ("fp32_optimizer", "wrapped_optimizer"):  # inside fairseq's wrappers for precision
+            mbpp = getattr(mbpp, wrapped, mbpp)
         if not isinstance(mbpp, MBPP):
             raise RuntimeError(
                 "the Bregman term needs --optimizer mbpp, and no such optimizer has taken part in a step"

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__all__ = ["LEAST_MEMORY", "MEMORY", "MOMENTUM", "RECIPES", "RECIPES_OF"]
-
 _PAPER = {
     "smart_weight": 1.0,
     "smart_epsilon_unit": "absolute",
@@ -68,21 +66,8 @@ def _balls(method: str, steps: int, passes: int, **authors: tuple[float, int, fl
     }
 
 
-def _rdrop(weight: float) -> dict[str, Any]:
-    return {"rdrop_weight": weight}
-
-
-def _r3f(weight: float) -> dict[str, Any]:
-    """fairseq at 3d262bb, examples/rxf: the defaults of its criterion, and of its README's command for RTE."""
-    return {
-        "r3f_weight": weight,
-        "r3f_epsilon": 1e-5,
-        "r3f_epsilon_unit": "absolute",
-        "r3f_noise": "uniform",
-        "r3f_dropout": "independent",
-    }
-
-
+# fairseq at 3d262bb, examples/rxf: the defaults of its criterion; its README's command for RTE has another weight
+_R3F = {"r3f_epsilon": 1e-5, "r3f_epsilon_unit": "absolute", "r3f_noise": "uniform", "r3f_dropout": "independent"}
 # zhuchen03/FreeLB at d8c1695, fairseq-RoBERTa/launch/VanillaPGD/*.sh and launch/FreeAT/*.sh, which differ for MNLI
 # alone; FreeAT's --adv-steps m takes m updates on a batch. RTE has no lines; all of PGD's for QNLI are commented out
 _PGD_AND_FREEAT = {
@@ -112,15 +97,15 @@ RECIPES_OF: dict[str, dict[str, dict[str, Any]]] = {
         rte=(6e-2, 3, 1.6e-1, 1.4e-1),
     ),
     "freeat": _balls("freeat", steps=3, passes=0, mnli=(1e-1, 2, 1e-2, 2e-1), **_PGD_AND_FREEAT),
-    "r3f": {"paper": _r3f(1.0), "rte": _r3f(0.7)},
+    "r3f": {"paper": {"r3f_weight": 1.0, **_R3F}, "rte": {"r3f_weight": 0.7, **_R3F}},
     # dropreg/R-Drop at 7ab94f4, huggingface_transformer_src: modeling_bert.py adds to both task losses, means over a
     # batch, half the mean of both KL as a sum over it: an alpha of half the batch, whose size README.md (at 37263d2)
     # has for each task; for a regression 1
     "rdrop": {
-        "paper": _rdrop(1.0),
-        **{task: _rdrop(size / 2) for task, size in (("mnli", 32), ("qnli", 32), ("qqp", 32), ("sst_2", 32))},
-        **{task: _rdrop(size / 2) for task, size in (("cola", 16), ("mrpc", 16), ("rte", 8))},
-        "sts_b": _rdrop(1.0),
+        "paper": {"rdrop_weight": 1.0},
+        **{task: {"rdrop_weight": 32 / 2} for task in ("mnli", "qnli", "qqp", "sst_2")},
+        **{task: {"rdrop_weight": size / 2} for task, size in (("cola", 16), ("mrpc", 16), ("rte", 8))},
+        "sts_b": {"rdrop_weight": 1.0},
     },
 }
 # of --mbpp-recipe: the momentum in the first part of training and in the rest; None: that of MEMORY

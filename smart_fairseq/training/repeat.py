@@ -10,8 +10,6 @@ from typing import Any
 
 from fairseq.data.iterators import EpochBatchIterator
 
-__all__ = ["RepeatedBatches", "repeat_batches"]
-
 
 class RepeatedBatches(EpochBatchIterator):
     """fairseq's iterator, made into one of these by `repeat_batches`."""
