@@ -150,9 +150,9 @@ class SmartWnli(SentencePredictionTask):
                 f"--criterion is {cfg._name} with --task smart_wnli, which needs smart_sentence_prediction (with "
                 "--smart-weight 0 without its term)"
             )
-        for flag in ("regression_target", "smart_report_calibration", *REPORTED):
-            if getattr(cfg, flag):
-                raise UsageError(f"--{flag.replace('_', '-')} is set with --task smart_wnli, which ranks; leave it out")
+        for name in ("regression_target", "smart_report_calibration", *REPORTED):
+            if getattr(cfg, name):
+                raise UsageError(f"--{name.replace('_', '-')} is set with --task smart_wnli, which ranks; leave it out")
         return FairseqTask.build_criterion(self, cfg, from_checkpoint)
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
