@@ -314,6 +314,7 @@ def test_divergences_of_a_change(size: float) -> None:
     assert_close(changed, expected, rtol=1e-4, atol=1e-22)
 
 
+@pytest.mark.slow
 def test_two_hundred_updates_end_where_float32_ends(tmp_path: Path) -> None:
     """In accuracy, on 256 examples of which a fifth are labelled wrongly (standard error 2.4), and in the loss."""
     data = write_data(tmp_path / "data", train=256, valid=256, wrong=0.2)
