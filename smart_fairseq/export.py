@@ -53,7 +53,7 @@ def export(
     import torch  # what takes seconds to load comes after what can be said without
 
     from smart_fairseq import register
-    from smart_fairseq.convert.checkpoint import as_written, load_checkpoint
+    from smart_fairseq.convert.checkpoint import as_written, load_checkpoint, scores_candidates
     from smart_fairseq.convert.exporting import left_behind, teacher_weights, to_plain_roberta
     from smart_fairseq.convert.hugging_face import write_hugging_face
     from smart_fairseq.convert.single_task import chosen_task, of_several_tasks
@@ -62,6 +62,9 @@ def export(
     state = load_checkpoint(checkpoint)
     whose = "the teacher's weights, " if teacher else ""
     with as_written(checkpoint):
+        if scores_candidates(state):
+            what = "ranks candidates by its LM head (--task smart_wnli)"
+            refuse(checkpoint, what, "fairseq and transformers know no such head; evaluate and predict take it")
         if teacher:
             state["model"] = teacher_weights(checkpoint, state)
         state = chosen_task(checkpoint, state, "--task", task)

@@ -122,7 +122,11 @@ class Model:
                     f"was trained for the task {_setting(state, '_name')}, not {needed}, as {self.task.name} needs"
                 )
             elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
-                self._refuse(f"was trained for the task {_setting(state, '_name')}, not sentence_prediction")
+                of = _setting(state, "_name")
+                self._refuse(
+                    f"is of the task {of}, such as an encoder that is not fine-tuned; give a checkpoint that "
+                    f"fairseq-train wrote on {self.folder}"
+                )
             regression = _setting(state, "regression_target")
             scored = self.task.candidates or self.task.ranking  # by one output, which is no regression's
             if given is None and not scored and regression not in (None, self.task.regression):

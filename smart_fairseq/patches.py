@@ -18,9 +18,11 @@
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
 import logging
+import os
 import shutil
 import typing
 from collections import OrderedDict, defaultdict
@@ -118,6 +120,14 @@ def _pairs(optimizer: Any, of_gradients: bool) -> list[tuple[Any, Any]]:
     return [(part(ours), piece.view_as(ours)) for ours, piece in zip(half, pieces)]
 
 
+_TRAINED_ON: dict[str, str] = {}  # by the path of a checkpoint that fairseq has loaded, the data folder
+
+
+def trained_on(path: str) -> str | None:
+    """The data folder of a checkpoint that fairseq has loaded in this process; None for any other."""
+    return _TRAINED_ON.get(os.path.abspath(path))
+
+
 def read_checkpoints_with_care() -> None:
     """Let fairseq read a checkpoint without the `REMOVED_FLAGS`, and evaluate none that lacks its head.
 
@@ -134,6 +144,8 @@ def read_checkpoints_with_care() -> None:
         except Exception as error:  # torch and fairseq raise whatever the bytes lead them to
             raise UsageError(f"{path}: {unreadable(error)}") from error
         _forget_removed_flags(state.get("cfg"))
+        with contextlib.suppress(AttributeError, LookupError, TypeError):  # a configuration of another form
+            _TRAINED_ON[os.path.abspath(path)] = str(state["cfg"]["task"].get("data") or "")
         if arg_overrides is not None:  # training, which may begin without a head, overrides nothing
             _demand_head(path, state)
         return state

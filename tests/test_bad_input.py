@@ -3,6 +3,7 @@
 Each case runs the real program, so that what is tested is what a user sees and the exit status.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from fairseq import checkpoint_utils, optim
 from fairseq.models import BaseFairseqModel
 from hostile_samples import CHECKPOINTS
-from toolkit import build, capture_log, command, parse, set_up, train, write_labels
+from toolkit import build, capture_log, command, parse, set_up, train, write_data, write_labels
 
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
@@ -158,6 +159,49 @@ def test_flags_that_are_gone(flag: str, class_data: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         parse(command(class_data, flag))
     assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def named(folder: Path, task: str) -> Path:
+    """A data folder that says which task it holds."""
+    write_data(folder)
+    (folder / "preprocess.json").write_text(json.dumps({"task": task, "rows": {"train": 24, "valid": 10}}))
+    return folder
+
+
+def test_a_run_on_another_task_does_not_go_on(tmp_path: Path) -> None:
+    """Nor is its checkpoint written over; the same task from another place goes on, and so does a start from it."""
+    rte, save_dir = named(tmp_path / "rte", "RTE"), tmp_path / "run"
+    train(command(rte, save_dir=save_dir, max_update=2))
+    before = (save_dir / "checkpoint_last.pt").read_bytes()
+    other = named(tmp_path / "mrpc", "MRPC")
+    line = library_refusal(command(other, save_dir=save_dir, max_update=4))
+    assert f"{save_dir}/checkpoint_last.pt, of a run on RTE ({rte}), and this one is on MRPC ({other})" in line
+    assert (save_dir / "checkpoint_last.pt").read_bytes() == before
+    start = ["--finetune-from-model", str(save_dir / "checkpoint_last.pt")]
+    assert len(train(command(other, *start, save_dir=tmp_path / "other", max_update=1))["train_inner"]) == 1
+    moved = named(tmp_path / "moved", "RTE")
+    assert len(train(command(moved, save_dir=save_dir, max_update=4))["train_inner"]) == 2
+
+
+def test_a_start_from_random_weights_and_a_missing_first_token_are_warned_of(class_data: Path, tmp_path: Path) -> None:
+    def warned(*flags: str, first: bool = True, **more: Any) -> list[bool]:
+        arguments = command(class_data, *flags, max_update=1, **more)
+        if not first:
+            place = arguments.index("--init-token")
+            del arguments[place : place + 2]
+        with capture_log() as log:
+            train(arguments)
+        said = "\n".join(map(str, log["text"]))
+        return ["training starts from random weights" in said, "--init-token is not set" in said]
+
+    assert warned(first=False, save_dir=tmp_path) == [True, True]
+    assert warned("--finetune-from-model", str(tmp_path / "checkpoint_last.pt")) == [False, False]
+
+
+def test_a_folder_of_data_folders_is_named_with_those_in_it(tmp_path: Path) -> None:
+    named(tmp_path / "bins" / "RTE-bin", "RTE")
+    line = library_refusal(command(tmp_path / "bins"))
+    assert line.endswith("input0/dict.txt: no such file; give one of the folders in it: RTE-bin")
 
 
 def test_more_classes_than_labels(class_data: Path) -> None:

@@ -229,6 +229,23 @@ def test_data_without_pronouns_serve_the_language_model_alone(data: Path, tmp_pa
     assert "holds no pronouns, which --wnli-hnn needs; run preprocess again" in refused(command(folder, HNN))
 
 
+def test_a_bert_with_a_pooler_starts_hnn(data: Path, tmp_path: Path) -> None:
+    """The pooler is the start of fairseq's heads alone: HNN's W_1 is another layer, though of the same size."""
+    flags = ["--arch", "smart_bert"]
+    train(command(data, *flags, save_dir=tmp_path / "bert", updates=1))
+    encoder = tmp_path / "bert" / "checkpoint_last.pt"
+    state = torch.load(encoder)
+    state["model"] |= {"pooler.weight": torch.ones(16, 16), "pooler.bias": torch.ones(16)}
+    torch.save(state, encoder)
+    start = ["--finetune-from-model", str(encoder), "--lr", "1e-9"]
+    with capture_log() as log:
+        train(command(data, HNN, *flags, *start, save_dir=tmp_path / "hnn", updates=1))
+    said = [str(line) for line in log["text"]]
+    assert not [line for line in said if "starts from BERT's pooler" in line or "shared parameter: classif" in line]
+    weight = torch.load(tmp_path / "hnn" / "checkpoint_last.pt")["model"]["classification_heads.hnn.dense.weight"]
+    assert weight.std().item() == pytest.approx(0.02, rel=0.3)
+
+
 def test_the_margins_checkpoint_starts_hnn_and_not_the_other_way_round(data: Path, tmp_path: Path) -> None:
     for name, flags in {"margin": [], "hnn": [HNN]}.items():
         train(command(data, *flags, save_dir=tmp_path / name, updates=1))

@@ -40,6 +40,7 @@ from toolkit import (
 from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.data.binarize import MANIFEST
+from smart_fairseq.data.folders import find_tasks
 from smart_fairseq.data.metrics import score
 from smart_fairseq.errors import UsageError
 from smart_fairseq.evaluation.labels import gold_labels
@@ -594,7 +595,7 @@ def damage(folder: Path, kind: str) -> None:
 
 
 DAMAGES = {  # of STS-B's folder, and what must be said, the file first
-    "no folder": r"STS-B-bin: no such folder; --multitask-tasks names folders in ",
+    "no folder": r"STS-B-bin: no such folder; --multitask-tasks names data folders in ",
     "no manifest": r"STS-B-bin: holds no preprocess\.json; make it with preprocess\.py",
     "no training part": r"STS-B-bin: has no split train; ",
     "fewer labels": r"STS-B-bin/label/train\.label: holds 29 rows, and preprocess\.json says 30; ",
@@ -627,6 +628,8 @@ def test_flags_that_do_not_fit(place: Path, tmp_path: Path) -> None:
         "--best-checkpoint-metric", "accuracy"
     )
     assert "--regression-target is set with --task smart_multitask" in said("--regression-target")
+    missing = said("--multitask-tasks", "QNLI", tasks=None)
+    assert "QNLI: no such folder; --multitask-tasks names data folders in" in missing and "RTE-bin" in missing
     assert "--report-mcc is set with --task smart_multitask" in said("--report-mcc")
     assert "--classification-head-name is RTE with" in said("--classification-head-name", "RTE")
     assert "--criterion is sentence_prediction with --task smart_multitask" in said(
@@ -643,6 +646,11 @@ def test_flags_that_do_not_fit(place: Path, tmp_path: Path) -> None:
     arguments = command(place / "bins", ["RTE", "STS-B"], "--valid-subset", "valid7")
     arguments.remove("--disable-validation")
     assert "no task has a split valid7" in refused(arguments)
+
+
+def test_a_folder_is_found_by_its_task(place: Path) -> None:
+    found = find_tasks("--multitask-tasks", place / "bins", ["STS-B", "RTE-bin"])
+    assert {name: folder.name for name, (_, folder) in found.items()} == {"STS-B": "STS-B-bin", "RTE": "RTE-bin"}
 
 
 def test_all_folders_where_none_is_named(place: Path) -> None:

@@ -333,7 +333,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("seeds: [1, 2]", "seeds: [1]\ngrid: [{{lr: [1]}}, {{lr: [2], methods: [plain]}}]", "in one block"),
         ("lr: 1e-3", "lr: [1e-3]", "train: lr is '[0.001]'; it must be one value"),
         ("lr: 1e-3", "seed: 1", "train: seed cannot be set; list seeds:"),
-        ("epochs: 2", "warmup: 0", "epochs is 'None'"),
+        ("epochs: 2", "warmup: 0", "epochs is 'not set'"),
         ("epochs: 2", "epochs: 0", "letters, plain: epochs is '0.0'"),
         ("epochs: 2", "epochs: 2, warmup: 1", "warmup is '1.0'"),
         ("epochs: 2", "epochs: 2, learning-rate: 1", "fairseq-train says: unrecognized arguments: --learning-rate 1"),

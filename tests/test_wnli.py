@@ -21,6 +21,7 @@ from toolkit import (
 )
 from wnli_samples import command, perturbed_scores, prepared, refused, set_up, table
 
+from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.data.binarize import read_indexed, read_manifest
 from smart_fairseq.errors import UsageError
@@ -208,6 +209,10 @@ def test_from_training_to_the_submission_file(
     assert f"{accuracy:.2f}" in capsys.readouterr().out
     assert evaluate.main([*options, "--full"]) == 2
     assert "--full knows classes and regressions, and WNLI-ranking ranks: leave it out" in capsys.readouterr().err
+    with pytest.raises(
+        UsageError, match=r"ranks candidates by its LM head .* fairseq and transformers know no such head"
+    ):
+        export.export(Path(checkpoint), tmp_path / "plain.pt")
     # of train every row, also those that had nothing to rank
     model = Model(Path(checkpoint), data, cpu=True)
     found = model.predict("train", 512)

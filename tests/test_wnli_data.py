@@ -12,7 +12,7 @@ from smart_fairseq.data import winograd
 from smart_fairseq.data.lines import Row
 from smart_fairseq.data.readers import read_task
 from smart_fairseq.data.tasks import TASKS
-from smart_fairseq.data.winograd import align, noun_rows
+from smart_fairseq.data.winograd import align, noun_rows, pronouns_to_rank
 from smart_fairseq.errors import UsageError
 
 # the sentence with its pronoun in brackets, sentence2, the candidate as it belongs there
@@ -132,6 +132,24 @@ def test_noun_phrases_are_other_candidates_unless_they_are_the_files_own() -> No
     assert found[0].texts[0] == "Ann met the nurse near the door since the nurse was ill."
     assert found[0].texts[3] == f"{before}she"
     assert [(row.label, row.id) for row in found] == [(None, "0+0"), (None, "0+1")]
+
+
+def test_the_printed_command_counts_pronouns_that_have_something_to_rank() -> None:
+    """Of three pronouns one has both, one a right candidate and a noun phrase, one two right ones."""
+    pairs = {"a": ["1", "0"], "b": ["1"], "c": ["1", "1"]}
+    rows = {
+        "train": [
+            Row(f"{end}{n}", (f"Ann{n} is {end}", "", f"Ann{n}", "she"), label)
+            for end, labels in pairs.items()
+            for n, label in enumerate(labels)
+        ]
+    }
+    assert pronouns_to_rank(rows) == 1
+    rows["nouns"] = [
+        Row("x", ("a tree is b", "", "a tree", "she"), None),
+        Row("y", ("a tree is d", "", "a tree", "she"), None),
+    ]
+    assert pronouns_to_rank(rows) == 2
 
 
 def test_preprocess_writes_candidates_and_the_noun_phrases(

@@ -17,7 +17,7 @@ from ..data.pool import Pool
 from ..data.ranking import in_words, sizes_of
 from ..data.readers import check_unique, find_sources, read_task
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
-from ..data.winograd import NOUNS, add_noun_rows
+from ..data.winograd import NOUNS, add_noun_rows, pronouns_to_rank
 from ..errors import UsageError, refuse, require
 from ..progress import Progress
 from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
@@ -200,7 +200,10 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
         print(f"wrote {target}; it has no training part: for evaluation and prediction", flush=True)
         return
     count = len(subset(data.rows["train"], parts[0], order) if parts else data.rows["train"])
-    count = len(sizes_of(data.rows["train"])) if data.task.ranking else count
+    if data.task.ranking:  # a batch counts groups
+        count = len(sizes_of(data.rows["train"]))
+    elif data.task.candidates:
+        count = max(1, pronouns_to_rank(data.rows))
     rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
     print(f"wrote {target}; train with", flush=True)
     print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import parse_json, refuse
+from ..errors import folders_with, parse_json, refuse
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .lines import Row, as_number, located, read_lines, shown
@@ -240,7 +240,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        inside = folders_with(folder, MANIFEST)
         needed = f"give one of the folders in it: {', '.join(inside)}" if inside else "make it with preprocess.py"
         raise located(folder, 0, f"holds no {MANIFEST}; {needed}") from None
     except (OSError, ValueError) as error:

@@ -95,7 +95,10 @@ def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
     if kind is not None:
         require(kind in KINDS, "--bpe", shown(kind), f"one of {', '.join(KINDS)}")
     if not folder.is_dir():
-        raise located(folder, 0, "--bpe-dir: no such folder; it must hold dict.txt and the encoder's files")
+        without = "without the flag it is gpt2_bpe in --data-dir, and download.py --tasks gpt2_bpe fetches RoBERTa's"
+        raise located(
+            folder, 0, f"--bpe-dir: no such folder; it must hold dict.txt and the encoder's files ({without})"
+        )
     settings, lowercase = folder / "bpe.json", True
     if settings.is_file():
         said = _json_file(settings)
@@ -110,6 +113,8 @@ def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
     for name in NEEDED[kind]:
         if not (folder / name).is_file():
             needs = f"--bpe {kind} needs {', '.join(NEEDED[kind])} in --bpe-dir"
+            if (folder / "config.json").is_file():
+                needs = "this folder is of the Hugging Face format; import it first (docs/encoders.md)"
             raise located(folder / name, 0, f"is missing; {needs} (examples/glue/README.md says where they come from)")
     if kind == "sentencepiece":
         _sentencepiece_model(folder)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, refuse
+from ..errors import UsageError, folders_with, refuse
 from .binarize import MANIFEST, read_ids_of, read_indexed, read_manifest
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
@@ -40,13 +40,14 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
         if not places:
             raise located(data, 0, f"holds no data folder; make some with preprocess.py, or name them by {flag}")
     else:
-        places = [data / name.strip() for name in names if name.strip()]
+        places = [_named(data, name.strip()) for name in names if name.strip()]
         if not places:
             raise UsageError(f"{flag} names no folder; it must be as RTE-bin,MRPC-bin")
     found: dict[str, tuple[Task, Path]] = {}
     for place in places:
         if not place.is_dir():
-            raise located(place, 0, f"no such folder; {flag} names folders in {data}")
+            inside = ", ".join(folders_with(data, MANIFEST)) or "none"
+            raise located(place, 0, f"no such folder; {flag} names data folders in {data}, which holds {inside}")
         task = task_of(read_manifest(place), place)
         if task.name in found:
             refuse(place, f"holds {task.name}, as {found[task.name][1]} does", f"choose one of the two by {flag}")
@@ -56,6 +57,13 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
             raise located(place / "input0" / "dict.txt", 0, f"is not {other}")
         found[task.name] = (task, place)
     return found
+
+
+def _named(data: Path, name: str) -> Path:
+    """The folder of that name, or else the one that holds the task of that name."""
+    there = [] if (data / name).is_dir() else [data / folder for folder in folders_with(data, MANIFEST)]
+    holding = [place for place in there if read_manifest(place)["task"] == name]
+    return holding[0] if len(holding) == 1 else data / name
 
 
 def _dictionary(folder: Path) -> bytes:

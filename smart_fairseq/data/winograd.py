@@ -220,6 +220,16 @@ def add_noun_rows(rows: dict[str, list[Row]]) -> str:
     return f"spaCy found {len(found)} more candidates"
 
 
+def pronouns_to_rank(rows: Mapping[str, Sequence[Row]]) -> int:
+    """How many pronouns of ``train`` have a right and a wrong candidate; a noun phrase is a wrong one."""
+    labels: dict[tuple[str, str], set[str | None]] = {}
+    for row in rows["train"]:
+        labels.setdefault((row.texts[1], _after(row)), set()).add(row.label)
+    for row in rows.get(NOUNS, ()):
+        labels.get((row.texts[1], _after(row)), set()).add("0")
+    return sum({"0", "1"} <= found for found in labels.values())
+
+
 def _candidate(row: Row) -> str:
     return row.texts[2][len(row.texts[1]) :]
 

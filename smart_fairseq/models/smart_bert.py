@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.roberta.model import RobertaEncoder, RobertaModel, base_architecture, roberta_large_architecture
+from fairseq.models.roberta.model import (
+    RobertaClassificationHead,
+    RobertaEncoder,
+    RobertaModel,
+    base_architecture,
+    roberta_large_architecture,
+)
 from fairseq.models.transformer import TransformerEncoder
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from fairseq.utils import safe_getattr
@@ -141,9 +147,11 @@ class SmartBertModel(RobertaModel):
         super().upgrade_state_dict_named(state_dict, name)  # gives the state what those heads hold
 
     def _start_from_pooler(self, head: str) -> None:
-        dense: Any = getattr(self.classification_heads[head], "dense", None)
-        if self.pooler and dense is not None and dense.weight.shape == self.pooler["weight"].shape:
-            dense.load_state_dict(self.pooler)
+        """Of fairseq's own heads alone: what another kind of head calls ``dense`` is no pooler."""
+        found: Any = self.classification_heads[head]
+        known = isinstance(found, RobertaClassificationHead)
+        if self.pooler and known and found.dense.weight.shape == self.pooler["weight"].shape:
+            found.dense.load_state_dict(self.pooler)
             logger.info(f"the classification head {head} starts from BERT's pooler")
 
 

@@ -155,8 +155,9 @@ class Plan:
     def _asked(self, task: Task, method: str, variant: Mapping[str, Flag], seed: int) -> Asked:
         flags = {**recipe.COMMON, "warmup": recipe.WARMUP, **self.train, **task.train, **self.methods[method]}
         flags.update(variant)
-        epochs, warmup = (number(self.path, name, flags.pop(name, None), 0) for name in ("epochs", "warmup"))
         where = f"{task.name}, {method}: "
+        must_be(self.path, "epochs" in flags, where + "epochs", "not set", "a number above 0, as in train: {epochs: 3}")
+        epochs, warmup = (number(self.path, name, flags.pop(name), 0) for name in ("epochs", "warmup"))
         must_be(self.path, epochs > 0, where + "epochs", epochs, "above 0, in train: or a method")
         must_be(self.path, warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
         number(self.path, where + "batch-size", flags["batch-size"], 1)

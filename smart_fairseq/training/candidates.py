@@ -195,6 +195,18 @@ class CandidateHead(nn.Module):
         model.register_forward_pre_hook(self.note, with_kwargs=True)
 
 
+class Matrix(nn.Module):
+    """A linear map without a bias, not even the name of one: fairseq would report it as shared. Starts as BERT's do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_features = channels
+        self.weight = nn.Parameter(torch.empty(channels, channels).normal_(std=INIT_STD))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 class HybridHead(CandidateHead):
     """HNN's in its place: [2 * G * K, T, C] -> [G, K]; ``gamma`` as in `hybrid_scores`.
 
@@ -205,9 +217,7 @@ class HybridHead(CandidateHead):
 
     def __init__(self, lm_head: nn.Module, padding_idx: int, channels: int, gamma: float) -> None:
         super().__init__(lm_head, padding_idx)
-        self.dense, self.out_proj = (nn.Linear(channels, channels, bias=False) for _ in range(2))
-        for linear in (self.dense, self.out_proj):
-            nn.init.normal_(linear.weight, std=INIT_STD)
+        self.dense, self.out_proj = Matrix(channels), Matrix(channels)
         self.gamma = gamma
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 

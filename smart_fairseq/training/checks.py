@@ -7,14 +7,17 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
+from ..data.binarize import read_manifest
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
+from ..patches import trained_on
 from .flags import AdversaryFlags, RegularizedConfig
 from .metrics import REPORTED
 from .objective import Objective
@@ -42,6 +45,38 @@ def check_restore_file(path: str, save_dir: str) -> None:
             f"--restore-file {path}: this run begins anew and will overwrite {last}; to go on from there instead, give "
             f"--finetune-from-model {path} in the place of --restore-file and the --reset flags"
         )
+
+
+def check_start(cfg: RegularizedConfig, task: Any) -> None:
+    """What the run begins with: no other task's run goes on, and who trains from random weights, or reads a word in the
+    place of the first token, is told so. ``task``: its configuration.
+    """
+    last = os.path.join(cfg.smart_save_dir, DEFAULT_RESTORE_FILE)
+    before = trained_on(last)
+    if cfg.smart_restore_file == DEFAULT_RESTORE_FILE and before is not None:
+        names = [_task_of(folder) for folder in (before, task.data)]
+        if None not in names and names[0] != names[1]:
+            raise UsageError(
+                f"--save-dir holds {last}, of a run on {names[0]} ({before}), and this one is on {names[1]} "
+                f"({task.data}); give another --save-dir, and to start from those weights --finetune-from-model"
+            )
+    elif cfg.smart_restore_file == DEFAULT_RESTORE_FILE and not cfg.smart_finetune_from:
+        logger.warning(
+            "no --finetune-from-model, and nothing in --save-dir to go on from: training starts from random weights"
+        )
+    if getattr(task, "init_token", 0) is None:
+        logger.warning(
+            "--init-token is not set: the classification head reads the first word of a row in the place of the token "
+            "that the encoder was pretrained with there; RoBERTa and BERT need --init-token 0"
+        )
+
+
+def _task_of(folder: str) -> str | None:
+    """What preprocess says that a data folder holds; None where it says nothing."""
+    try:
+        return str(read_manifest(Path(folder))["task"])
+    except UsageError:
+        return None
 
 
 def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:

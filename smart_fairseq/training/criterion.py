@@ -147,6 +147,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         if self._checked:
             return
         checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
+        checks.check_start(self.cfg, self.task.cfg)
         for objective in self.objectives:
             if objective.judge is None:  # otherwise its own data set has looked
                 checks.check_labels(objective.task, objective.regression)

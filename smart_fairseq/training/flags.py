@@ -133,6 +133,7 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_optimizer: Any = II("optimizer")  # all of it: fairseq-validate has none, and so no name in it
     smart_lr_scheduler: Any = II("lr_scheduler")
     smart_restore_file: str = II("checkpoint.restore_file")
+    smart_finetune_from: Any = II("checkpoint.finetune_from_model")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_train_subset: str = II("dataset.train_subset")
     smart_update_freq: Any = II("optimization.update_freq")
