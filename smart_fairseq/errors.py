@@ -93,11 +93,6 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def folders_with(folder: Path, file: str) -> list[str]:
-    """The names of the folders in ``folder`` that hold such a file, in their order."""
-    return sorted(found.parent.name for found in folder.glob(f"*/{file}"))
-
-
 def explain(error: BaseException) -> str | None:
     """The one line for a failure that a user can mend, or None for any other error."""
     line = _explained(error)
@@ -122,9 +117,9 @@ def _explained(error: BaseException) -> str | None:
         missing = str(error.filename or error)
         if missing.rstrip("'").endswith("dict.txt"):
             advice = "name a folder that examples/glue/preprocess.py or fairseq-preprocess wrote"
-            inside = folders_with(Path(missing.strip("'")).parent.parent, "preprocess.json")
-            if inside:
-                advice = f"give one of the folders in it: {', '.join(inside)}"
+            from .data.binarize import one_of_those_in  # which imports this module
+
+            advice = one_of_those_in(Path(missing.strip("'")).parent.parent) or advice
             if os.path.basename(os.path.dirname(missing)) == "label":
                 advice = "if this is a regression task, give --regression-target --num-classes 1"
             return f"{missing}: no such file; {advice}"

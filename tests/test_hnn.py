@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from toolkit import DEVICE, NO_DROPOUT, assert_close, batch, capture_log, train, watch_terms
-from wnli_samples import command, perturbed_scores, prepared, refused, set_up, table
+from wnli_samples import command, divergence_at, prepared, refused, set_up, table
 
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.data.binarize import read_indexed, read_manifest
@@ -154,15 +154,10 @@ def test_the_term_is_the_divergence_of_the_groups_shares_and_moves_both_kinds_of
     moved = term.perturbation.view(5, 4, real.shape[2], -1).abs().amax(-1) > 0
     assert bool((moved == real).all())  # the rows of the language model and of the similarity
 
-    def divergence(perturbation: torch.Tensor) -> float:
-        with torch.no_grad():
-            clean = perturbed_scores(model, sample, torch.zeros_like(perturbation), HYBRID).double().log_softmax(1)
-            other = perturbed_scores(model, sample, perturbation, HYBRID).double().log_softmax(1)
-        return ((other.exp() - clean.exp()) * (other - clean)).sum().item()
-
-    assert term.value.item() == pytest.approx(divergence(term.perturbation), rel=0.03)
+    assert term.value.item() == pytest.approx(divergence_at(model, sample, term.perturbation, HYBRID), rel=0.03)
     signs = torch.randn(term.perturbation.shape, generator=torch.Generator().manual_seed(1)).sign()
-    assert term.value.item() > 10 * divergence(signs * term.perturbation.abs()) > 0
+    at_random = divergence_at(model, sample, signs * term.perturbation.abs(), HYBRID)
+    assert term.value.item() > 10 * at_random > 0
     loss.backward()
     head = model.classification_heads[HYBRID]
     for weight in (head.dense.weight, head.out_proj.weight, model.encoder.lm_head.dense.weight):

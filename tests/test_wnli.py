@@ -19,7 +19,7 @@ from toolkit import (
     train,
     watch_terms,
 )
-from wnli_samples import command, perturbed_scores, prepared, refused, set_up, table
+from wnli_samples import command, divergence_at, prepared, refused, set_up, table
 
 from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
@@ -129,16 +129,10 @@ def test_the_term_is_the_divergence_of_the_groups_shares_at_a_point_that_raises_
     assert term.perturbation.shape == (5, rows // 5 * length, 16)
     assert log["smart_delta"].item() == pytest.approx(5 * 1e-3, rel=1e-4)  # a group has one ball
 
-    def divergence(perturbation: torch.Tensor) -> float:
-        with torch.no_grad():
-            clean = perturbed_scores(model, sample, torch.zeros_like(perturbation), HEAD).double().log_softmax(1)
-            moved = perturbed_scores(model, sample, perturbation, HEAD).double().log_softmax(1)
-        return ((moved.exp() - clean.exp()) * (moved - clean)).sum().item()
-
-    assert term.value.item() == pytest.approx(divergence(term.perturbation), rel=0.03)
+    assert term.value.item() == pytest.approx(divergence_at(model, sample, term.perturbation, HEAD), rel=0.03)
     # signs drawn at random reach less far than those that the term found
     signs = torch.randn(term.perturbation.shape, generator=torch.Generator().manual_seed(1)).sign()
-    at_random = divergence(signs * term.perturbation.abs())
+    at_random = divergence_at(model, sample, signs * term.perturbation.abs(), HEAD)
     assert term.value.item() > 10 * at_random > 0
     term.value.backward()
     assert model.encoder.lm_head.dense.weight.grad.any()

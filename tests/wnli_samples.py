@@ -74,14 +74,21 @@ def set_up(data: Path, *flags: str) -> tuple[Any, Any, Any]:
     return task, model.train(), criterion.train()
 
 
-def perturbed_scores(model: Any, sample: Any, perturbation: torch.Tensor, head: str) -> torch.Tensor:
-    """The scores with something added to the embeddings, by a hook of the test's own."""
-    table = model.encoder.sentence_encoder.embed_tokens
-    handle = table.register_forward_hook(lambda module, args, x: x + perturbation.reshape_as(x))
-    try:
-        return model(**sample["net_input"], features_only=True, classification_head_name=head)[0]  # type: ignore[no-any-return]
-    finally:
-        handle.remove()
+def divergence_at(model: Any, sample: Any, perturbation: torch.Tensor, head: str) -> float:
+    """Symmetric KL of the groups' shares to the clean ones with something added to the embeddings, by a hook."""
+
+    def shares(added: torch.Tensor) -> torch.Tensor:
+        table = model.encoder.sentence_encoder.embed_tokens
+        handle = table.register_forward_hook(lambda module, args, x: x + added.reshape_as(x))
+        try:
+            scores = model(**sample["net_input"], features_only=True, classification_head_name=head)[0]
+            return scores.double().log_softmax(1)  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
+
+    with torch.no_grad():
+        clean, moved = shares(torch.zeros_like(perturbation)), shares(perturbation)
+    return ((moved.exp() - clean.exp()) * (moved - clean)).sum().item()
 
 
 def refused(arguments: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..data.binarize import MANIFEST, Folder, read_manifest
+from ..data.binarize import MANIFEST, Folder, data_folders_in, read_manifest
 from ..data.bpe import BpeFiles, find_bpe
 from ..data.lines import located, shown
 from ..data.pool import Pool
@@ -42,8 +42,8 @@ def existing(data_dir: Path) -> None:
 def data_folders(data_dir: Path) -> dict[str, Path]:
     """Task to data folder: ``data_dir`` itself, or the folders in it that preprocess wrote."""
     existing(data_dir)
-    places = [data_dir] if (data_dir / MANIFEST).is_file() else sorted(data_dir.iterdir())
-    return {read_manifest(place)["task"]: place for place in places if (place / MANIFEST).is_file()}
+    places = [data_dir] if (data_dir / MANIFEST).is_file() else data_folders_in(data_dir)
+    return {read_manifest(place)["task"]: place for place in places}
 
 
 def chosen_splits(folder: Path, text: str | None, kind: str) -> list[str]:

@@ -199,11 +199,12 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     if "train" not in data.rows:
         print(f"wrote {target}; it has no training part: for evaluation and prediction", flush=True)
         return
-    count = len(subset(data.rows["train"], parts[0], order) if parts else data.rows["train"])
     if data.task.ranking:  # a batch counts groups
         count = len(sizes_of(data.rows["train"]))
     elif data.task.candidates:
         count = max(1, pronouns_to_rank(data.rows))
+    else:
+        count = len(subset(data.rows["train"], parts[0], order) if parts else data.rows["train"])
     rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
     print(f"wrote {target}; train with", flush=True)
     print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import folders_with, parse_json, refuse
+from ..errors import parse_json, refuse
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .lines import Row, as_number, located, read_lines, shown
@@ -234,15 +234,26 @@ class Folder:
         (self.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def data_folders_in(folder: Path) -> list[Path]:
+    """The data folders that stand in a folder, by their names."""
+    return sorted(found.parent for found in folder.glob(f"*/{MANIFEST}") if found.is_file())
+
+
+def one_of_those_in(folder: Path) -> str:
+    """What to do where a folder of data folders was taken for one; empty where it holds none."""
+    inside = ", ".join(place.name for place in data_folders_in(folder))
+    return inside and f"give one of the folders in it: {inside}"
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `Folder.finish` wrote. Raises `UsageError` if the folder was not written by preprocess."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = folders_with(folder, MANIFEST)
-        needed = f"give one of the folders in it: {', '.join(inside)}" if inside else "make it with preprocess.py"
-        raise located(folder, 0, f"holds no {MANIFEST}; {needed}") from None
+        raise located(
+            folder, 0, f"holds no {MANIFEST}; {one_of_those_in(folder) or 'make it with preprocess.py'}"
+        ) from None
     except (OSError, ValueError) as error:
         raise located(path, 0, f"cannot be read ({error}); run preprocess again") from None
     if not _sound(manifest):

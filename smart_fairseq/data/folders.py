@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, folders_with, refuse
-from .binarize import MANIFEST, read_ids_of, read_indexed, read_manifest
+from ..errors import UsageError, refuse
+from .binarize import MANIFEST, data_folders_in, read_ids_of, read_indexed, read_manifest
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
 from .ranking import parts, read_groups
@@ -35,8 +35,7 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
     if not data.is_dir():
         raise located(data, 0, "no such folder; name the folder of the data folders that preprocess.py wrote")
     if names is None:
-        places = [data] if (data / MANIFEST).is_file() else sorted(data.iterdir())
-        places = [place for place in places if (place / MANIFEST).is_file()]
+        places = [data] if (data / MANIFEST).is_file() else data_folders_in(data)
         if not places:
             raise located(data, 0, f"holds no data folder; make some with preprocess.py, or name them by {flag}")
     else:
@@ -46,7 +45,7 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
     found: dict[str, tuple[Task, Path]] = {}
     for place in places:
         if not place.is_dir():
-            inside = ", ".join(folders_with(data, MANIFEST)) or "none"
+            inside = ", ".join(folder.name for folder in data_folders_in(data)) or "none"
             raise located(place, 0, f"no such folder; {flag} names data folders in {data}, which holds {inside}")
         task = task_of(read_manifest(place), place)
         if task.name in found:
@@ -61,8 +60,9 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
 
 def _named(data: Path, name: str) -> Path:
     """The folder of that name, or else the one that holds the task of that name."""
-    there = [] if (data / name).is_dir() else [data / folder for folder in folders_with(data, MANIFEST)]
-    holding = [place for place in there if read_manifest(place)["task"] == name]
+    if (data / name).is_dir():
+        return data / name
+    holding = [place for place in data_folders_in(data) if read_manifest(place)["task"] == name]
     return holding[0] if len(holding) == 1 else data / name
 
 

@@ -60,9 +60,14 @@ class WnliConfig(FairseqDataclass):
 
 @register_task("smart_wnli", dataclass=WnliConfig)
 class SmartWnli(SentencePredictionTask):
-    """The task; its flags are `WnliConfig`. Raises `UsageError` for data of another task, or damaged ones."""
+    """The task; its flags are `WnliConfig`. Raises `UsageError` for data of another task, or damaged ones.
 
-    def __init__(self, cfg: WnliConfig, data_dictionary: Any, label_dictionary: Any) -> None:
+    separators: of HNN's rows, as `CandidateDataset` has it; None without HNN.
+    """
+
+    def __init__(
+        self, cfg: WnliConfig, data_dictionary: Any, label_dictionary: Any, separators: int | None = None
+    ) -> None:
         for name in ("wnli_alpha", "wnli_beta", "wnli_hnn_beta"):
             require(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')}", getattr(cfg, name), "0 or above")
         require(cfg.wnli_hnn_gamma > 0, "--wnli-hnn-gamma", cfg.wnli_hnn_gamma, "above 0")
@@ -72,13 +77,12 @@ class SmartWnli(SentencePredictionTask):
                 raise UsageError(f"{given} with --wnli-hnn, whose loss has another margin; give --wnli-hnn-beta")
         super().__init__(cfg, data_dictionary, label_dictionary)
         if cfg.wnli_hnn:
-            judged = functools.partial(judge_hybrid, beta=cfg.wnli_hnn_beta, gamma=cfg.wnli_hnn_gamma)
+            head, judged = HYBRID, functools.partial(judge_hybrid, beta=cfg.wnli_hnn_beta, gamma=cfg.wnli_hnn_gamma)
         else:
             loss = functools.partial(margin_loss, alpha=cfg.wnli_alpha, beta=cfg.wnli_beta)
-            judged = functools.partial(judge, loss_of=loss)
-        head = HYBRID if cfg.wnli_hnn else HEAD
+            head, judged = HEAD, functools.partial(judge, loss_of=loss)
         self.objectives = [Objective(self, head, num_classes=2, regression=False, judge=judged)]
-        self._separators: int | None = None  # of HNN's rows
+        self._separators = separators
         self._checked = False
 
     @classmethod
@@ -89,16 +93,15 @@ class SmartWnli(SentencePredictionTask):
         if not task.candidates:
             other = "--task smart_wnli needs what preprocess --task WNLI-ranking or --task WSC writes"
             raise located(folder, 0, f"holds {task.name}; {other}")
-        found = cls(
+        if cfg.wnli_hnn and not (folder / "input3").is_dir():
+            raise located(folder, 0, "holds no pronouns, which --wnli-hnn needs; run preprocess again")
+        separators = 1 if manifest.get("bpe") == "bert" else 2
+        return cls(
             cfg,
             cls.load_dictionary(str(folder / "input0" / "dict.txt")),
             cls.load_dictionary(str(folder / "label" / "dict.txt")),
+            separators if cfg.wnli_hnn else None,
         )
-        if cfg.wnli_hnn:
-            found._separators = 1 if manifest.get("bpe") == "bert" else 2
-            if not (folder / "input3").is_dir():
-                raise located(folder, 0, "holds no pronouns, which --wnli-hnn needs; run preprocess again")
-        return found
 
     def load_dataset(
         self, split: str, combine: bool = False, *, whole: bool = False, **kwargs: Any

@@ -27,40 +27,22 @@ logger = logging.getLogger(__name__)
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
-def check_restore_file(path: str, save_dir: str) -> None:
-    """A checkpoint that is named must exist: fairseq trains from scratch without a word when it does not.
-
-    And it is loaded at every start, so that the same command begins anew where a killed run could go on: warn of that.
-    """
-    if path == DEFAULT_RESTORE_FILE:
-        return
-    if not os.path.isfile(path):
-        raise UsageError(
-            f"--restore-file {path}: no such file; training would have started from random weights. "
-            "Name an existing checkpoint, or leave the flag out to train from scratch"
-        )
-    last = os.path.join(save_dir, DEFAULT_RESTORE_FILE)
-    if os.path.isfile(last) and not os.path.samefile(last, path):
-        logger.warning(
-            f"--restore-file {path}: this run begins anew and will overwrite {last}; to go on from there instead, give "
-            f"--finetune-from-model {path} in the place of --restore-file and the --reset flags"
-        )
-
-
 def check_start(cfg: RegularizedConfig, task: Any) -> None:
     """What the run begins with: no other task's run goes on, and who trains from random weights, or reads a word in the
     place of the first token, is told so. ``task``: its configuration.
     """
     last = os.path.join(cfg.smart_save_dir, DEFAULT_RESTORE_FILE)
     before = trained_on(last)
-    if cfg.smart_restore_file == DEFAULT_RESTORE_FILE and before is not None:
+    if cfg.smart_restore_file != DEFAULT_RESTORE_FILE:
+        _check_restore_file(cfg.smart_restore_file, last)
+    elif before is not None:
         names = [_task_of(folder) for folder in (before, task.data)]
         if None not in names and names[0] != names[1]:
             raise UsageError(
                 f"--save-dir holds {last}, of a run on {names[0]} ({before}), and this one is on {names[1]} "
                 f"({task.data}); give another --save-dir, and to start from those weights --finetune-from-model"
             )
-    elif cfg.smart_restore_file == DEFAULT_RESTORE_FILE and not cfg.smart_finetune_from:
+    elif not cfg.smart_finetune_from:
         logger.warning(
             "no --finetune-from-model, and nothing in --save-dir to go on from: training starts from random weights"
         )
@@ -68,6 +50,24 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
         logger.warning(
             "--init-token is not set: the classification head reads the first word of a row in the place of the token "
             "that the encoder was pretrained with there; RoBERTa and BERT need --init-token 0"
+        )
+
+
+def _check_restore_file(path: str, last: str) -> None:
+    """A checkpoint that is named must exist: fairseq trains from scratch without a word when it does not.
+
+    And it is loaded at every start, so that the same command begins anew where a killed run could go on from the
+    ``last`` one: warn of that.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(
+            f"--restore-file {path}: no such file; training would have started from random weights. "
+            "Name an existing checkpoint, or leave the flag out to train from scratch"
+        )
+    if os.path.isfile(last) and not os.path.samefile(last, path):
+        logger.warning(
+            f"--restore-file {path}: this run begins anew and will overwrite {last}; to go on from there instead, give "
+            f"--finetune-from-model {path} in the place of --restore-file and the --reset flags"
         )
 
 

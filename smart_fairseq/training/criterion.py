@@ -146,7 +146,6 @@ class RegularizedCriterion(SentencePredictionCriterion):
     def _check_before_training(self, model: nn.Module) -> None:
         if self._checked:
             return
-        checks.check_restore_file(self.cfg.smart_restore_file, self.cfg.smart_save_dir)
         checks.check_start(self.cfg, self.task.cfg)
         for objective in self.objectives:
             if objective.judge is None:  # otherwise its own data set has looked
