@@ -130,6 +130,9 @@ def test_submission_files_and_zip(place, tmp_path, capsys):
         assert set(archive.namelist()) == {
             f"{name}.tsv" for name in ("RTE", "CoLA", "STS-B", "MNLI-m", "MNLI-mm", "AX")
         }
+    # what is not for the server leaves its zip alone
+    assert predict.main(["--checkpoint", *checkpoints[:1], *flags, "--split", "valid"]) == 0
+    assert "submission.zip" not in capsys.readouterr().out
     # a later run adds to it; baselines only when asked for
     checkpoints = [f"RTE={checkpoint(place, 'RTE')}"]
     assert predict.main(["--checkpoint", *checkpoints, *flags, "--fill-missing", "majority"]) == 0

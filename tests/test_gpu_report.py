@@ -89,6 +89,7 @@ def test_the_table_of_updates() -> None:
     assert read("MBPP alone", 0.6) == ["| MBPP alone | 0.6 |  | 1 |  |  | 1.20 |"]
 
 
+@pytest.mark.slow
 def test_an_update_and_the_machine(tmp_path: Path) -> None:
     """By the very processes of the report."""
     out = tmp_path / "report.md"

@@ -87,10 +87,8 @@ def write_anli(found: Predictions, out: Path, parts: Sequence[tuple[str, int]]) 
 
 
 def write_zip(out: Path, fill: bool) -> None:
-    """submission.zip of the server's files in ``out``, if there are any; ``fill``: with baselines for the others."""
+    """submission.zip of the server's files in ``out``; ``fill``: with baselines for those that are not there."""
     missing = [file for file in SUBMISSION_FILES if not (out / file).is_file()]
-    if len(missing) == len(SUBMISSION_FILES):
-        return
     if fill:
         for file in missing:
             name, split = SUBMISSION_FILES[file]
@@ -175,13 +173,16 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
                 raise located(folders[name], 0, f"has no test split of {name}; {other}")
             for split in splits[name]:
                 read_ids(folders[name], split, by_id=True)
+        for_server = False
         for name, checkpoint in checkpoints.items():
             model = Model(checkpoint, folders[name], options.cpu, options.fp16)
             written = [(split, predict_task(name, model, split, out, options)) for split in splits[name]]
             for split, paths in written:
                 for path in paths:
                     print(f"wrote {path} ({split})")
-    write_zip(out, fill=options.fill_missing is not None)
+                    for_server |= path.name in SUBMISSION_FILES
+    if for_server:
+        write_zip(out, fill=options.fill_missing is not None)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:

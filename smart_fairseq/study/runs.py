@@ -173,8 +173,13 @@ class _Progress:
             self.shown_at = time.monotonic()
             self.lines += 1
             done = sum(result.done for result in self.results)
-            running = [result for result in self.results if 0 < result.done < result.run.updates]
-            parts = [f"{result.run.name} {result.done}/{result.run.updates}" for result in running]
+            running = [result for result in self.results if result.done and not result.seconds]
+            parts = [
+                f"{result.run.name} {result.done}/{result.run.updates}"
+                if result.done < result.run.updates
+                else f"{result.run.name} trained"
+                for result in running
+            ]
             spent = minutes(self.shown_at - self.started)
             notes = [f"{done}/{self.total} updates after {spent}", text, ", ".join(parts)]
             print("training: " + "; ".join(filter(None, notes)), flush=True)
