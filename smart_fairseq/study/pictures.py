@@ -60,7 +60,10 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
 
 
 def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
-    """Each arm's difference to its baseline over its cost, for the task's first metric and the scaled cross entropy."""
+    """Each arm's difference to its baseline, with its interval, over its cost.
+
+    For the task's first metric and the scaled cross entropy.
+    """
     compared = [arm for arm in arms if arm.baseline is not None]
     metrics = [name for i, name in enumerate(metrics_of(arms)) if i == 0 or name == "cross_entropy_scaled"]
     plots = _plots() if compared else None
@@ -70,12 +73,14 @@ def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
     figure, axes = plots.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False)
     for axis, name in zip(axes.flat, metrics):
         axis.axhline(0, color="grey", linewidth=0.8)
-        for arm in compared:
-            found = arm.difference(name)
-            if found is not None:
-                axis.plot(arm.cost(), found.mean, "o", color="C0", markersize=4)
-                offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": "x-small"}
-                axis.annotate(arm.name, (arm.cost(), found.mean), **offset)
+        found = [(arm.name, arm.cost(), gain) for arm in compared if (gain := arm.difference(name)) is not None]
+        for label, cost, gain in found:
+            half = None if math.isnan(gain.half) else gain.half
+            axis.errorbar(cost, gain.mean, yerr=half, fmt="o", color="C0", ecolor="C7", elinewidth=0.6, markersize=4)
+            # a label stands on the side where the next dot is farther
+            nearest = min((there - cost for other, there, _ in found if other != label), key=abs, default=0.0)
+            side = {"ha": "right", "xytext": (-4, 3)} if nearest > 0 else {"xytext": (4, 3)}
+            axis.annotate(label, (cost, gain.mean), textcoords="offset points", fontsize="x-small", **side)
         axis.set_title(name.replace("_", " "), fontsize="medium")
         axis.set_xlabel(f"processor time of an update, {against} = 1", fontsize="small")
         axis.tick_params(labelsize="small")
