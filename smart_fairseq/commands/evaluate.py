@@ -197,20 +197,12 @@ def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             bpe = find_bpe(options.bpe or read_manifest(folder).get("bpe"), Path(options.bpe_dir))
         if Path(scratch) in folder.parents:
             _write_annotators(folder, splits, options)
+        asked: dict[str, Any] = {"attack": options.attack, "attack_rows": rows, "typos": bpe, "seed": seed}
+        asked |= {"max_tokens": options.max_tokens, "threads": None}
         for checkpoint in options.checkpoint:
             model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
             for split in splits:
-                found.setdefault(split, {})[checkpoint] = evaluate_model(
-                    model,
-                    folder,
-                    split,
-                    attack=options.attack,
-                    attack_rows=rows,
-                    typos=bpe,
-                    max_tokens=options.max_tokens,
-                    seed=seed,
-                    threads=None,
-                )
+                found.setdefault(split, {})[checkpoint] = evaluate_model(model, folder, split, **asked)
         if options.outputs:
             write_arrays(Path(options.outputs), found, {split: read_ids(folder, split) for split in splits})
     return found
