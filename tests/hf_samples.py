@@ -17,7 +17,7 @@ from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 from fairseq.models.roberta import RobertaModel
 from safetensors.torch import load_file, save_file
-from toolkit import _write_indexed
+from toolkit import USER_DIR, _write_indexed
 
 from smart_fairseq.models.smart_bert import SmartBertModel
 
@@ -249,6 +249,18 @@ def sentences(family: str) -> torch.Tensor:
 
 def names_of(family: str) -> list[str]:
     return BERT_TOKENS if family == "bert" else list(roberta_tokens())
+
+
+def fine_tuning(data: Path, imported: Path, save_dir: Path, *flags: str) -> list[str]:
+    """Arguments for fairseq-train that start from an imported encoder; later flags win over these."""
+    architecture = json.loads((imported / "import.json").read_text())["flags"]
+    return [
+        *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", "2", *architecture),
+        *("--restore-file", str(imported / "model.pt"), "--reset-optimizer", "--reset-dataloader", "--reset-meters"),
+        *("--criterion", "smart_sentence_prediction", "--optimizer", "mbpp", "--batch-size", "4", "--cpu"),
+        *("--num-workers", "0", "--disable-validation", "--no-epoch-checkpoints", "--log-format", "json"),
+        *("--save-dir", str(save_dir), *flags),
+    ]
 
 
 def write_task_data(folder: Path, dictionary_file: Path, pairs: bool = False) -> Path:

@@ -18,7 +18,7 @@ from fairseq import trainer
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq_cli import train as fairseq_train
-from toolkit import DEVICE, alter_terms, assert_close, parse
+from toolkit import DEVICE, alter_terms, assert_close_states, parse
 
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionCriterion
 
@@ -162,13 +162,9 @@ def assert_same_run(
             assert ours.keys() == one.keys() >= {*losses, "gnorm", *(("bregman_loss",) if teacher else ())}
             for key in one:
                 assert ours[key] == pytest.approx(one[key], rel=tolerance * 10, abs=tolerance), key
-        for key, weight in states[0]["model"].items():
-            assert_close(state["model"][key], weight, rtol=0, atol=tolerance)
-        if teacher:
-            averages = [s["last_optimizer_state"]["mbpp"] for s in (state, states[0])]
-            assert averages[0]["updates"] == averages[1]["updates"] == count
-            for ours, one in zip(*(average["teacher"] for average in averages)):
-                assert_close(ours, one, rtol=0, atol=tolerance)
+        assert_close_states(state, states[0], tolerance, teacher)
+        for one in (state, states[0]) if teacher else ():
+            assert one["last_optimizer_state"]["mbpp"]["updates"] == count
     # the terms are there to be compared
     assert all(runs[0][0][loss] > 1e-4 for loss in losses)
     assert not teacher or runs[0][-1]["bregman_loss"] > 1e-7

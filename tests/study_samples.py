@@ -1,10 +1,11 @@
-"""A small plan of a study, on tiny models."""
+"""A small plan of a study, on tiny models or without any."""
 
 from pathlib import Path
 
 from toolkit import TINY_MODEL
 
-__all__ = ["MODEL", "PLAN", "write_plan"]
+from smart_fairseq.study.plan import read_plan
+from smart_fairseq.study.studying import Study
 
 PLAN = """
 out: {folder}/out
@@ -28,3 +29,35 @@ def write_plan(folder: Path, data: Path, text: str = PLAN) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text.format(folder=folder, data=data, model=MODEL))
     return path
+
+
+# a worker that trains nothing: 3 updates, then logits by seed and method; under attack every answer is class 0
+FAKE = """
+import json, sys, time
+import numpy as np
+out, asked, flags = sys.argv[1], json.loads(sys.argv[2])["attack"], sys.argv[3:]
+seed = int(flags[flags.index("--seed") + 1])
+for update in range(3):
+    print("x | INFO | train_inner | " + json.dumps({"loss": "1", "num_updates": str(update)}), flush=True)
+    time.sleep(SLEEP)
+draw = np.random.default_rng([seed, "smart_sentence_prediction" in flags])
+stored = {"logits": draw.normal(size=(22, 2)), "labels": np.arange(22) % 2}
+if asked:
+    rows = np.arange(asked["rows"])
+    always = np.zeros((len(asked["radii"]), len(rows), 2)) + [1, 0]
+    stored |= {"attack_rows": rows, "attack_radii": asked["radii"], "attack_loss": always, "attack_random": always}
+np.savez(out, **stored)
+print('x | INFO | scored | {"rows": 22, "cpu_seconds": 1, "cpu_seconds_per_update": 0.1}')
+"""
+
+
+def write_fake(folder: Path, sleep: float = 0) -> Path:
+    """That worker's program, which sleeps so many seconds after each update."""
+    (folder / "fake.py").write_text(FAKE.replace("SLEEP", str(sleep)))
+    return folder / "fake.py"
+
+
+def keys(plan: Path) -> dict[str, str]:
+    """By its name each run's key."""
+    study = Study(read_plan(plan))
+    return {asked.name: study.key(asked) for asked in study.plan.runs()}

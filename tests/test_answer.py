@@ -12,18 +12,19 @@ import torch
 from data_samples import make_place, prepare, write
 from fairseq import checkpoint_utils
 from fairseq.data import data_utils
-from multitask_runs import around, refused, second_stage
+from multitask_runs import command, second_stage
 from toolkit import (
     BOLD,
     HALF,
     HEAD,
     NO_DROPOUT,
-    USER_DIR,
     assert_close,
     assert_equal,
-    assert_same_state,
+    assert_resumes,
+    batch,
     build,
-    set_back,
+    error_line,
+    refused,
     train,
     watch_terms,
 )
@@ -46,17 +47,6 @@ PLACES = [([1, 2, 3], [6, 7]), ([1], [4, 5, 6, 7, 8])]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Official files in glue/, and a data folder of each task in bins/."""
     return make_place(tmp_path_factory.mktemp("place"), ())
-
-
-def command(data: Path, tasks: str, *flags: str, save_dir: Path | None = None, max_update: int = 8) -> list[str]:
-    """Arguments for fairseq-train on a tiny RoBERTa, tasks with commas between; later flags win over these."""
-    return [
-        *(str(data), "--user-dir", USER_DIR, "--task", "smart_multitask"),
-        *("--multitask-tasks", ",".join(f"{task}-bin" for task in tasks.split(","))),
-        *around("smart_sentence_prediction", max_update),
-        *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
-        *flags,
-    ]
 
 
 def make_head(outputs: int, steps: int = 3, dropout: float = 0.0, step_dropout: float = 0.0) -> StochasticAnswer:
@@ -208,11 +198,6 @@ def test_a_head_without_its_encoders_pass_says_so() -> None:
 # --- as a head of smart_multitask ------------------------------------------------------------------
 
 
-def batch(task: Any, first: int, count: int = 4) -> Any:
-    data = task.datasets["train"]
-    return data.collater([data[index] for index in range(first, first + count)])
-
-
 def louder(model: Any) -> None:
     """At initialisation a head hardly reacts to anything."""
     for head in model.classification_heads.values():
@@ -221,7 +206,7 @@ def louder(model: Any) -> None:
 
 def test_only_the_named_tasks_have_it(place: Path) -> None:
     flags = [*SAN, "--multitask-dropout", "RTE=0.25"]
-    _, _, model, _ = build(command(place / "bins", "RTE,MRPC,STS-B,CoLA", *flags))
+    _, _, model, _ = build(command(place / "bins", ["RTE", "MRPC", "STS-B", "CoLA"], *flags))
     heads = model.classification_heads
     assert {name for name, head in heads.items() if isinstance(head, StochasticAnswer)} == {"RTE", "STS-B"}
     assert heads["RTE"].out_proj.out_features == 2 and heads["STS-B"].out_proj.out_features == 1
@@ -230,8 +215,8 @@ def test_only_the_named_tasks_have_it(place: Path) -> None:
 
 def test_a_copy_of_the_model_is_whole(place: Path) -> None:
     """Its head hears from its own encoder, as of an average of the weights (--store-ema)."""
-    _, task, model, _ = build(command(place / "bins", "RTE", "--multitask-san", "RTE"))
-    inputs = {**batch(task, 0)["net_input"], "features_only": True, "classification_head_name": "RTE"}
+    _, task, model, _ = build(command(place / "bins", ["RTE"], "--multitask-san", "RTE"))
+    inputs = {**batch(task, 4)["net_input"], "features_only": True, "classification_head_name": "RTE"}
     twin = copy.deepcopy(model.eval())
     assert_equal(twin(**inputs)[0], model(**inputs)[0])
     assert twin.classification_heads["RTE"] is not model.classification_heads["RTE"]
@@ -239,8 +224,8 @@ def test_a_copy_of_the_model_is_whole(place: Path) -> None:
 
 def test_the_texts_of_prepared_rows(place: Path) -> None:
     """What the head reads of a batch are the tokens of input0 and of input1."""
-    _, task, model, _ = build(command(place / "bins", "RTE", "--multitask-san", "RTE"))
-    head, sample = model.classification_heads["RTE"], batch(task, 0)
+    _, task, model, _ = build(command(place / "bins", ["RTE"], "--multitask-san", "RTE"))
+    head, sample = model.classification_heads["RTE"], batch(task, 4)
     seen: list[Any] = []
     head.register_forward_pre_hook(lambda module, args: seen.append(module._tokens))
     model(**sample["net_input"], features_only=True, classification_head_name="RTE")
@@ -257,11 +242,11 @@ def test_the_texts_of_prepared_rows(place: Path) -> None:
 def test_smart_acts_through_it(mode: str, place: Path) -> None:
     """By hand from the outputs of two passes, for classes and for a regression; the term moves all of the head."""
     flags = [*STILL, *BOLD, "--multitask-san", "RTE,STS-B", "--smart-bregman-weight", "0", "--smart-mode", mode]
-    _, task, model, criterion = build(command(place / "bins", "RTE,STS-B", *flags))
+    _, task, model, criterion = build(command(place / "bins", ["RTE", "STS-B"], *flags))
     louder(model)
     seen = watch_terms(criterion)
     for name, first in (("STS-B", 30), ("RTE", 0)):
-        sample = batch(task, first)
+        sample = batch(task, 4, first)
         loss, _, log = criterion(model.train(), sample)
         with torch.no_grad():
             forward = criterion.forward_of(model, sample)
@@ -291,30 +276,20 @@ def test_both_passes_have_the_same_masks(place: Path) -> None:
     found = {}
     for masks in ("shared", "independent"):
         flags = [*DROPPED, "--smart-recipe", "paper", "--smart-epsilon", "1e-6", "--smart-noise-std", "1e-7"]
-        flags += [
-            "--smart-bregman-weight",
-            "0",
-            "--dropout",
-            "0",
-            "--attention-dropout",
-            "0",
-            "--smart-mode",
-            "finite",
-            "--smart-dropout",
-            masks,
-        ]
-        _, task, model, criterion = build(command(place / "bins", "RTE", *flags))
+        flags += ["--smart-bregman-weight", "0", "--dropout", "0", "--attention-dropout", "0"]
+        flags += ["--smart-mode", "finite", "--smart-dropout", masks]
+        _, task, model, criterion = build(command(place / "bins", ["RTE"], *flags))
         louder(model)
-        found[masks] = criterion(model.train(), batch(task, 0))[2]["smart_loss"].item()
+        found[masks] = criterion(model.train(), batch(task, 4))[2]["smart_loss"].item()
     assert found["shared"] < 1e-6 and found["independent"] > 0.01, found
 
 
 def test_forward_mode_products_go_through_it(place: Path) -> None:
     """With all dropout on, the change along a direction and the way back, against differences in float64."""
-    _, task, model, criterion = build(command(place / "bins", "RTE", *DROPPED))
+    _, task, model, criterion = build(command(place / "bins", ["RTE"], *DROPPED))
     louder(model)
     model.double().train()
-    forward = criterion.forward_of(model, batch(task, 0))
+    forward = criterion.forward_of(model, batch(task, 4))
     direction = torch.randn(*forward.inputs["src_tokens"].shape, 16, dtype=torch.float64)
 
     def outputs(size: float) -> torch.Tensor:
@@ -350,9 +325,7 @@ def test_it_learns(place: Path, tmp_path: Path) -> None:
     """With SMART and the teacher, from chance to nearly all of the validation set."""
     prepare("RTE", write_toy(tmp_path / "glue"), place / "bpe", tmp_path / "bins" / "RTE-bin")
     flags = ["--multitask-san", "RTE", "--lr", "5e-3", "--batch-size", "16", *NO_DROPOUT]
-    arguments = command(tmp_path / "bins", "RTE", *flags, max_update=60)
-    arguments.remove("--disable-validation")
-    log = train(arguments)
+    log = train(command(tmp_path / "bins", ["RTE"], *flags, max_update=60, validate=True))
     assert log["train_inner"][0]["task_loss"] > 0.6
     assert log["valid"][-1]["valid_RTE_accuracy"] > 95
     assert all(line["smart_loss"] > 0 for line in log["train_inner"])
@@ -360,25 +333,18 @@ def test_it_learns(place: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The save folder of a run with teacher and SMART, resumed within its second epoch; straight.pt went through."""
+    """The save folder of a run with teacher and SMART, resumed within its second epoch as if it had gone on."""
     folder = tmp_path_factory.mktemp("run")
     flags = [*BOLD, *SAN, "--pooler-dropout", "0.1", "--batch-size", "8", "--save-interval-updates", "9"]
-    arguments = command(place / "bins", "RTE,MRPC,STS-B", *flags, save_dir=folder, max_update=18)
-    straight = train(arguments)["train_inner"]
-    set_back(folder, next(folder.glob("checkpoint_*_9.pt")).name)
-    resumed = train(arguments)["train_inner"]
-    assert [line["num_updates"] for line in resumed] == list(range(10, 19))
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[9:]]
+    arguments = command(place / "bins", ["RTE", "MRPC", "STS-B"], *flags, save_dir=folder, max_update=18)
+    assert_resumes(arguments, folder, 9)
     return folder
-
-
-def test_a_resumed_run_equals_one_that_went_on(run: Path) -> None:
-    assert_same_state(run / "checkpoint_last.pt", run / "straight.pt")
 
 
 def test_other_heads_than_the_checkpoints_are_named(run: Path, place: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint_last.pt").write_bytes((run / "checkpoint_last.pt").read_bytes())
-    arguments = command(place / "bins", "RTE,MRPC,STS-B", "--multitask-san", "MRPC", save_dir=tmp_path, max_update=19)
+    tasks, other = ["RTE", "MRPC", "STS-B"], ["--multitask-san", "MRPC"]
+    arguments = command(place / "bins", tasks, *other, save_dir=tmp_path, max_update=19)
     with pytest.raises(UsageError, match="resume with the same heads and precision, or with --reset-optimizer"):
         train(arguments)
 
@@ -397,7 +363,7 @@ def test_the_teacher_has_the_head(run: Path) -> None:
 def test_half_precision(precision: str, place: Path) -> None:
     flags = [*BOLD, *SAN, "--smart-epsilon", "5e-2", *(HALF if precision == "fp16" else [])]
     common = {"bf16": True} if precision == "bf16" else {}
-    log = train(command(place / "bins", "RTE,STS-B", *flags, max_update=4), **common)["train_inner"]
+    log = train(command(place / "bins", ["RTE", "STS-B"], *flags, max_update=4), **common)["train_inner"]
     assert len(log) == 4 and all(math.isfinite(line["loss"]) and line["smart_loss"] > 0 for line in log)
 
 
@@ -426,7 +392,7 @@ def test_predict_and_evaluate_build_it_again(run: Path, place: Path, tmp_path: P
 def test_another_folder_of_the_same_classes(place: Path, tmp_path: Path) -> None:
     """AX is MNLI's, whose head goes by the name of the folder's task; the folder it was trained on may be gone."""
     flags = ["--multitask-san", "MNLI"]
-    train(command(place / "bins", "MNLI,RTE", *flags, save_dir=tmp_path, max_update=1))
+    train(command(place / "bins", ["MNLI", "RTE"], *flags, save_dir=tmp_path, max_update=1))
     state = torch.load(tmp_path / "checkpoint_last.pt")
     state["cfg"]["task"]["data"] = str(tmp_path / "gone")
     torch.save(state, tmp_path / "moved.pt")
@@ -437,8 +403,7 @@ def test_another_folder_of_the_same_classes(place: Path, tmp_path: Path) -> None
 def test_export_refuses_it_by_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last, out = str(run / "checkpoint_last.pt"), tmp_path / "plain.pt"
     for more in ([], ["--teacher"], ["--format", "huggingface"]):
-        assert export.main([last, str(out), "--task", "RTE", *more]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = error_line("export", export.main, [last, out, "--task", "RTE", *more], capsys)
         assert "the head of RTE is a stochastic answer network (--multitask-san); fairseq and" in line
         assert not out.exists()
     assert export.main([last, str(out), "--task", "MRPC"]) == 0  # fairseq's head
@@ -451,8 +416,7 @@ def test_a_damaged_head_is_named(run: Path, place: Path, tmp_path: Path, capsys:
     del state["model"]["classification_heads.RTE.state.bias"]
     torch.save(state, tmp_path / "damaged.pt")
     flags = ["--data-dir", str(place / "bins" / "RTE-bin"), "--checkpoint", str(tmp_path / "damaged.pt"), "--cpu"]
-    assert evaluate.main(flags) == 2
-    assert "has no state.bias of its classification head 'RTE'" in capsys.readouterr().err
+    assert "has no state.bias of its classification head 'RTE'" in error_line("evaluate", evaluate.main, flags, capsys)
     with pytest.raises(UsageError, match=r"has no state\.bias of"):
         checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "damaged.pt")])
 
@@ -469,7 +433,7 @@ def test_the_second_stage_starts_with_a_new_head(run: Path, place: Path, tmp_pat
 
 def test_flags_that_do_not_fit(place: Path) -> None:
     def said(*flags: str) -> str:
-        return refused(command(place / "bins", "RTE,CoLA,STS-B", *flags))
+        return refused(command(place / "bins", ["RTE", "CoLA", "STS-B"], *flags))
 
     allowed = "; it must be of the tasks of pairs, RTE, STS-B (no ranking, no single texts)"
     assert f"--multitask-san is 'CoLA'{allowed}" in said("--multitask-san", "RTE,CoLA")

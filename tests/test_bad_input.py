@@ -232,8 +232,7 @@ def test_labels_outside_the_classes(where: str, class_data: Path, tmp_path: Path
     data = tmp_path / "data"
     shutil.copytree(class_data, data)
     write_labels(data, where, ["1", "0"] * (12 if where == "train" else 5), last="2", words=("1", "0", "2"))
-    arguments = command(data)
-    arguments.remove("--disable-validation")
+    arguments = command(data, validate=True)
     line = library_refusal(arguments)
     count = 24 if where == "train" else 10
     assert line.startswith(f"{data}/label/{where}: example {count} has a label '2' (number 2), outside the 2 classes")

@@ -248,17 +248,8 @@ def test_freeat_at_radius_0_is_so_many_plain_updates_on_each_batch(
 
 def test_freeat_divides_by_what_an_update_of_fewer_batches_holds(class_data: Path) -> None:
     """Six batches with --update-freq 4: the gradient of the last two is their mean, as in plain fine-tuning."""
-    flags = [
-        *NO_DROPOUT,
-        "--curriculum",
-        "9",
-        "--update-freq",
-        "4",
-        "--lr",
-        "1e-9",
-        "--required-batch-size-multiple",
-        "1",
-    ]
+    flags = [*NO_DROPOUT, "--curriculum", "9", "--update-freq", "4", "--lr", "1e-9"]
+    flags += ["--required-batch-size-multiple", "1"]
     logs = []
     for name, more in (("sentence_prediction", []), ("freeat_sentence_prediction", ["--freeat-epsilon", "0"])):
         times = ["--freeat-steps", "2"] if more else []

@@ -85,18 +85,8 @@ def old(imported: Path) -> Path:
 
 def arguments(imported: Path, data: Path, run: Path, *flags: str) -> list[str]:
     return [
-        *(
-            str(data),
-            "--user-dir",
-            USER_DIR,
-            "--task",
-            "sentence_prediction",
-            "--num-classes",
-            "2",
-            "--init-token",
-            "0",
-        ),
-        *("--arch", "smart_bert", "--encoder-layers", "2", "--encoder-embed-dim", "16"),
+        *(str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", "2"),
+        *("--init-token", "0", "--arch", "smart_bert", "--encoder-layers", "2", "--encoder-embed-dim", "16"),
         *("--encoder-ffn-embed-dim", "40", "--encoder-attention-heads", "4", "--max-positions", "24"),
         *("--finetune-from-model", str(imported / "model.pt"), "--criterion", "smart_sentence_prediction", *BOLD),
         *("--optimizer", "mbpp", "--lr", "1e-3", "--batch-size", "4", "--max-update", "4", "--cpu", "--seed", "5"),

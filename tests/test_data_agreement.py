@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_samples import REAL, needs_real_files, write
+from toolkit import error_line
 
 from smart_fairseq.commands import agreement
 from smart_fairseq.commands.agreement import GROUPS, compare, group_of
@@ -168,17 +169,12 @@ def test_picture_on_a_full_disk(tmp_path, capsys, monkeypatch):
 def test_picture_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)
-    flags = ["--data-dir", str(data), "--predictions", str(file), "--picture", str(tmp_path / "x.png")]
-    assert agreement.main(flags) == 2
-    assert "agreement: error: --picture needs matplotlib" in capsys.readouterr().err
+    said = refused(capsys, data, "--predictions", str(file), "--picture", str(tmp_path / "x.png"))
+    assert said.startswith("agreement: error: --picture needs matplotlib")
 
 
 def refused(capsys, data, *flags):
-    capsys.readouterr()
-    assert agreement.main(["--data-dir", str(data), *flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("agreement: error: "), lines
-    return lines[0]
+    return error_line("agreement", agreement.main, ["--data-dir", data, *flags], capsys)
 
 
 ROW = "{}\tx\t0.2\t0.3\t0.5"

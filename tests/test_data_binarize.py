@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from data_samples import (
     REAL,
+    STSB,
     assert_same_folder,
     cut,
     fairseq_route,
@@ -51,7 +52,7 @@ def test_regression_equals_fairseqs_route(tmp_path):
     bpe = make_gpt2_bpe(tmp_path / "bpe")
     generator = random.Random(4)
     folder = tmp_path / "glue" / "STS-B"
-    header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"
+    header = "\t".join(STSB)
     scores = ["0", "0.067", "0.40", "1", "2.5", "3.800", "4.2857", "5.000", "3.3333333", "0.0001"]
     for split in ("train", "dev", "test"):
         rows = [
@@ -125,14 +126,8 @@ def test_label_dictionary_orders():
     from collections import Counter
 
     assert label_dictionary(TASKS["MRPC"], Counter({"1": 5, "0": 2}))[:2] == [("1", 5), ("0", 2)]
-    assert [
-        label for label, _ in label_dictionary(TASKS["MNLI"], Counter(entailment=2, neutral=2, contradiction=3))
-    ] == [
-        "contradiction",
-        "entailment",
-        "neutral",
-        "madeupword0000",
-    ]
+    mnli = label_dictionary(TASKS["MNLI"], Counter(entailment=2, neutral=2, contradiction=3))
+    assert [label for label, _ in mnli] == ["contradiction", "entailment", "neutral", "madeupword0000"]
     snli = label_dictionary(TASKS["SNLI"], Counter(entailment=9, neutral=2, contradiction=3))
     assert [label for label, _ in snli[:3]] == ["contradiction", "neutral", "entailment"]
     # a class that the training part lacks still gets an id

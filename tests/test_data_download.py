@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_samples import write
+from toolkit import error_line
 
 from smart_fairseq.commands import download
 from smart_fairseq.commands.download import RESOURCES, Resource, glue_main
@@ -89,11 +90,7 @@ def run(server, folder, *flags):
 
 
 def refused(capsys, server, folder, *flags):
-    capsys.readouterr()
-    assert run(server, folder, *flags) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("download: error: "), lines
-    return lines[0]
+    return error_line("download", lambda given: run(server, folder, *given), flags, capsys)
 
 
 def whole_rte(rows=1):

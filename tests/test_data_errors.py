@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_samples import ROOT, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, write
+from data_samples import ROOT, STSB, make_bert_bpe, make_gpt2_bpe, make_pairs, make_sentencepiece, write
+from toolkit import error_line
 
 from smart_fairseq.commands.preprocess import anli_main, glue_main
 from smart_fairseq.data import pool
@@ -31,12 +32,9 @@ def refused(place: Path, capsys, *flags: str, main=glue_main, task="RTE") -> str
     base = [] if main is anli_main else ["--task", task]
     base += ["--data-dir", str(place / "glue"), "--bpe-dir", str(place / "bpe"), "--out", str(place / "out")]
     before = sorted(path for path in place.rglob("*"))
-    capsys.readouterr()
-    assert main([*base, *flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("preprocess: error: "), lines
+    line = error_line("preprocess", main, [*base, *flags], capsys)
     assert sorted(path for path in place.rglob("*")) == before
-    return lines[0].replace(str(place) + "/", "")
+    return line.replace(str(place) + "/", "")
 
 
 def train(place: Path) -> Path:
@@ -119,8 +117,7 @@ def test_repeated_id_in_two_rounds(place, capsys):
 
 @pytest.mark.parametrize("score", ["5.1", "-0.2", "nan", "inf", "four", ""])
 def test_score_out_of_range(place, capsys, score):
-    header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
-    write(place / "glue" / "STS-B" / "train.tsv", header, f"0\tg\tf\ty\t0\tn\tn\ta\tb\t{score}")
+    write(place / "glue" / "STS-B" / "train.tsv", "\t".join([*STSB, "score"]), f"0\tg\tf\ty\t0\tn\tn\ta\tb\t{score}")
     line = refused(place, capsys, task="STS-B")
     assert f"train.tsv:2: score {score!r} is not a number from 0 to 5" in line
 

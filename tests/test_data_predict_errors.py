@@ -26,11 +26,7 @@ def place(tmp_path_factory):
 
 
 def refused(main, capsys, *flags: str) -> str:
-    capsys.readouterr()
-    assert main(list(flags)) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and re.match(r"(predict|evaluate): error: ", lines[0]), lines
-    return lines[0]
+    return toolkit.error_line("predict|evaluate", main, flags, capsys)
 
 
 def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
@@ -67,13 +63,12 @@ def test_files_that_are_no_checkpoint(place, tmp_path, capsys, monkeypatch, kind
     make(Path(checkpoint(place, "RTE")), Path("bad.pt"))
     name, *flags = command.split()
     if name == "export":
-        assert export.main(["bad.pt", "out.pt", *flags]) == 2
+        flags += ["bad.pt", "out.pt"]
     else:
         flags += ["--data-dir", str(place / "bins" / "RTE-bin"), "--checkpoint", "bad.pt", "--cpu"]
-        assert {"predict": predict, "evaluate": evaluate}[name].main(
-            [*flags, *(("--out", "out") if name == "predict" else ())]
-        ) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+        flags += ["--out", "out"] if name == "predict" else []
+    main = {"predict": predict, "evaluate": evaluate, "export": export}[name].main
+    line = toolkit.error_line(name, main, flags, capsys)
     assert re.match(rf"{name}: error: bad\.pt: .*{message}", line) and line.isprintable()
     assert not re.search("weights_only|add_safe_globals|http", line)
     assert os.listdir() == ["bad.pt"]
@@ -156,8 +151,7 @@ def test_a_checkpoint_without_its_head_is_not_scored_with_a_random_one(place, tm
     expected = f"other.pt: {what.format(repr(toolkit.HEAD))}"
     assert expected in refused(predict.main, capsys, *data, "--out", str(tmp_path / "out"))
     assert expected in refused(evaluate.main, capsys, *data, "--split", "valid")
-    assert export.main([model, str(tmp_path / "plain.pt")]) == 2
-    assert expected in capsys.readouterr().err
+    assert expected in toolkit.error_line("export", export.main, [model, str(tmp_path / "plain.pt")], capsys)
     with pytest.raises(UsageError, match=re.escape(expected)):  # fairseq-validate
         checkpoint_utils.load_model_ensemble_and_task([model], {"data": str(place / "bins" / "RTE-bin")})
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}

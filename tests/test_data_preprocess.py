@@ -16,7 +16,7 @@ import pytest
 from data_samples import ROOT, make_anli, make_bert_bpe, make_gpt2_bpe, make_pairs, write
 from hf_samples import write_hf
 from processes import FORKS, join
-from toolkit import train
+from toolkit import error_line, train
 
 from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data import binarize
@@ -30,6 +30,13 @@ RTE = ("entailment", "not_entailment")
 @pytest.fixture
 def bpe(tmp_path):
     return make_gpt2_bpe(tmp_path / "bpe")
+
+
+@pytest.fixture
+def rte(tmp_path, bpe):
+    """RTE's files, and the flags that make RTE-bin of them."""
+    make_pairs(tmp_path / "RTE", RTE)
+    return ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(tmp_path / "RTE-bin")]
 
 
 def ids(folder, split):
@@ -49,22 +56,18 @@ def test_all_does_what_is_there_and_says_what_it_skipped(tmp_path, bpe, capsys):
     assert glue_main(["--task", "wnli,RTE", *flags]) == 0
 
 
-def test_bert_folders_need_no_separator(tmp_path, capsys):
-    make_pairs(tmp_path / "RTE", RTE)
-    bert = make_bert_bpe(tmp_path / "bert")
-    flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(bert), "--out", str(tmp_path / "RTE-bin")]
-    assert glue_main(["--task", "RTE", *flags]) == 0
+def test_bert_folders_need_no_separator(tmp_path, rte, capsys):
+    assert glue_main([*rte, "--bpe-dir", str(make_bert_bpe(tmp_path / "bert"))]) == 0
     assert "--separator-token" not in capsys.readouterr().out
 
 
-def test_fairseq_loads_the_folder(tmp_path, bpe):
+def test_fairseq_loads_the_folder(tmp_path, rte):
     """Through its own task: tokens in RoBERTa's form, labels by their place in label/dict.txt."""
     from fairseq.data import Dictionary
     from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 
-    make_pairs(tmp_path / "RTE", RTE)
     out = tmp_path / "RTE-bin"
-    assert glue_main(["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]) == 0
+    assert glue_main(rte) == 0
     config = SentencePredictionConfig(data=str(out), num_classes=2, init_token=0, separator_token=2, no_shuffle=True)
     config.regression_target, config.classification_head_name, config.seed = False, "head", 1
     task = SentencePredictionTask.setup_task(config)
@@ -166,18 +169,15 @@ def test_anli_rounds_with_others(tmp_path, bpe, capsys):
 # Replacement ------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_run_replaces_the_folder_and_a_failed_one_leaves_it(tmp_path, bpe, capsys):
-    make_pairs(tmp_path / "RTE", RTE)
+def test_a_new_run_replaces_the_folder_and_a_failed_one_leaves_it(tmp_path, rte, capsys):
     out = tmp_path / "RTE-bin"
-    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
-    assert glue_main(flags) == 0
+    assert glue_main(rte) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     write(tmp_path / "RTE" / "dev.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tno")
-    assert glue_main(flags) == 2
-    assert "dev.tsv:2: label 'no'" in capsys.readouterr().err
+    assert "dev.tsv:2: label 'no'" in error_line("preprocess", glue_main, rte, capsys)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     write(tmp_path / "RTE" / "dev.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tentailment")
-    assert glue_main(flags) == 0
+    assert glue_main(rte) == 0
     assert read_manifest(out)["rows"]["valid"] == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -198,14 +198,12 @@ def preprocess_and_sleep(flags, pipe):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, bpe, number):
-    make_pairs(tmp_path / "RTE", RTE)
+def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, rte, number):
     out = tmp_path / "RTE-bin"
-    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
-    assert glue_main(flags) == 0
+    assert glue_main(rte) == 0
     before = (out / "preprocess.json").stat().st_mtime_ns
     ours, theirs = FORKS.Pipe()
-    run = FORKS.Process(target=preprocess_and_sleep, args=(flags, theirs))
+    run = FORKS.Process(target=preprocess_and_sleep, args=(rte, theirs))
     run.start()
     assert ours.recv() == "written"
     os.kill(run.pid, number)
@@ -215,32 +213,28 @@ def test_a_run_that_is_killed_leaves_the_old_folder(tmp_path, bpe, number):
     # only a kill that no program can notice leaves something, hidden, and the next run removes it
     assert len(hidden) == (number == signal.SIGKILL)
     time.sleep(0.1)
-    assert glue_main(flags) == 0
+    assert glue_main(rte) == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_an_old_folder_that_a_killed_run_had_moved_aside_comes_back(tmp_path, bpe):
-    make_pairs(tmp_path / "RTE", RTE)
+def test_an_old_folder_that_a_killed_run_had_moved_aside_comes_back(tmp_path, rte):
     out = tmp_path / "RTE-bin"
-    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(out)]
-    assert glue_main(flags) == 0
+    assert glue_main(rte) == 0
     number = max(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()) + 10**6
     out.rename(tmp_path / f".RTE-bin.old-{number}")
     write(tmp_path / "RTE" / "dev.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tno")
-    assert glue_main(flags) == 2  # before anything is looked for beside the folder
+    assert glue_main(rte) == 2  # before anything is looked for beside the folder
     (tmp_path / "RTE" / "dev.tsv").unlink()
     bad = make_bert_bpe(tmp_path / "bad")
     write(bad / "dict.txt", "nothing 1")
-    assert glue_main([*flags, "--bpe-dir", str(bad)]) == 2
+    assert glue_main([*rte, "--bpe-dir", str(bad)]) == 2
     assert read_manifest(out)["rows"]["train"] == 30
 
 
-def test_behind_a_link(tmp_path, bpe):
-    make_pairs(tmp_path / "RTE", RTE)
+def test_behind_a_link(tmp_path, rte):
     (tmp_path / "other").mkdir()
     (tmp_path / "RTE-bin").symlink_to(tmp_path / "other")
-    flags = ["--task", "RTE", "--data-dir", str(tmp_path), "--bpe-dir", str(bpe), "--out", str(tmp_path / "RTE-bin")]
-    assert glue_main(flags) == 0 and glue_main(flags) == 0
+    assert glue_main(rte) == 0 and glue_main(rte) == 0
     assert (tmp_path / "RTE-bin").is_symlink() and read_manifest(tmp_path / "other")["task"] == "RTE"
 
 

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from data_samples import REAL, needs_real_files, write
+from data_samples import REAL, STSB, needs_real_files, write
 
 from smart_fairseq.data.readers import find_sources, read_lines, read_task
 from smart_fairseq.data.tasks import ANLI, GLUE, NLI_LABELS, TASKS
@@ -99,19 +99,7 @@ def test_mrpc_release_with_and_without_dev_ids(tmp_path):
 
 
 def test_stsb_glue_and_benchmark(tmp_path):
-    header = (
-        "index",
-        "genre",
-        "filename",
-        "year",
-        "old_index",
-        "source1",
-        "source2",
-        "sentence1",
-        "sentence2",
-        "score",
-    )
-    columns(tmp_path / "STS-B" / "dev.tsv", header, ("0", "g", "f", "y", "0", "n", "n", "a", "b", "4.750"))
+    columns(tmp_path / "STS-B" / "dev.tsv", (*STSB, "score"), ("0", "g", "f", "y", "0", "n", "n", "a", "b", "4.750"))
     assert essence(read("STS-B", tmp_path)[0]["valid"]) == [("0", "a", "b", "4.750")]
     # the benchmark has no header, and some rows name their sources
     folder = tmp_path / "stsbenchmark"
@@ -135,20 +123,7 @@ GLUE_MNLI = (
 
 
 def mnli_row(number, label, votes=()):
-    return (
-        str(number),
-        "p",
-        f"{number}e",
-        "slate",
-        "x",
-        "x",
-        "x",
-        "x",
-        f"one {number}",
-        f"two {number}",
-        *votes,
-        label,
-    )
+    return (str(number), "p", f"{number}e", "slate", *"xxxx", f"one {number}", f"two {number}", *votes, label)
 
 
 def test_mnli_glue(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from data_samples import ROOT, Sentence, make_bert_bpe, prepare, with_ratings, write
+from toolkit import error_line
 
 from smart_fairseq.commands import download, ratings
 from smart_fairseq.commands.preprocess import glue_main
@@ -297,10 +298,9 @@ def test_files_of_others_in_the_folder_stay(offer: Any, tmp_path: Path) -> None:
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     out = tmp_path / "data"
-    assert download.main([str(out), "--tasks", "movie"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and not out.exists()
-    return lines[0]
+    line = error_line("download", download.main, [out, "--tasks", "movie"], capsys)
+    assert not out.exists()
+    return line
 
 
 def test_an_archive_that_is_another(offer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_samples import make_glue, make_gpt2_bpe, prepare, train, write
+from data_samples import checkpoint, make_gpt2_bpe, make_place, train, write
 
 from smart_fairseq.commands import evaluate
 from smart_fairseq.data.bpe import find_bpe
@@ -19,27 +19,10 @@ from smart_fairseq.inference import Model
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Official files, data folders and checkpoints; two of RTE."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("full")
-    bpe, glue = make_gpt2_bpe(place / "bpe"), make_glue(place / "glue")
-    for name, run, classes, more in (
-        ("RTE", "RTE", 2, ["--separator-token", "2"]),
-        ("RTE", "RTE-other", 2, ["--separator-token", "2", "--seed", "8"]),
-        ("MRPC", "MRPC", 2, ["--separator-token", "2", "--report-acc-and-f1"]),
-        ("STS-B", "STS-B", 1, ["--separator-token", "2", "--regression-target", "--report-pearson-and-spearman"]),
-        ("MNLI", "MNLI", 3, ["--separator-token", "2"]),
-    ):
-        data = place / "bins" / f"{name}-bin"
-        if not data.is_dir():
-            prepare(name, glue, bpe, data)
-        train(data, place / "checkpoints" / run, classes, *more)
-    yield place
-    torch.set_num_threads(threads)
-
-
-def checkpoint(place: Path, name: str) -> str:
-    return str(place / "checkpoints" / name / "checkpoint_last.pt")
+    place = make_place(tmp_path_factory.mktemp("full"), ("RTE", "MRPC", "STS-B", "MNLI"))
+    other = ["--separator-token", "2", "--seed", "8"]
+    train(place / "bins" / "RTE-bin", place / "checkpoints" / "RTE-other", 2, *other)
+    return place
 
 
 def data_of(place: Path, name: str) -> list[str]:
@@ -49,15 +32,8 @@ def data_of(place: Path, name: str) -> list[str]:
 def test_everything_of_two_checkpoints(place, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     models = [checkpoint(place, "RTE"), checkpoint(place, "RTE-other")]
-    more = [
-        "--attack-rows",
-        "9",
-        "--typos",
-        "--bpe-dir",
-        str(place / "bpe"),
-        "--outputs",
-        str(tmp_path / "new" / "o.npz"),
-    ]
+    more = ["--attack-rows", "9", "--typos", "--bpe-dir", str(place / "bpe")]
+    more += ["--outputs", str(tmp_path / "new" / "o.npz")]
     more += ["--picture", str(tmp_path / "p"), "--json", str(tmp_path / "j.json")]
     assert evaluate.main([*data_of(place, "RTE"), "--checkpoint", *models, *more]) == 0
     said = capsys.readouterr().out

@@ -17,14 +17,14 @@ from toolkit import (
     STEADY,
     Regularised,
     assert_close,
+    assert_close_states,
     assert_equal,
+    assert_resumes,
     assert_same_gradients,
-    assert_same_state,
     batch,
     command,
     count_forwards,
     represented,
-    set_back,
     set_up,
     step,
     take_passes,
@@ -86,9 +86,7 @@ def test_weights_zero_trains_as_sentence_prediction(way: Regularised, class_data
     for name, flags in (("sentence_prediction", []), (way.criterion, [*way.flags, *way.off])):
         # with fairseq's own 8, sentence_prediction would leave the last examples out of its validation
         whole = ["--required-batch-size-multiple", "1"]
-        arguments = command(class_data, *whole, *flags, criterion=name, optimizer="adam")
-        arguments.remove("--disable-validation")
-        log = train(arguments)
+        log = train(command(class_data, *whole, *flags, criterion=name, optimizer="adam", validate=True))
         lines = [line for kind in ("train_inner", "valid") for line in log[kind]]
         times = ("wps", "ups", "wall")
         runs.append([{key: value for key, value in line.items() if not key.endswith(times)} for line in lines])
@@ -157,10 +155,7 @@ def test_update_freq_2_with_batch_4_equals_batch_8(way: Regularised, class_data:
         for key in ("loss", "task_loss", "bregman_loss", "gnorm", *(f"{term}_loss" for term in way.still)):
             # the log shows three digits
             assert accumulated[key] == pytest.approx(large[key], rel=6e-3, abs=1e-6), key
-    for name, weight in states[0]["model"].items():
-        assert_close(states[1]["model"][name], weight, rtol=0, atol=1e-6)
-    for ours, theirs in zip(*(state["last_optimizer_state"]["mbpp"]["teacher"] for state in states)):
-        assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert_close_states(states[1], states[0])
 
 
 @of_classes
@@ -191,13 +186,7 @@ def test_the_terms_move_the_weights_and_weight_0_does_not(way: Regularised, data
 def test_three_and_three_equal_six(way: Regularised, data: Path, tmp_path: Path) -> None:
     """Weights, optimizer and teacher bit for bit, dropout on, the stop in the middle of an epoch."""
     flags = [*way.flags, "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
-    options: Any = dict(criterion=way.criterion, save_dir=tmp_path / "run")
-    train(command(data, *flags, **options))
-    last = set_back(tmp_path / "run", "checkpoint_1_3.pt")
-    assert torch.load(last)["optimizer_history"][-1]["num_updates"] == 3
-    resumed = train(command(data, *flags, **options))
-    assert [line["num_updates"] for line in resumed["train_inner"]] == [4, 5, 6]
-    assert_same_state(last, last.with_name("straight.pt"))
+    assert_resumes(command(data, *flags, criterion=way.criterion, save_dir=tmp_path / "run"), tmp_path / "run", 3)
 
 
 @pytest.mark.parametrize("way", represented_by("smart", "freelb", "freeat", "rdrop"), indirect=True)

@@ -1,6 +1,7 @@
 """export: plain fairseq, in a process that never imports this package, predicts the same."""
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from hf_samples import write_hf, write_task_data
-from toolkit import ROOT, USER_DIR, train
+from hf_samples import fine_tuning, write_hf, write_task_data
+from toolkit import ROOT, error_line, train
 
 from smart_fairseq.convert.checkpoint import plain
 from smart_fairseq.convert.epsilon import scale_residual_stream, stream_scale
@@ -88,17 +89,7 @@ def trained(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """A few updates of SMART on the imported model, and the data it saw."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_task_data(folder / "data", imported / "dict.txt")
-    arguments = [str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--num-classes", "2"]
-    arguments += [
-        "--restore-file",
-        str(imported / "model.pt"),
-        *json.loads((imported / "import.json").read_text())["flags"],
-    ]
-    arguments += ["--reset-optimizer", "--reset-dataloader", "--reset-meters"]
-    arguments += ["--criterion", "smart_sentence_prediction", "--optimizer", "mbpp", "--lr", "1e-3"]
-    arguments += ["--batch-size", "4", "--max-update", "4", "--cpu", "--num-workers", "0", "--disable-validation"]
-    arguments += ["--save-dir", str(folder / "run"), "--no-epoch-checkpoints", "--log-format", "json"]
-    train(arguments)
+    train(fine_tuning(data, imported, folder / "run", "--lr", "1e-3", "--max-update", "4"))
     return {"checkpoint": folder / "run" / "checkpoint_last.pt", "data": data}
 
 
@@ -242,12 +233,7 @@ def test_plain_containers() -> None:
 # Errors
 
 
-def run_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("export: error: ")
-    return line
+run_refused = functools.partial(error_line, "export", main)
 
 
 def test_errors_are_one_line_and_leave_nothing(

@@ -1,5 +1,6 @@
 """export --format huggingface: what transformers, and the published architectures, make of the folder."""
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from data_samples import STSB, prepare, write
-from hf_samples import in_transformers, load, needs_transformers, reference, write_hf
+from hf_samples import fine_tuning, in_transformers, load, needs_transformers, reference, write_hf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
-from toolkit import USER_DIR, train
+from toolkit import error_line, train
 
 from smart_fairseq.convert.config import config_json, read_config
 from smart_fairseq.export import main
@@ -63,19 +64,14 @@ def write_official(folder: Path, task: str, split: str, rows: list[list[str]]) -
 
 def fine_tune(folder: Path, family: str, task: str, flags: Sequence[str], **changes: Any) -> Run:
     """Import, prepare and train as a user would: 3 updates that move every weight by far more than 1e-5."""
-    report = import_hf(write_hf(folder / "hf", family, **changes), folder / "imported")
+    import_hf(write_hf(folder / "hf", family, **changes), folder / "imported")
     width = 1 if task == "CoLA" else 2
     valid = texts(9, width, seed=2)
     write_official(folder / "glue", task, "train", texts(12, width, seed=1))
     write_official(folder / "glue", task, "dev", valid)
     data = prepare(task, folder / "glue", folder / "imported", folder / "data", "--workers", "1")
-    arguments = [str(data), "--user-dir", USER_DIR, "--task", "sentence_prediction", "--init-token", "0", *flags]
-    arguments += ["--restore-file", str(folder / "imported" / "model.pt"), *report["flags"]]
-    arguments += ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--dropout", "0.2"]
-    arguments += ["--criterion", "smart_sentence_prediction", "--optimizer", "mbpp", "--lr", "1e-2"]
-    arguments += ["--batch-size", "4", "--max-update", "3", "--cpu", "--num-workers", "0", "--disable-validation"]
-    arguments += ["--save-dir", str(folder / "run"), "--no-epoch-checkpoints", "--log-format", "json"]
-    train(arguments)
+    own = ["--init-token", "0", "--dropout", "0.2", "--lr", "1e-2", "--max-update", "3", *flags]
+    train(fine_tuning(data, folder / "imported", folder / "run", *own))
     return Run(folder / "run" / "checkpoint_last.pt", data, folder / "imported", family, valid)
 
 
@@ -282,12 +278,7 @@ def test_transformers_gives_the_same_logits_from_the_texts(runs: dict[str, Run],
 # Errors
 
 
-def refused(arguments: Sequence[Any], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main([*map(str, arguments)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("export: error: ")
-    return line
+refused = functools.partial(error_line, "export", main)
 
 
 IN_HEAD = f"classification_heads.{HEAD}."

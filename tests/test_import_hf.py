@@ -21,6 +21,7 @@ from hf_samples import (
     DIM,
     MERGES,
     fairseq_ids,
+    fine_tuning,
     load,
     names_of,
     reference,
@@ -30,7 +31,7 @@ from hf_samples import (
     write_task_data,
 )
 from safetensors.torch import load_file, save_file
-from toolkit import USER_DIR, train
+from toolkit import train
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.import_hf import import_hf, main
@@ -265,16 +266,10 @@ def test_real_roberta_vocabulary_gives_the_official_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_fairseq_train_starts_from_it(tmp_path: Path, family: str) -> None:
     """The flags that are printed, the strict load of --restore-file, BERT's pooler as the head's start; one update."""
-    report = import_hf(write_hf(tmp_path / "hf", family), tmp_path / "out")
+    import_hf(write_hf(tmp_path / "hf", family), tmp_path / "out")
     data = write_task_data(tmp_path / "data", tmp_path / "out" / "dict.txt")
-    arguments = [str(data), "--user-dir", USER_DIR]
-    arguments += ["--task", "sentence_prediction", "--num-classes", "2", "--criterion", "sentence_prediction"]
-    arguments += ["--restore-file", str(tmp_path / "out" / "model.pt")]
-    arguments += ["--reset-optimizer", "--reset-dataloader", "--reset-meters", *report["flags"]]
-    arguments += ["--optimizer", "adam", "--lr", "1e-9", "--batch-size", "4", "--max-update", "1", "--cpu"]
-    arguments += ["--save-dir", str(tmp_path / "checkpoints"), "--num-workers", "0", "--disable-validation"]
-    arguments += ["--log-format", "json", "--no-epoch-checkpoints"]
-    train(arguments)
+    flags = ["--criterion", "sentence_prediction", "--optimizer", "adam", "--lr", "1e-9", "--max-update", "1"]
+    train(fine_tuning(data, tmp_path / "out", tmp_path / "checkpoints", *flags))
     start = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model"]
     end = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=True)["model"]
     head = "classification_heads.sentence_classification_head."

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_samples import BERT_TOKENS, DIM, roberta_tokens, write_hf
 from safetensors.torch import load_file, save_file
+from toolkit import error_line
 
 from smart_fairseq.import_hf import main
 
@@ -169,11 +170,9 @@ def test_errors_are_one_line_and_leave_nothing(
 ) -> None:
     source = write_hf(tmp_path / "hf", family)
     damage(source)
-    assert main([str(source), str(tmp_path / "new" / "out")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("import_hf: error: ")
+    line = error_line("import_hf", main, [source, tmp_path / "new" / "out"], capsys)
     for part in expected:
-        assert part in lines[0]
+        assert part in line
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -184,9 +183,8 @@ def test_existing_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (out / "mine.txt").write_text("kept")
     assert main([str(bert), str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    capsys.readouterr()
-    assert main([str(roberta), str(out)]) == 2
-    assert "model.pt: exists already; choose another OUT_DIR or give --overwrite" in capsys.readouterr().err
+    line = error_line("import_hf", main, [roberta, out], capsys)
+    assert "model.pt: exists already; choose another OUT_DIR or give --overwrite" in line
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     assert main([str(roberta), str(out), "--overwrite"]) == 0
     names = {"mine.txt", "model.pt", "dict.txt", "encoder.json", "vocab.bpe", "bpe.json", "import.json"}
@@ -198,8 +196,7 @@ def test_existing_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_impossible_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str) -> None:
     source = write_hf(tmp_path / "hf", "bert")
     before = sorted(path.name for path in source.iterdir())
-    assert main([str(source), str(tmp_path / where)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    error_line("import_hf", main, [source, tmp_path / where], capsys)
     assert sorted(path.name for path in source.iterdir()) == before
 
 
@@ -210,7 +207,6 @@ def test_a_full_disk_leaves_nothing(
         raise RuntimeError("unexpected pos") from OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
-    assert main([str(write_hf(tmp_path / "hf", "bert")), str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = error_line("import_hf", main, [write_hf(tmp_path / "hf", "bert"), tmp_path / "out"], capsys)
     assert line.endswith(f"{tmp_path / 'out'}: cannot be written (No space left on device); nothing was kept")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -58,17 +58,8 @@ def test_closed_form_with_the_schedule(class_data: Path) -> None:
     """theta~_n = prod(beta) theta_0 + sum_t (1 - beta_t) prod_{s > t}(beta_s) theta_t, worked out in float64."""
     parameters = some_parameters()
     start = [p.detach().double() for p in parameters]
-    optimizer = optimizer_for(
-        class_data,
-        parameters,
-        "--mbpp-warmup-ratio",
-        "0.3",
-        "--mbpp-warmup-momentum",
-        "0.5",
-        "--mbpp-momentum",
-        "0.9",
-        max_update=10,
-    )
+    flags = ["--mbpp-warmup-ratio", "0.3", "--mbpp-warmup-momentum", "0.5", "--mbpp-momentum", "0.9"]
+    optimizer = optimizer_for(class_data, parameters, *flags, max_update=10)
     history = take_steps(optimizer, parameters, 10)
     betas = [0.5] * 3 + [0.9] * 7
     for index, average in enumerate(optimizer.teacher):
@@ -259,11 +250,15 @@ def test_the_teacher_by_name_in_every_precision(precision: list[str], class_data
     else:
         optimizer = optim.build_optimizer(cfg.optimizer, trained)
     start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    optimizer.zero_grad()
-    for parameter in trained:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer._needs_sync = True
-    optimizer.step()
+
+    def update() -> None:
+        optimizer.zero_grad()
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer._needs_sync = True
+        optimizer.step()
+
+    update()
     link = TrainingLink()
     link.connect(optimizer)
     weights = link.weights(model)
@@ -276,11 +271,7 @@ def test_the_teacher_by_name_in_every_precision(precision: list[str], class_data
             )
     assert link.weights(model) is weights, "a copy in the model's precision is made once per update"
     places = [weight.data_ptr() for weight in weights.values()]
-    optimizer.zero_grad()
-    for parameter in trained:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer._needs_sync = True
-    optimizer.step()
+    update()
     moved = link.weights(model)
     assert moved is not weights
     mbpp = getattr(optimizer, "fp32_optimizer", getattr(optimizer, "wrapped_optimizer", optimizer))

@@ -66,12 +66,11 @@ def true_metrics(kind: str, data: Path, checkpoint: Path) -> dict[str, float]:
 
 def validation(data: Path, kind: str, checkpoint: Path, *flags: str) -> list[str]:
     """Arguments of a run that takes one update with learning rate 0 and validates."""
-    arguments = command(
+    return command(
         data, *REPORT[kind], "--restore-file", str(checkpoint), "--reset-optimizer", "--reset-dataloader",
-        "--reset-meters", "--lr", "0", "--stop-min-lr", "-1", "--weight-decay", "0", *flags, max_update=1,
+        "--reset-meters", "--lr", "0", "--stop-min-lr", "-1", "--weight-decay", "0", *flags,
+        max_update=1, validate=True,
     )  # fmt: skip
-    arguments.remove("--disable-validation")
-    return arguments
 
 
 @pytest.mark.parametrize("batch_size", ["1", "4", "23"])
@@ -100,8 +99,7 @@ def test_calibration_error_over_the_whole_set(tmp_path: Path) -> None:
     valid = ["--max-epoch", "1", "--validate-interval", "1"]
     found = []
     for size in ("5", "23"):
-        run = command(data, *flags, *valid, "--batch-size-valid", size, save_dir=tmp_path / size)
-        run.remove("--disable-validation")
+        run = command(data, *flags, *valid, "--batch-size-valid", size, save_dir=tmp_path / size, validate=True)
         found.append(train(run)["valid"][-1]["valid_calibration_error"])
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "23" / "checkpoint_last.pt")])
     dataset, bins = task.load_dataset("valid") or task.dataset("valid"), [[] for _ in range(15)]

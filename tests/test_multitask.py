@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils
 from fairseq.data import FairseqDataset
 from fairseq.logging import metrics
 from fairseq.models.roberta import RobertaModel
-from multitask_runs import around, refused, second_stage
+from multitask_runs import around, command, second_stage
 from processes import assert_same_run, finish, start, updates
 from toolkit import (
     BOLD,
@@ -29,9 +29,10 @@ from toolkit import (
     Regularised,
     assert_close,
     assert_equal,
-    assert_same_state,
+    assert_resumes,
     build,
-    set_back,
+    error_line,
+    refused,
     tensors,
     train,
     watch_terms,
@@ -60,31 +61,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("place"), ())
 
 
-def command(
-    data: Path,
-    tasks: Sequence[str] | None,
-    *flags: str,
-    save_dir: Path | None = None,
-    max_update: int = 8,
-    criterion: str = "smart_sentence_prediction",
-) -> list[str]:
-    """Arguments for fairseq-train on a tiny RoBERTa; later flags win over these."""
-    chosen = ["--multitask-tasks", ",".join(f"{task}-bin" for task in tasks)] if tasks is not None else []
-    return [
-        *(str(data), "--user-dir", USER_DIR, "--task", "smart_multitask", *chosen, *around(criterion, max_update)),
-        *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
-        *flags,
-    ]
-
-
 @pytest.fixture(scope="module")
 def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The save folder of a run on all four tasks, with its log beside it as log.json."""
     folder = tmp_path_factory.mktemp("run") / "run"
     flags = [*BOLD, "--lr", "1e-4", "--best-checkpoint-metric", "average", "--maximize-best-checkpoint-metric"]
-    arguments = command(place / "bins", TASKS, *flags, save_dir=folder, max_update=32)
-    arguments.remove("--disable-validation")
-    log = train(arguments)
+    log = train(command(place / "bins", TASKS, *flags, save_dir=folder, max_update=32, validate=True))
     (folder / "log.json").write_text(json.dumps(log))
     # outputs that differ from row to row
     for path in folder.glob("*.pt"):
@@ -369,9 +351,8 @@ def gold(folder: Path, model: Model) -> list[str]:
 
 def test_a_constant_regression_counts_as_zero(place: Path) -> None:
     """The correlation is not a number; the average is."""
-    arguments = command(place / "bins", ["RTE", "STS-B"], "--smart-weight", "0", "--lr", "0", max_update=1)
-    arguments.remove("--disable-validation")
-    _, task, _, _ = build(arguments)
+    flags = ["--smart-weight", "0", "--lr", "0"]
+    _, task, _, _ = build(command(place / "bins", ["RTE", "STS-B"], *flags, max_update=1, validate=True))
     logs = []
     for number, predicted, gold_ones in ((0, [0.0, 1.0], [0.0, 1.0]), (1, [0.5, 0.5], [0.2, 0.8])):
         logs.append({"sample_size": 2, "loss": torch.tensor(1.0)})
@@ -386,9 +367,8 @@ def test_a_constant_regression_counts_as_zero(place: Path) -> None:
 
 def test_every_split_that_some_tasks_have(place: Path) -> None:
     """MNLI's second validation set is validated beside the first, without the others."""
-    arguments = command(place / "bins", ["RTE", "MNLI"], "--valid-subset", "valid,valid1", max_update=1)
-    arguments.remove("--disable-validation")
-    log = train(arguments)
+    flags = ["--valid-subset", "valid,valid1"]
+    log = train(command(place / "bins", ["RTE", "MNLI"], *flags, max_update=1, validate=True))
     first, second = log["valid"], log["text"]
     assert len(first) == 1 and "valid_RTE_accuracy" in first[0] and "valid_MNLI_accuracy" in first[0]
     (line,) = [json.loads(text) for text in second if str(text).startswith("{") and "valid1_average" in str(text)]
@@ -402,8 +382,7 @@ def test_a_task_without_a_validation_set_trains(place: Path, tmp_path: Path) -> 
     manifest = json.loads((tmp_path / "MRPC-bin" / MANIFEST).read_text())
     del manifest["rows"]["valid"]
     (tmp_path / "MRPC-bin" / MANIFEST).write_text(json.dumps(manifest))
-    arguments = command(tmp_path, ["RTE", "MRPC"], max_update=8)
-    arguments.remove("--disable-validation")
+    arguments = command(tmp_path, ["RTE", "MRPC"], max_update=8, validate=True)
     log = train(arguments)
     assert sum("valid goes without MRPC: " in str(line) for line in log["text"]) == 1
     assert any(line.get("MRPC_task_loss", "-") != "-" for line in log["train_inner"])
@@ -419,12 +398,7 @@ def test_a_resumed_run_equals_one_that_went_on(alpha: str, place: Path, tmp_path
     tasks = ["MRPC", "STS-B", "CoLA"] if alpha == "1" else ["RTE", "MNLI", "STS-B"]
     flags = [*BOLD, "--multitask-alpha", alpha, "--batch-size", "8", "--save-interval-updates", "15"]
     arguments = command(place / "bins", tasks, *flags, save_dir=tmp_path / "run", max_update=26)
-    straight = train(arguments)["train_inner"]
-    last = set_back(tmp_path / "run", "checkpoint_2_15.pt")
-    resumed = train(arguments)["train_inner"]
-    assert [line["num_updates"] for line in resumed] == list(range(16, 27))
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[15:]]
-    assert_same_state(last, last.with_name("straight.pt"))
+    assert_resumes(arguments, tmp_path / "run", 15)
 
 
 def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
@@ -434,9 +408,8 @@ def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
     processes = []
     for name, workers in (("one", 1), ("two", 2)):
         more = ["--update-freq", str(2 // workers), "--lr", "0.05"]
-        arguments = command(place / "bins", TASKS, *flags, *more, save_dir=tmp_path / name, max_update=10)
-        arguments.remove("--disable-validation")
-        processes += start(arguments, tmp_path / name, workers)
+        options = {"save_dir": tmp_path / name, "max_update": 10, "validate": True}
+        processes += start(command(place / "bins", TASKS, *flags, *more, **options), tmp_path / name, workers)
     finish(processes, tmp_path / "two")
     assert_same_run(tmp_path, ["one", "two"], count=10)
     sizes = [[line[f"{number}/sample_size"] for number in range(4)] for line in updates(tmp_path / "one")]
@@ -504,8 +477,7 @@ def test_export_and_predict_name_the_task(
     last, out = str(run / "checkpoint_last.pt"), tmp_path / "plain.pt"
 
     def failed(main: Any, *arguments: str) -> str:
-        assert main([*arguments]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = error_line("export|evaluate|predict", main, arguments, capsys)
         assert not out.exists()
         return line
 
@@ -613,9 +585,7 @@ def test_missing_and_broken_data_is_named_before_training(kind: str, place: Path
     for name in ("RTE", "STS-B"):
         shutil.copytree(place / "bins" / f"{name}-bin", tmp_path / f"{name}-bin")
     damage(tmp_path / "STS-B-bin", kind)
-    arguments = command(tmp_path, ["RTE", "STS-B"])
-    arguments.remove("--disable-validation")
-    message = refused(arguments)
+    message = refused(command(tmp_path, ["RTE", "STS-B"], validate=True))
     assert re.match(re.escape(str(tmp_path)) + "/" + DAMAGES[kind], message), message
     assert "\n" not in message
 
@@ -643,8 +613,7 @@ def test_flags_that_do_not_fit(place: Path, tmp_path: Path) -> None:
     assert "--multitask-tasks names no folder" in said("--multitask-tasks", ",")
     assert "nowhere: no such folder" in said(tasks=None, data=tmp_path / "nowhere")
     assert "holds no data folder; make some" in said(tasks=None, data=tmp_path)
-    arguments = command(place / "bins", ["RTE", "STS-B"], "--valid-subset", "valid7")
-    arguments.remove("--disable-validation")
+    arguments = command(place / "bins", ["RTE", "STS-B"], "--valid-subset", "valid7", validate=True)
     assert "no task has a split valid7" in refused(arguments)
 
 

@@ -12,7 +12,7 @@ from fairseq import optim
 from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.optim.fp16_optimizer import FP16Optimizer
 from k_passes import L2, NAME, KPassesSentencePrediction
-from toolkit import NO_DROPOUT, ROOT, assert_close, assert_equal, batch, build, command, train
+from toolkit import NO_DROPOUT, ROOT, assert_close, assert_close_states, assert_equal, batch, build, command, train
 
 from smart_fairseq.method.adversary import normalize
 from smart_fairseq.training.link import TrainingLink
@@ -116,10 +116,7 @@ def test_update_freq_2_with_batch_4_equals_batch_8(class_data: Path, tmp_path: P
         log, state = run(class_data, tmp_path / size, *flags, *more, max_update=3)
         assert len(log["train_inner"]) == 3 and log["train_inner"][2]["bregman_loss"] > 1e-6
         states.append(state)
-    for name, weight in states[0]["model"].items():
-        assert_close(states[1]["model"][name], weight, rtol=0, atol=1e-6)
-    for ours, theirs in zip(*(state["last_optimizer_state"]["mbpp"]["teacher"] for state in states)):
-        assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert_close_states(states[1], states[0])
 
 
 # --- what it costs --------------------------------------------------------------------------------

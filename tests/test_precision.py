@@ -321,9 +321,8 @@ def test_two_hundred_updates_end_where_float32_ends(tmp_path: Path) -> None:
     arguments = command(
         data, "--smart-epsilon", "1e-2", "--smart-step-size", "1e-2", "--mbpp-momentum", "0.9",
         "--mbpp-warmup-momentum", "0.9", "--lr", "3e-3", "--warmup-updates", "20", "--batch-size", "16",
-        "--fp16-init-scale", "16", max_update=200,
+        "--fp16-init-scale", "16", max_update=200, validate=True,
     )  # fmt: skip
-    arguments.remove("--disable-validation")
     ends = {}
     for precision in ("float32", "bf16", "fp16"):
         common = {} if precision == "float32" else {precision: True, "fp16_no_flatten_grads": precision == "fp16"}

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import multitask_runs
 import numpy as np
 import pytest
 import torch
 from data_samples import REAL, make_gpt2_bpe, needs_real_files, write
-from multitask_runs import around, refused
 from processes import assert_same_run, finish, start
 from toolkit import (
     BOLD,
@@ -21,12 +21,12 @@ from toolkit import (
     HALF,
     NO_DROPOUT,
     STEADY,
-    USER_DIR,
     assert_close,
-    assert_same_state,
+    assert_resumes,
+    batch,
     build,
+    refused,
     represented,
-    set_back,
     train,
     watch_terms,
 )
@@ -78,20 +78,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def command(
-    place: Path,
-    *flags: str,
-    tasks: Sequence[str] = (NAME,),
-    save_dir: Path | None = None,
-    max_update: int = 8,
-    criterion: str = "smart_sentence_prediction",
-) -> list[str]:
-    return [
-        *(str(place / "bins"), "--user-dir", USER_DIR, "--task", "smart_multitask"),
-        *("--multitask-tasks", ",".join(f"{task}-bin" for task in tasks), *around(criterion, max_update)),
-        *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
-        *flags,
-    ]
+def command(place: Path, *flags: str, tasks: Sequence[str] = (NAME,), **options: Any) -> list[str]:
+    return multitask_runs.command(place / "bins", tasks, *flags, **options)
 
 
 # --- by hand ---------------------------------------------------------------------------------------
@@ -184,11 +172,6 @@ def test_real_premises() -> None:
 # --- the criterion ---------------------------------------------------------------------------------
 
 
-def first_batch(task: Any, count: int = 4) -> dict[str, Any]:
-    data = task.datasets["train"]
-    return data.collater([data[index] for index in range(count)])  # type: ignore[no-any-return]
-
-
 def slowly(scores: torch.Tensor, targets: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, int]:
     """The task loss and the right picks, group by group."""
     loss, right = torch.zeros(()), 0
@@ -206,7 +189,7 @@ def test_loss_terms_and_log_of_a_batch(place: Path, mode: str) -> None:
     )
     torch.nn.init.normal_(model.classification_heads[NAME].out_proj.weight, std=1.0)
     assert model.classification_heads[NAME].out_proj.out_features == 1
-    sample, seen = first_batch(task), watch_terms(criterion)
+    sample, seen = batch(task, 4), watch_terms(criterion)
     loss, size, log = criterion(model.train(), sample)
     inputs = {**sample["net_input"], "features_only": True, "classification_head_name": NAME}
     with torch.no_grad():
@@ -234,7 +217,7 @@ def test_the_perturbation_climbs_and_grows_with_the_radius(place: Path) -> None:
         size = ["--smart-epsilon", radius, "--smart-norm", "l2", "--smart-bregman-weight", "0"]
         _, task, model, criterion = build(command(place, *NO_DROPOUT, *BOLD, *size))
         torch.nn.init.normal_(model.classification_heads[NAME].out_proj.weight, std=1.0)
-        sample, seen = first_batch(task, 8), watch_terms(criterion)
+        sample, seen = batch(task, 8), watch_terms(criterion)
         found.append(float(criterion(model.train(), sample)[2]["smart_loss"]))
         forward, best = criterion.forward_of(model, sample), seen[0].perturbation
         with torch.no_grad():
@@ -267,9 +250,7 @@ def test_a_toy_is_learned(place: Path, criterion: str) -> None:
     """Ranking accuracy on the training and on the validation set, from less to all."""
     regularised = CRITERIA[criterion]
     flags = [*NO_DROPOUT, "--lr", "3e-3", "--batch-size", "12"]
-    arguments = command(place, *flags, criterion=regularised.criterion, max_update=60)
-    arguments.remove("--disable-validation")
-    log = train(arguments)
+    log = train(command(place, *flags, criterion=regularised.criterion, max_update=60, validate=True))
     accuracy = [line[f"{NAME}_accuracy"] for line in log["train_inner"]]
     assert min(accuracy[:3]) < 70 and accuracy[-3:] == [100] * 3
     last = log["valid"][-1]
@@ -289,11 +270,7 @@ def test_a_resumed_run_equals_one_that_went_on(place: Path, tmp_path: Path) -> N
     """From within the second epoch, beside a task of classes, bit for bit; dropout on."""
     flags = [*BOLD, "--save-interval-updates", "15"]
     arguments = command(place, *flags, tasks=[NAME, "RTE"], save_dir=tmp_path / "run", max_update=22)
-    straight = train(arguments)["train_inner"]
-    last = set_back(tmp_path / "run", "checkpoint_2_15.pt")
-    resumed = train(arguments)["train_inner"]
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[15:]]
-    assert_same_state(last, last.with_name("straight.pt"))
+    assert_resumes(arguments, tmp_path / "run", 15)
 
 
 def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
@@ -301,9 +278,8 @@ def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
     processes = []
     for name, workers in (("one", 1), ("two", 2)):
         more = ["--update-freq", str(2 // workers), "--lr", "0.05", "--batch-size", "3"]
-        arguments = command(place, *flags, *more, tasks=[NAME, "RTE"], save_dir=tmp_path / name, max_update=8)
-        arguments.remove("--disable-validation")
-        processes += start(arguments, tmp_path / name, workers)
+        options = {"tasks": [NAME, "RTE"], "save_dir": tmp_path / name, "max_update": 8, "validate": True}
+        processes += start(command(place, *flags, *more, **options), tmp_path / name, workers)
     finish(processes, tmp_path / "two")
     assert_same_run(tmp_path, ["one", "two"], count=8)
     found = []
@@ -319,9 +295,9 @@ def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    arguments = command(place, *NO_DROPOUT, "--lr", "3e-3", tasks=[NAME, "RTE"], save_dir=folder, max_update=24)
-    arguments.remove("--disable-validation")
-    (folder / "log.json").write_text(json.dumps(train(arguments)["valid"]))
+    options = {"tasks": [NAME, "RTE"], "save_dir": folder, "max_update": 24, "validate": True}
+    log = train(command(place, *NO_DROPOUT, "--lr", "3e-3", **options))
+    (folder / "log.json").write_text(json.dumps(log["valid"]))
     return folder
 
 

@@ -87,9 +87,8 @@ def test_best_metrics_of_numpy_load_with_the_safe_loader(class_data: Path, tmp_p
     """Matthews' correlation reaches the checkpoint as a number of numpy."""
     arguments = command(
         class_data, "--report-mcc", "--best-checkpoint-metric", "mcc", "--maximize-best-checkpoint-metric",
-        save_dir=tmp_path, max_update=6,
+        save_dir=tmp_path, max_update=6, validate=True,
     )  # fmt: skip
-    arguments.remove("--disable-validation")
     first = train(arguments)
     assert "valid_mcc" in first["valid"][0]
     train([*arguments, "--max-update", "12"])

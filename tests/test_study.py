@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from processes import FORKS, join
-from study_samples import MODEL, PLAN, write_plan
-from toolkit import ROOT, command, train, write_data
+from study_samples import MODEL, PLAN, write_fake, write_plan
+from toolkit import ROOT, command, error_line, train, write_data
 
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
 from smart_fairseq.data.binarize import indexed_writer, read_indexed
@@ -26,26 +26,6 @@ from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Draw, Source, cut_out, drawn, flipped
 from smart_fairseq.study.vocabulary import cut_checkpoint
-
-# a worker that trains nothing: 3 updates, then logits by seed and method
-FAKE = """
-import json, sys, time
-import numpy as np
-out, flags = sys.argv[1], sys.argv[3:]
-seed = int(flags[flags.index("--seed") + 1])
-for update in range(3):
-    print("x | INFO | train_inner | " + json.dumps({"loss": "1", "num_updates": str(update)}), flush=True)
-    time.sleep(SLEEP)
-draw = np.random.default_rng([seed, "smart_sentence_prediction" in flags])
-labels = np.arange(22) % 2
-np.savez(out, logits=draw.normal(size=(22, 2)), labels=labels)
-print('x | INFO | scored | {"rows": 22, "cpu_seconds": 1, "cpu_seconds_per_update": 0.1}')
-"""
-
-
-def write_fake(folder: Path, sleep: float = 0) -> Path:
-    (folder / "fake.py").write_text(FAKE.replace("SLEEP", str(sleep)))
-    return folder / "fake.py"
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
@@ -352,9 +332,7 @@ def test_bad_plans_are_refused_before_any_run(
     text = PLAN.replace("{model}", MODEL) if old.startswith("arch") else PLAN
     assert old in text
     plan = write_plan(tmp_path, class_data, text.replace(old, new))
-    assert main([str(plan)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("study: error: ") and expected in said, said
+    assert expected in error_line("study", main, [plan], capsys)
     assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study_samples import PLAN, write_plan
-from toolkit import ROOT, write_data
+from study_samples import PLAN, keys, write_fake, write_plan
+from toolkit import ROOT, error_line, write_data
 
 from smart_fairseq.encoder import Forward, encoder_of
 from smart_fairseq.evaluation.attack import PLACE, attack
@@ -23,34 +23,11 @@ from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.worker import Trained
 
 ATTACK = "attack: {{radii: [0.1, 1], rows: 7}}\n"
-# a worker that trains nothing; under attack every answer is class 0
-FAKE = """
-import json, sys
-import numpy as np
-out, flags = sys.argv[1], sys.argv[3:]
-seed = int(flags[flags.index("--seed") + 1])
-print("x | INFO | train_inner | " + json.dumps({"loss": "1", "num_updates": "0"}), flush=True)
-logits = np.random.default_rng([seed, "smart_sentence_prediction" in flags]).normal(size=(22, 2))
-stored = {"logits": logits, "labels": np.arange(22) % 2}
-asked = json.loads(sys.argv[2])["attack"]
-if asked:
-    rows = np.arange(asked["rows"])
-    always = np.zeros((len(asked["radii"]), len(rows), 2)) + [1, 0]
-    stored |= {"attack_rows": rows, "attack_radii": asked["radii"], "attack_loss": always, "attack_random": always}
-np.savez(out, **stored)
-print('x | INFO | scored | {"rows": 22, "cpu_seconds": 1, "cpu_seconds_per_update": 0.1}')
-"""
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(studying, "WORKER", (sys.executable, str(tmp_path / "fake.py")))
-
-
-def keys(plan: Path) -> dict[str, str]:
-    study = studying.Study(read_plan(plan))
-    return {asked.name: study.key(asked) for asked in study.plan.runs()}
+    monkeypatch.setattr(studying, "WORKER", (sys.executable, str(write_fake(tmp_path))))
 
 
 # Keys
@@ -92,9 +69,7 @@ def test_an_attack_is_in_the_key_of_the_runs_that_it_is_for(tmp_path: Path) -> N
     after = keys(write_plan(tmp_path, data, PLAN + ATTACK))
     other = keys(write_plan(tmp_path, data, PLAN + ATTACK.replace("7", "8")))
     assert not set(before.values()) & set(after.values()) and not set(after.values()) & set(other.values())
-    some = keys(
-        write_plan(tmp_path, data, PLAN + "attack: {{radii: [0.1, 1], rows: 7, methods: [smart], seeds: [2]}}\n")
-    )
+    some = keys(write_plan(tmp_path, data, PLAN + ATTACK.replace("7", "7, methods: [smart], seeds: [2]")))
     assert some == {**before, "letters-smart-seed2": after["letters-smart-seed2"]}
 
 
@@ -154,9 +129,8 @@ def test_logits_that_were_not_attacked_are_named(tmp_path: Path) -> None:
 def test_bad_attacks_are_refused_before_any_run(
     given: str, expected: str, tmp_path: Path, class_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(write_plan(tmp_path, class_data, PLAN + f"attack: {given}\n"))]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and expected in said, said
+    plan = write_plan(tmp_path, class_data, PLAN + f"attack: {given}\n")
+    assert expected in error_line("study", main, [plan], capsys)
     assert not (tmp_path / "work").exists()
 
 
@@ -169,8 +143,8 @@ def test_the_attack_of_the_documents_is_one(tmp_path: Path) -> None:
 
 
 def test_against_is_for_reports(tmp_path: Path, class_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(write_plan(tmp_path, class_data)), "--against", "smart"]) == 2
-    assert "--against is smart without --report or --into" in capsys.readouterr().err
+    line = error_line("study", main, [write_plan(tmp_path, class_data), "--against", "smart"], capsys)
+    assert "--against is smart without --report or --into" in line
 
 
 # What is stored

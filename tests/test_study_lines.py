@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from study_samples import write_plan
+from toolkit import error_line
 
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
@@ -91,9 +92,7 @@ def refused(plan: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         return {path: path.read_bytes() for path in plan.parent.rglob("*") if path.is_file() and path.name != "lock"}
 
     before = files()
-    capsys.readouterr()
-    assert main([str(plan), *flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = error_line("study", main, [plan, *flags], capsys)
     assert files() == before
     return line
 

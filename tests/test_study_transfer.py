@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_samples import PLAN, write_plan
-from toolkit import write_data
+from study_samples import PLAN, keys, write_plan
+from toolkit import error_line, write_data
 
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
@@ -20,11 +20,6 @@ from smart_fairseq.study.worker import Trained
 def with_transfer(folder: Path, data: Path, other: Path | str, more: str = "") -> Path:
     text = PLAN.replace("rows: 12}}", f"rows: 12, transfer: {{{{other: {other}}}}}{more}}}}}")
     return write_plan(folder, data, text)
-
-
-def keys(plan: Path) -> list[str]:
-    study = studying.Study(read_plan(plan))
-    return [study.key(asked) for asked in study.plan.runs()]
 
 
 def test_all_labelled_rows_of_every_split(tmp_path: Path) -> None:
@@ -64,7 +59,7 @@ def test_the_key_knows_the_other_folder(tmp_path: Path) -> None:
     after = keys(with_transfer(tmp_path, data, other))
     shutil.rmtree(other)
     changed = keys(with_transfer(tmp_path, data, write_data(tmp_path / "other", train=11)))
-    assert not set(before) & set(after) and not set(after) & set(changed)
+    assert not {*before.values()} & {*after.values()} and not {*after.values()} & {*changed.values()}
 
 
 def test_lines_are_taken_that_have_it(tmp_path: Path) -> None:
@@ -99,14 +94,12 @@ def test_what_cannot_be_scored_together(tmp_path: Path, capsys: pytest.CaptureFi
         write_data(tmp_path / "pairs", kind="pairs"): "transfer: other: {} has other texts in a row than",
     }
     for folder, said in cases.items():
-        assert main([str(with_transfer(tmp_path / "a", data, folder)), "--dry-run"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert said.format(folder) in line
+        plan = with_transfer(tmp_path / "a", data, folder)
+        assert said.format(folder) in error_line("study", main, [plan, "--dry-run"], capsys)
     for more, said in (
         (", vocabulary: cut", "vocabulary is 'cut'; it must be whole beside transfer"),
         ("", "transfer: name is 'o p'; it must be of letters"),
     ):
         plan = with_transfer(tmp_path / "a", data, other, more)
         plan.write_text(plan.read_text() if more else plan.read_text().replace("{other:", "{o p:"))
-        assert main([str(plan), "--dry-run"]) == 2
-        assert said in capsys.readouterr().err
+        assert said in error_line("study", main, [plan, "--dry-run"], capsys)

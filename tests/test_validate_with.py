@@ -41,9 +41,8 @@ def test_validation_with_the_teacher_is_that_of_the_exported_teacher(precision: 
     for who in ("student", "teacher"):
         arguments = command(
             data, *LAGGING, *precision, "--smart-validate-with", who,
-            save_dir=tmp_path / who, max_update=12,
+            save_dir=tmp_path / who, max_update=12, validate=True,
         )  # fmt: skip
-        arguments.remove("--disable-validation")
         results[who] = validated(train(arguments))
     last = tmp_path / "teacher" / "checkpoint_last.pt"
     assert main([str(last), str(tmp_path / "out.pt"), "--teacher"]) == 0
@@ -83,9 +82,8 @@ def test_two_workers_validate_with_the_teacher(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", valid=23)
     arguments = command(
         data, *LAGGING, "--smart-validate-with", "teacher", "--ddp-backend", "legacy_ddp",
-        "--best-checkpoint-metric", "loss", save_dir=tmp_path / "run", max_update=6,
+        "--best-checkpoint-metric", "loss", save_dir=tmp_path / "run", max_update=6, validate=True,
     )  # fmt: skip
-    arguments.remove("--disable-validation")
     finish(start(arguments, tmp_path / "run", workers=2), tmp_path / "run")
     last = tmp_path / "run" / "checkpoint_last.pt"
     assert main([str(last), str(tmp_path / "out.pt"), "--teacher"]) == 0

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import smart_fairseq
+from smart_fairseq.errors import UsageError
 from smart_fairseq.terms import TermValue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,6 +206,7 @@ def command(
     num_classes: int = 2,
     optimizer: str = "mbpp",
     max_update: int | None = 6,
+    validate: bool = False,
 ) -> list[str]:
     """Arguments for fairseq-train on a tiny model, with the paper's recipes; later flags win over these.
 
@@ -218,7 +221,8 @@ def command(
         *(("--mbpp-recipe", "paper") if optimizer == "mbpp" and "--optimizer" not in flags else ()),
         *(("--cpu",) if DEVICE == "cpu" else ()),
         *(("--max-update", str(max_update)) if max_update is not None else ()),
-        *("--log-format", "json", "--log-interval", "1", "--num-workers", "0", "--disable-validation"),
+        *("--log-format", "json", "--log-interval", "1", "--num-workers", "0"),
+        *(() if validate else ("--disable-validation",)),
         *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
         *flags,
     ]
@@ -276,6 +280,25 @@ def train(arguments: Sequence[str], **common: Any) -> dict[str, list[dict[str, A
     with capture_log() as log:
         fairseq_train.main(cfg)
     return log
+
+
+def refused(arguments: Sequence[str]) -> str:
+    """The message with which a run of fairseq-train is refused, before its first update."""
+    with capture_log() as log, pytest.raises(UsageError) as caught:
+        train(arguments)
+    assert not log["train_inner"]
+    return str(caught.value)
+
+
+def error_line(
+    name: str, main: Callable[[list[str]], int], arguments: Sequence[Any], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The one line with which a command of this name (a pattern) refuses its arguments."""
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"({name}): error: ", line), line
+    return line
 
 
 @contextlib.contextmanager
@@ -409,6 +432,29 @@ def assert_same_state(one: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys() and len(ours) > 30
         for name in ours:
             assert_equal(ours[name], theirs[name])
+
+
+def assert_close_states(
+    actual: dict[str, Any], expected: dict[str, Any], atol: float = 1e-6, teacher: bool = True
+) -> None:
+    """Weights and teacher of two checkpoints' states."""
+    for name, weight in expected["model"].items():
+        assert_close(actual["model"][name], weight, rtol=0, atol=atol)
+    kept = [state["last_optimizer_state"]["mbpp"]["teacher"] for state in (actual, expected)] if teacher else []
+    for ours, theirs in zip(*kept):
+        assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def assert_resumes(arguments: Sequence[str], folder: Path, updates: int) -> None:
+    """A run into ``folder`` that goes on behind so many updates logs and ends as it did in one go, bit for bit."""
+    straight = train(arguments)["train_inner"]
+    (earlier,) = folder.glob(f"checkpoint_*_{updates}.pt")
+    last = set_back(folder, earlier.name)
+    resumed = train(arguments)["train_inner"]
+    assert len(resumed) == len(straight) - updates > 0
+    for key in ("num_updates", "loss"):
+        assert [line[key] for line in resumed] == [line[key] for line in straight[updates:]]
+    assert_same_state(last, last.with_name("straight.pt"))
 
 
 def flops(model: Any, criterion: Any, sample: dict[str, Any]) -> int:

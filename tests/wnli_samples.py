@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from data_samples import make_gpt2_bpe
-from toolkit import BOLD, NO_DROPOUT, TINY_MODEL, USER_DIR, build, capture_log, train
+from toolkit import BOLD, NO_DROPOUT, TINY_MODEL, USER_DIR, build
 
 from smart_fairseq.commands import preprocess
-from smart_fairseq.errors import UsageError
 
 NAMES = ("the cat", "the dog", "the old cat", "a seed")
 # by the split its rows: sentence, the names put in the pronoun's place, and their labels
@@ -74,7 +73,14 @@ def set_up(data: Path, *flags: str) -> tuple[Any, Any, Any]:
     return task, model.train(), criterion.train()
 
 
-def divergence_at(model: Any, sample: Any, perturbation: torch.Tensor, head: str) -> float:
+def assert_worst(model: Any, sample: Any, term: Any, head: str) -> None:
+    """A term is the divergence at its perturbation, and signs drawn at random reach less far."""
+    assert term.value.item() == pytest.approx(_divergence_at(model, sample, term.perturbation, head), rel=0.03)
+    signs = torch.randn(term.perturbation.shape, generator=torch.Generator().manual_seed(1)).sign()
+    assert term.value.item() > 10 * _divergence_at(model, sample, signs * term.perturbation.abs(), head) > 0
+
+
+def _divergence_at(model: Any, sample: Any, perturbation: torch.Tensor, head: str) -> float:
     """Symmetric KL of the groups' shares to the clean ones with something added to the embeddings, by a hook."""
 
     def shares(added: torch.Tensor) -> torch.Tensor:
@@ -89,13 +95,6 @@ def divergence_at(model: Any, sample: Any, perturbation: torch.Tensor, head: str
     with torch.no_grad():
         clean, moved = shares(torch.zeros_like(perturbation)), shares(perturbation)
     return ((moved.exp() - clean.exp()) * (moved - clean)).sum().item()
-
-
-def refused(arguments: Sequence[str]) -> str:
-    with capture_log() as log, pytest.raises(UsageError) as caught:
-        train(arguments)
-    assert not log["train_inner"]
-    return str(caught.value)
 
 
 def table(path: Path) -> list[list[str]]:

@@ -16,17 +16,13 @@ COMMANDS = {  # name to module, which is imported on demand, and what it does
 }
 
 
-def listing() -> str:
-    """The usage line and a line for each command."""
-    lines = [f"  {name:12}{line}" for name, (_, line) in COMMANDS.items()]
-    return "\n".join([f"usage: {PROGRAM} NAME ...", "", *lines, "", f"{PROGRAM} NAME --help lists a command's options"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Call the command that the first argument names; its exit status."""
     given, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if given in ("-h", "--help"):
-        print(listing())
+        lines = [f"  {name:12}{line}" for name, (_, line) in COMMANDS.items()]
+        lines = [f"usage: {PROGRAM} NAME ...", "", *lines, "", f"{PROGRAM} NAME --help lists a command's options"]
+        print("\n".join(lines))
         return 0
     name = given.replace("_", "-")
     if name not in COMMANDS:

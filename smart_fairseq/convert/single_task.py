@@ -20,11 +20,6 @@ from .checkpoint import check_head
 
 HEADS, HEAD = "classification_heads.", "sentence_classification_head"
 ANSWER = "attention.weight"  # a part that only a head of --multitask-san has
-# settings that a run on one task has not
-MULTITASK = (
-    *("multitask_tasks", "multitask_alpha", "multitask_dropout"),
-    *("multitask_san", "multitask_san_steps", "multitask_san_dropout"),
-)
 
 
 def head_of(task: str) -> str:
@@ -124,7 +119,7 @@ def _changed(cfg: Any, about: dict[str, Any], criterion: dict[str, Any]) -> Any:
     if isinstance(cfg["model"], argparse.Namespace):  # the whole command line
         sections.append((vars(cfg["model"]), {"task": "sentence_prediction", **criterion, **about}))
     for settings, values in sections:
-        for name in MULTITASK:
+        for name in [name for name in settings if name.startswith("multitask_")]:  # which a run on one task has not
             settings.pop(name, None)
         settings.update(values)
     return cfg

@@ -74,6 +74,11 @@ def write_classes(prefix: Path, classes: Sequence[int]) -> None:
         add(array("H", ids), [2] * len(classes))
 
 
+def read_classes(prefix: Path) -> list[int]:
+    """What `write_classes` wrote; errors as `read_ids_of`."""
+    return [int(row[0]) - len(SPECIAL_SYMBOLS) for row in read_indexed(prefix)]
+
+
 def read_ids_of(prefix: Path, symbols: int) -> tuple[np.ndarray, np.ndarray]:
     """The ids of all rows of PREFIX.bin one after the other, below ``symbols``, and the rows' sizes.
 
@@ -276,12 +281,6 @@ def _sound(manifest: Any) -> bool:
         return False
 
 
-def _ours(path: Path) -> bool:
-    """Is it safe to replace: a folder that preprocess, or fairseq's recipe, wrote?"""
-    names = {entry.name for entry in path.iterdir()}
-    return not names or MANIFEST in names or ({"input0", "label"} <= names <= {"input0", "input1", "label"})
-
-
 @contextlib.contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place when the block ends well, and vanishes otherwise.
@@ -291,7 +290,9 @@ def complete_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))  # behind a link, its folder is what is replaced
     if target.exists() and not target.is_dir():
         raise located(target, 0, "--out: a file is there; choose another name")
-    if target.is_dir() and not _ours(target):
+    names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    # what preprocess, or fairseq's recipe, wrote is safe to replace
+    if names and MANIFEST not in names and not {"input0", "label"} <= names <= {"input0", "input1", "label"}:
         refuse(target, "--out: this folder holds other things than preprocess.py writes", "choose another or remove it")
     with whole_folder(target) as partial:
         yield partial

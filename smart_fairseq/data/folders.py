@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, refuse
-from .binarize import MANIFEST, data_folders_in, read_ids_of, read_indexed, read_manifest
+from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read_manifest
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
 from .ranking import parts, read_groups
@@ -99,7 +99,7 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
         known = sum(1 for _ in read_lines(folder / "label" / "dict.txt")) + len(SPECIAL_SYMBOLS)
         files[labels] = len(read_ids_of(folder / "label" / split, known)[1])
     if task.ranking:
-        numbers = [int(row[0]) - len(SPECIAL_SYMBOLS) for row in read_indexed(folder / "label" / split)]
+        numbers = read_classes(folder / "label" / split)
         for group, part in enumerate(parts(read_groups(folder, split, rows)), start=1):
             if not any(numbers[part]):
                 path = folder / "groups" / f"{split}.sizes"

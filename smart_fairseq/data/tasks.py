@@ -107,10 +107,6 @@ def _nli(file: str, **more: Any) -> Source:
     return Source((file,), _PAIR, "gold_label", "pairID", no_labels=("-",), **{**kind, **more})
 
 
-def _jsonl(file: str, texts: tuple[Column, ...], label: str, id: str | None, **more: Any) -> Source:
-    return Source((file,), texts, label, id, "jsonl", **more)
-
-
 def _mnli(split: str, label: bool = True) -> tuple[Source, ...]:
     votes = _VOTES if "dev" in split else ()
     tsv = _glue(f"{split}.tsv", _PAIR, "gold_label" if label else None, votes=votes, no_labels=("-",))
@@ -129,19 +125,19 @@ def _scitail(split: str) -> tuple[Source, ...]:
     plain = [Source((file,), (0, 1), 2, None, "plain", columns=(3,)) for file in (tsv, f"tsv_format/{tsv}")]
     objects: list[tuple[str, str | None]] = [(txt, "pairID"), (f"snli_format/{txt}", "pairID")]
     objects.append((f"predictor_format/scitail_1.0_structure_{split}.jsonl", None))
-    return (*plain, *(_jsonl(file, _PAIR, "gold_label", id, label_words=words) for file, id in objects))
+    return (*plain, *(Source((file,), _PAIR, "gold_label", id, "jsonl", label_words=words) for file, id in objects))
 
 
 def _anli(split: str) -> tuple[Source, ...]:
     words, hidden = {"e": "entailment", "n": "neutral", "c": "contradiction"}, ("h", "hidden", "")
-    texts = ("context", "hypothesis")
-    return (_jsonl(f"{split}.jsonl", texts, "label", "uid", label_words=words, hidden_labels=hidden),)
+    texts, file = ("context", "hypothesis"), f"{split}.jsonl"
+    return (Source((file,), texts, "label", "uid", "jsonl", label_words=words, hidden_labels=hidden),)
 
 
 def _fever(split: str) -> tuple[Source, ...]:
     words = {"SUPPORTS": "entailment", "NOT ENOUGH INFO": "neutral", "REFUTES": "contradiction"}
-    texts, hidden = ("context", "query"), ("hidden", "")
-    return (_jsonl(f"{split}_fitems.jsonl", texts, "label", "fid", label_words=words, hidden_labels=hidden),)
+    texts, hidden, file = ("context", "query"), ("hidden", ""), f"{split}_fitems.jsonl"
+    return (Source((file,), texts, "label", "fid", "jsonl", label_words=words, hidden_labels=hidden),)
 
 
 def _mrpc(split: str) -> tuple[Source, ...]:

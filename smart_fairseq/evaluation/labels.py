@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.binarize import read_indexed, read_targets
-from ..data.bpe import SPECIAL_SYMBOLS
+from ..data.binarize import read_classes, read_targets
 from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.tasks import Task
 from ..inference import label_order, read_ids
@@ -23,7 +22,7 @@ def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     if sorted(order) != sorted(task.labels):
         what = f"holds the labels {', '.join(order)}, and {task.name} has {', '.join(task.labels)}"
         raise located(folder / "label" / "dict.txt", 0, f"{what}; run preprocess again")
-    numbers = [int(row[0]) - len(SPECIAL_SYMBOLS) for row in read_indexed(folder / "label" / split)]
+    numbers = read_classes(folder / "label" / split)
     if not all(0 <= number < len(order) for number in numbers):
         raise located(folder / "label" / f"{split}.bin", 0, "holds labels beyond dict.txt; run preprocess again")
     return [order[number] for number in numbers]

@@ -23,12 +23,9 @@ class Scores(NamedTuple):
 def scores(result: Result, metrics: Sequence[str]) -> Scores:
     """Metrics by name, from the run's validation lines; ties go to the later epoch, as fairseq's best checkpoint."""
     epochs = [{name: line.get(f"valid_{name}", math.nan) for name in metrics} for line in result.valid]
-
-    def rank(epoch: int) -> tuple[float, int]:
-        value = epochs[epoch][metrics[0]]
-        return (-math.inf if math.isnan(value) else value), epoch
-
-    return Scores(epochs[max(range(len(epochs)), key=rank)], epochs[-1])
+    values = [-math.inf if math.isnan(epoch[metrics[0]]) else epoch[metrics[0]] for epoch in epochs]
+    best = max(range(len(epochs)), key=lambda number: (values[number], number))
+    return Scores(epochs[best], epochs[-1])
 
 
 def term(result: Result, name: str) -> tuple[float, float] | None:

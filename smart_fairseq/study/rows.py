@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.binarize import MANIFEST, indexed_writer, read_indexed, read_manifest, write_classes
+from ..data.binarize import MANIFEST, indexed_writer, read_classes, read_indexed, read_manifest, write_classes
 from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.lines import located
 from ..data.pool import integer_typecode
@@ -90,7 +90,7 @@ class Source:
         prefix = self.folder / "label" / split
         if self.regression:
             return np.array(Path(f"{prefix}.label").read_text(encoding="utf-8").split())
-        return np.array([row[0] for row in read_indexed(prefix)], dtype=np.int64) - len(SPECIAL_SYMBOLS)
+        return np.array(read_classes(prefix), dtype=np.int64)
 
     def ids(self, split: str, count: int) -> list[str]:
         """A line for each row: id, file, line where preprocess wrote these."""

@@ -156,43 +156,28 @@ class _Progress:
         self.total = sum(result.run.updates for result in results)
         self.shown_at = self.started = time.monotonic()
         self.lines = 0
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            layout = "{desc} {percentage:3.0f}% |{bar}| {n}/{total} updates {elapsed}{postfix}"
-            self.bar = tqdm(total=self.total, desc="training", bar_format=layout, dynamic_ncols=True)
+        layout = "{desc} {percentage:3.0f}% |{bar}| {n}/{total} updates {elapsed}{postfix}"
+        self.bar = tqdm(total=self.total, desc="training", bar_format=layout, dynamic_ncols=True, disable=None)
 
     def advance(self) -> None:
         left = seconds_left(self.results, self.jobs)
         text = "" if left is None else f"about {minutes(left)} left"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(1)
-        elif time.monotonic() - self.shown_at >= (
-            SECONDS_BETWEEN_LINES if self.lines < IMPATIENT_LINES else PATIENT_SECONDS
-        ):
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(1)
+        wait = SECONDS_BETWEEN_LINES if self.lines < IMPATIENT_LINES else PATIENT_SECONDS
+        if self.bar.disable and time.monotonic() - self.shown_at >= wait:
             self.shown_at = time.monotonic()
             self.lines += 1
             done = sum(result.done for result in self.results)
-            running = [result for result in self.results if result.done and not result.seconds]
-            parts = [
-                f"{result.run.name} {result.done}/{result.run.updates}"
-                if result.done < result.run.updates
-                else f"{result.run.name} trained"
-                for result in running
-            ]
+            running = [(r.run.name, r.done, r.run.updates) for r in self.results if r.done and not r.seconds]
+            parts = [f"{name} {n}/{updates}" if n < updates else f"{name} trained" for name, n, updates in running]
             spent = minutes(self.shown_at - self.started)
             notes = [f"{done}/{self.total} updates after {spent}", text, ", ".join(parts)]
             print("training: " + "; ".join(filter(None, notes)), flush=True)
 
     def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.write(text)
+        sys.stdout.flush()
 
 
 def _follow(result: Result, process: subprocess.Popen[str], events: _Events) -> None:
@@ -269,7 +254,7 @@ def run_all(
             note = finished(result) if finished else f"log {log}"
             progress.say(f"{result.run.name}: {result.done} updates, {result.seconds:.0f} s in all, {note}")
     finally:
-        progress.close()
+        progress.bar.close()
         for process in processes.values():
             process.terminate()
         for process in processes.values():

@@ -39,10 +39,6 @@ class Ball(NamedTuple):
     start: float
     norm: str
 
-    @classmethod
-    def of(cls, cfg: RegularizedConfig, prefix: str) -> "Ball":
-        return cls(**{key: getattr(cfg, f"{prefix}_{key}") for key in cls._fields})
-
 
 _HELP = {
     "epsilon": "radius of the ball around the embeddings; 0: the task loss at the embeddings themselves",
@@ -102,7 +98,7 @@ class AdversarialCriterion(RegularizedCriterion):
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
         name = self.name
         cfg = with_recipe(cfg, name)
-        ball = Ball.of(cfg, name)
+        ball = Ball(**{key: getattr(cfg, f"{name}_{key}") for key in Ball._fields})
         super().__init__(cfg, task, weights={}, adversarial=ball.epsilon > 0)
         self.ball = ball
         self.delta: Tensor | None = None

@@ -19,8 +19,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor, nn
 
-from ..data.binarize import read_indexed, read_manifest
-from ..data.bpe import SPECIAL_SYMBOLS
+from ..data.binarize import read_classes, read_indexed, read_manifest
 from ..data.lines import located
 from ..data.winograd import NOUNS
 from ..encoder import encoder_of
@@ -83,7 +82,7 @@ def read_groups(folder: Path, split: str) -> list[Group]:
     rows = _candidates(folder, split)
     labels = [UNKNOWN] * len(rows)
     if (folder / "label" / f"{split}.idx").is_file():
-        labels = [int(row[0]) - len(SPECIAL_SYMBOLS) for row in read_indexed(folder / "label" / split)]
+        labels = read_classes(folder / "label" / split)
     elif split == "train":
         raise located(folder / "label" / "train.bin", 0, "is missing, and training needs labels; run preprocess again")
     if len(labels) != len(rows):
