@@ -52,7 +52,7 @@ def test_the_key_of_a_run_without_attack_is_what_it_was(tmp_path: Path) -> None:
     assert study.key(asked) == studying._short([settings, study.data["letters"], study.encoder])
 
 
-@pytest.mark.parametrize("name", ["movie", "cola", "movie-300"])
+@pytest.mark.parametrize("name", ["movie", "compare", "movie-300"])
 def test_committed_lines_are_found_by_their_plans(name: str) -> None:
     """Every one whose method and seed the plan still has."""
     plan = read_plan(ROOT / "benchmarks" / "studies" / f"{name}.yaml", files=False)
