@@ -254,19 +254,36 @@ def cuda_counts(variant: Variant, sample: dict[str, Any]) -> dict[str, int]:
     return {"synchronisations": sum("synchroniz" in str(w.message) for w in waits), "launches": launches}
 
 
+class Steps:
+    """How far the measurement is: a bar on a terminal, plain lines on standard error otherwise."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = tqdm(total=total, disable=not sys.stderr.isatty(), leave=False)
+        self.total, self.done = total, 0
+
+    def begin(self, what: str) -> None:
+        self.done += 1
+        self.bar.set_description(what)
+        self.bar.update(self.done > 1)
+        if self.bar.disable:
+            print(f"{self.done} of {self.total}: {what}", file=sys.stderr, flush=True)
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    chosen = args.variants or [*(label for label, _ in VARIANTS), "literal"]
+    steps = Steps(2 * len(chosen) + args.rounds)
+    variants: dict[str, Variant] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dictionaries(folder, MODELS[args.model][1])
-        chosen = args.variants or [*(label for label, _ in VARIANTS), "literal"]
-        variants: dict[str, Variant] = {
-            label: Variant(flags, args, folder) for label, flags in [*VARIANTS, *ON_DEMAND] if label in chosen
-        }
-        if "literal" in chosen:
-            variants["literal"] = Literal(args, folder)
+        for label, flags in [*VARIANTS, *ON_DEMAND, ("literal", [])]:
+            if label in chosen:
+                steps.begin(f"building {label}")
+                variants[label] = Literal(args, folder) if label == "literal" else Variant(flags, args, folder)
     samples = batches(args)
     rows = {label: {"variant": label} for label in variants}
     for label, variant in variants.items():
+        steps.begin(f"counting {label}")
         with FlopCounterMode(display=False) as counter:
             variant.update(samples[0])  # also the warm-up
         rows[label]["flops"] = counter.get_total_flops()
@@ -275,10 +292,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows[label]["peak_gib"] = peak_memory(variant, samples[0])
             rows[label].update(cuda_counts(variant, samples[0]))
     times: dict[str, list[float]] = {label: [] for label in variants}
-    rounds = tqdm(samples[1:], desc="rounds", disable=not sys.stderr.isatty())
-    for sample in rounds:
+    for number, sample in enumerate(samples[1:], 1):
+        steps.begin(f"round {number}")
         for label, variant in variants.items():
             times[label].append(timed(lambda v=variant, s=sample: v.update(s), args.device))
+    steps.bar.close()
     for label, row in rows.items():
         row["seconds"] = statistics.median(times[label])
         if "plain" not in rows:
