@@ -109,8 +109,9 @@ def test_paired_difference_and_its_interval() -> None:
     found = difference({1: 11.0, 2: 22.0, 3: 33.0, 4: 0.0}, {1: 10.0, 2: 20.0, 3: 30.0})
     assert found is not None and (found.mean, found.pairs) == (2.0, 3)
     assert found.half == pytest.approx(2.4841, abs=1e-4)
-    one = difference({1: 11.0}, {1: 10.0})
-    assert one is not None and one.mean == 1 and math.isnan(one.half)
+    for few in ({1: 11.0}, {1: 10.5, 2: 21.5}):
+        found = difference(few, {1: 10.0, 2: 20.0})
+        assert found is not None and found.mean == 1 and math.isnan(found.half)
     assert difference({1: 1.0}, {2: 1.0}) is None
     assert report.half_width([1.0, 2.0]) == pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
 
@@ -161,6 +162,18 @@ def test_each_arm_is_compared_with_the_first_method_at_its_own_grid_values(plan:
     assert shares == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
     assert arms["plain lr=1"].values("smart_loss/task_loss") == {}
     assert arms["plain lr=1"].difference("accuracy") is None
+
+
+def test_costs_of_other_machines_are_not_compared(plan: Any) -> None:
+    path = plan.out / "runs.jsonl"
+    moved = [{**line, "machine": "another"} if line["method"] == "smooth" else line for line in read_lines(path)]
+    write_lines(path, moved)
+    arm = arms_of(plan)["movie"][2]
+    assert math.isnan(arm.cost()) and arm.difference("accuracy").mean == 2
+    document.write_report(plan)
+    lines = (plan.out / "report.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {arm.name} | 3")]
+    assert row.endswith("|  |")
 
 
 def test_tables(plan: Any) -> None:

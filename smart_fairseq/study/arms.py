@@ -16,7 +16,7 @@ SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
 
 
 class Difference(NamedTuple):
-    """Of two arms over the seeds that both have: the mean, half of its 95 % t interval (nan for one seed)."""
+    """Of two arms over the seeds that both have: the mean, half of its 95 % t interval (nan below three seeds)."""
 
     mean: float
     half: float
@@ -48,11 +48,16 @@ class Arm(NamedTuple):
         return self.name.split(" ")[0]
 
     def cost(self) -> float:
-        """Processor time of an update as a multiple of the baseline's, over the seeds that both have."""
+        """Processor time of an update as a multiple of the baseline's, over the seeds that both have on one machine.
+
+        nan where there is none.
+        """
         if self.baseline is None:
             return 1.0
         ours, theirs = self.values(SECONDS[1]), self.baseline.values(SECONDS[1])
-        ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+        places = [{seed: line.get("machine") for seed, line in arm.lines.items()} for arm in (self, self.baseline)]
+        both = [seed for seed in ours if seed in theirs and places[0][seed] == places[1][seed]]
+        ratios = [ours[seed] / theirs[seed] for seed in both]
         return fmean(ratios) if ratios else math.nan
 
 
@@ -68,7 +73,8 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Di
     """Paired by seed; a pair with a number that is not finite is left out."""
     gains = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     gains = [gain for gain in gains if math.isfinite(gain)]
-    return Difference(fmean(gains), half_width(gains), len(gains)) if gains else None
+    half = half_width(gains) if len(gains) > 2 else math.nan  # of two, 13 times their standard error
+    return Difference(fmean(gains), half, len(gains)) if gains else None
 
 
 def arms_of(plan: Plan, against: str | None = None) -> dict[str, list[Arm]]:

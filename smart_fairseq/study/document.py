@@ -13,10 +13,10 @@ from .pictures import draw, draw_against_cost
 from .plan import Plan
 from .tables import as_csv, columns_of, long_table, short_table
 
-HELP = """Mean ± standard deviation over the seeds; differences to {baseline} over the same seeds, with their
-95 % t interval. Cross entropy in nats; `_half` and `_scaled`: on the half of the rows that the temperature was not
-fitted on, before and after scaling. A term's share is its mean over the last tenth of the updates, unweighted, over the
-task loss. Cost: processor time of an update over {baseline}'s."""
+HELP = """Mean ± standard deviation over the seeds; differences to {baseline} over the same seeds, from three on
+with their 95 % t interval. Cross entropy in nats; `_half` and `_scaled`: on the half of the rows that the temperature
+was not fitted on, before and after scaling. A term's share is its mean over the last tenth of the updates, unweighted,
+over the task loss. Cost: processor time of an update over {baseline}'s on the same machine."""
 ATTACKS = """ `_attack_1%`: on some of the rows, the same for all methods, at the worst point that ten steps find
 within 1 % of each example's embeddings (0 %: without); `_random_1%`: at a random corner of that ball."""
 # a line of a document that begins or ends a table: task, options, which of the two

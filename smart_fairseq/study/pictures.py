@@ -64,7 +64,7 @@ def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
 
     For the task's first metric and the scaled cross entropy.
     """
-    compared = [arm for arm in arms if arm.baseline is not None]
+    compared = [arm for arm in arms if arm.baseline is not None and not math.isnan(arm.cost())]
     metrics = [name for i, name in enumerate(metrics_of(arms)) if i == 0 or name == "cross_entropy_scaled"]
     plots = _plots() if compared else None
     if plots is None:

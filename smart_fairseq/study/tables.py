@@ -64,7 +64,8 @@ def short_table(arms: Sequence[Arm], columns: Sequence[str] | None = None) -> st
 
 def _short_cell(arm: Arm, column: str) -> str:
     if column in ("seeds", "cost"):
-        return str(len(arm.lines)) if column == "seeds" else f"{arm.cost():.2f}"
+        cost = "" if math.isnan(arm.cost()) else f"{arm.cost():.2f}"
+        return str(len(arm.lines)) if column == "seeds" else cost
     values = arm.numbers(column)
     if not values:
         return ""
