@@ -54,10 +54,10 @@ class Arm(NamedTuple):
         """
         if self.baseline is None:
             return 1.0
-        ours, theirs = self.values(SECONDS[1]), self.baseline.values(SECONDS[1])
-        places = [{seed: line.get("machine") for seed, line in arm.lines.items()} for arm in (self, self.baseline)]
-        both = [seed for seed in ours if seed in theirs and places[0][seed] == places[1][seed]]
-        ratios = [ours[seed] / theirs[seed] for seed in both]
+        pairs = [(line, self.baseline.lines[seed]) for seed, line in self.lines.items() if seed in self.baseline.lines]
+        alike = [pair for pair in pairs if pair[0].get("machine") == pair[1].get("machine")]
+        times = [(_value(ours, SECONDS[1]), _value(theirs, SECONDS[1])) for ours, theirs in alike]
+        ratios = [ours / theirs for ours, theirs in times if ours and theirs]
         return fmean(ratios) if ratios else math.nan
 
 
