@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from toolkit import TINY_MODEL, USER_DIR, train
+from toolkit import TINY_MODEL, USER_DIR, saving, train
 
 WHOLE = ["--required-batch-size-multiple", "1"]
 
@@ -33,7 +33,7 @@ def command(
     return [
         *(str(data), "--user-dir", USER_DIR, "--task", "smart_multitask", *chosen),
         *around(criterion, max_update, validate),
-        *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
+        *saving(save_dir),
         *flags,
     ]
 

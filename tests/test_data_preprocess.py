@@ -16,7 +16,7 @@ import pytest
 from data_samples import ROOT, make_anli, make_bert_bpe, make_gpt2_bpe, make_pairs, write
 from hf_samples import write_hf
 from processes import FORKS, join
-from toolkit import error_line, train
+from toolkit import error_line, saving, train
 
 from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
 from smart_fairseq.data import binarize
@@ -259,7 +259,7 @@ def test_the_command_that_is_printed_trains_with_smart(splits, tmp_path, capsys)
     program, *line = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert program == "fairseq-train" and line[line.index("--max-update") + 1] == "6"
     assert ("--disable-validation" in line) == ("--best-checkpoint-metric" not in line) == (len(splits) == 1)
-    more = ["--max-update", "1", "--cpu", "--no-save", "--num-workers", "0"]
+    more = ["--max-update", "1", "--cpu", *saving(None), "--num-workers", "0"]
     (update,) = train([*line, *more, "--log-format", "json", "--log-interval", "1"])["train_inner"]
     assert update["smart_loss"] > 0 and update["bregman_loss"] > 0
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,9 @@ TOLERANCE = {
 }
 # where models and batches are; "cuda" by `make test-gpu`
 DEVICE = os.environ.get("SMART_TEST_DEVICE", "cpu")
+
+# where runs go that save nothing; fairseq makes a file there and removes it, so no two processes may share one
+NOT_SAVED = tempfile.TemporaryDirectory(prefix="not-saved-")
 
 HALF_TYPES = [torch.float16, torch.bfloat16]
 
@@ -223,9 +227,14 @@ def command(
         *(("--max-update", str(max_update)) if max_update is not None else ()),
         *("--log-format", "json", "--log-interval", "1", "--num-workers", "0"),
         *(() if validate else ("--disable-validation",)),
-        *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",)),
+        *saving(save_dir),
         *flags,
     ]
+
+
+def saving(folder: Path | None) -> list[str]:
+    """Flags that save into the folder, or nowhere."""
+    return ["--save-dir", str(folder)] if folder else ["--no-save", "--save-dir", NOT_SAVED.name]
 
 
 def parse(arguments: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from data_samples import make_gpt2_bpe
-from toolkit import BOLD, NO_DROPOUT, TINY_MODEL, USER_DIR, build
+from toolkit import BOLD, NO_DROPOUT, TINY_MODEL, USER_DIR, build, saving
 
 from smart_fairseq.commands import preprocess
 
@@ -59,7 +59,7 @@ def command(data: Path, *flags: str, save_dir: Path | None = None, updates: int 
         *("--lr", "1e-2", "--lr-scheduler", "fixed", "--batch-size", "4", "--required-batch-size-multiple", "1"),
         *("--seed", "7", "--cpu", "--max-update", str(updates), "--num-workers", "0"),
         *("--log-format", "json", "--log-interval", "1", "--best-checkpoint-metric", "accuracy"),
-        *("--maximize-best-checkpoint-metric", *(("--save-dir", str(save_dir)) if save_dir else ("--no-save",))),
+        *("--maximize-best-checkpoint-metric", *saving(save_dir)),
         *flags,
     ]
 
