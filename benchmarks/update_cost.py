@@ -258,15 +258,15 @@ class Steps:
     """How far the measurement is: a bar on a terminal, plain lines on standard error otherwise."""
 
     def __init__(self, total: int) -> None:
-        self.bar = tqdm(total=total, disable=not sys.stderr.isatty(), leave=False)
-        self.total, self.done = total, 0
+        self.bar = tqdm(total=total, disable=None, leave=False)  # on terminals alone
+        self.done = 0
 
     def begin(self, what: str) -> None:
         self.done += 1
         self.bar.set_description(what)
         self.bar.update(self.done > 1)
         if self.bar.disable:
-            print(f"{self.done} of {self.total}: {what}", file=sys.stderr, flush=True)
+            print(f"{self.done} of {self.bar.total}: {what}", file=sys.stderr, flush=True)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if given in ("-h", "--help"):
         lines = [f"  {name:12}{line}" for name, (_, line) in COMMANDS.items()]
-        lines = [f"usage: {PROGRAM} NAME ...", "", *lines, "", f"{PROGRAM} NAME --help lists a command's options"]
-        print("\n".join(lines))
+        end = f"{PROGRAM} NAME --help lists a command's options"
+        print("\n".join([f"usage: {PROGRAM} NAME ...", "", *lines, "", end]))
         return 0
     name = given.replace("_", "-")
     if name not in COMMANDS:

@@ -5,12 +5,12 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.binarize import read_manifest
-from ..data.bpe import find_bpe
+from ..data.bpe import BpeFiles, find_bpe
 from ..data.folders import task_of
 from ..data.lines import as_number, located, read_lines, shown
 from ..data.metrics import score
@@ -81,9 +81,12 @@ def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], g
 def summary(runs: Sequence[Scores]) -> dict[str, Scores]:
     """Mean, median and standard deviation (with n - 1) over the runs."""
     columns = {name: [run[name] for run in runs] for name in runs[0]}
-    of: dict[str, Callable[[list[float]], float]] = {"mean": statistics.fmean, "median": statistics.median}
-    of["standard deviation"] = statistics.stdev if len(runs) > 1 else lambda values: math.nan
-    return {what: {name: of[what](values) for name, values in columns.items()} for what in of}
+    deviation = {name: statistics.stdev(values) if len(values) > 1 else math.nan for name, values in columns.items()}
+    return {
+        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "median": {name: statistics.median(values) for name, values in columns.items()},
+        "standard deviation": deviation,
+    }
 
 
 def table(rows: Sequence[tuple[str, Scores]]) -> str:
@@ -189,23 +192,33 @@ def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = _data_folder(options, Path(scratch))
         splits = _labelled_splits(folder, options)
-        bpe = None
-        if options.typos:
-            if not options.bpe_dir:
-                raise UsageError("--typos needs --bpe-dir, the folder of the encoder's files that preprocess was given")
-            # a data folder says the encoder's kind alone
-            bpe = find_bpe(options.bpe or read_manifest(folder).get("bpe"), Path(options.bpe_dir))
+        bpe = _typo_files(folder, options) if options.typos else None
         if Path(scratch) in folder.parents:
             _write_annotators(folder, splits, options)
-        asked: dict[str, Any] = {"attack": options.attack, "attack_rows": rows, "typos": bpe, "seed": seed}
-        asked |= {"max_tokens": options.max_tokens, "threads": None}
         for checkpoint in options.checkpoint:
             model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
             for split in splits:
-                found.setdefault(split, {})[checkpoint] = evaluate_model(model, folder, split, **asked)
+                found.setdefault(split, {})[checkpoint] = evaluate_model(
+                    model,
+                    folder,
+                    split,
+                    attack=options.attack,
+                    attack_rows=rows,
+                    typos=bpe,
+                    max_tokens=options.max_tokens,
+                    seed=seed,
+                    threads=None,
+                )
         if options.outputs:
             write_arrays(Path(options.outputs), found, {split: read_ids(folder, split) for split in splits})
     return found
+
+
+def _typo_files(folder: Path, options: argparse.Namespace) -> BpeFiles:
+    """The encoder of a data folder, which says its kind alone."""
+    if not options.bpe_dir:
+        raise UsageError("--typos needs --bpe-dir, the folder of the encoder's files that preprocess was given")
+    return find_bpe(options.bpe or read_manifest(folder).get("bpe"), Path(options.bpe_dir))
 
 
 def _write_annotators(folder: Path, splits: Sequence[str], options: argparse.Namespace) -> None:

@@ -281,6 +281,12 @@ def _sound(manifest: Any) -> bool:
         return False
 
 
+def _ours(path: Path) -> bool:
+    """Is it safe to replace: a folder that preprocess, or fairseq's recipe, wrote?"""
+    names = {entry.name for entry in path.iterdir()}
+    return not names or MANIFEST in names or ({"input0", "label"} <= names <= {"input0", "input1", "label"})
+
+
 @contextlib.contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place when the block ends well, and vanishes otherwise.
@@ -290,9 +296,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))  # behind a link, its folder is what is replaced
     if target.exists() and not target.is_dir():
         raise located(target, 0, "--out: a file is there; choose another name")
-    names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    # what preprocess, or fairseq's recipe, wrote is safe to replace
-    if names and MANIFEST not in names and not {"input0", "label"} <= names <= {"input0", "input1", "label"}:
+    if target.is_dir() and not _ours(target):
         refuse(target, "--out: this folder holds other things than preprocess.py writes", "choose another or remove it")
     with whole_folder(target) as partial:
         yield partial

@@ -123,6 +123,17 @@ def _raw_row(
     return Row(identity, clean, None if word is None else word.strip(), tuple(votes), str(path), number)
 
 
+def read_dev_ids(path: Path) -> set[tuple[str, str]]:
+    """The pairs of ids of MRPC's development part."""
+    pairs = set()
+    for number, line in read_lines(path):
+        cells = line.split("\t")
+        if len(cells) != 2:
+            raise located(path, number, f"{len(cells)} tab-separated columns, and 2 are needed: a pair of ids")
+        pairs.add((cells[0].strip(), cells[1].strip()))
+    return pairs
+
+
 def _dev_ids(folder: Path) -> Path | None:
     """The list of MRPC's development part."""
     return source_path(folder, "dev_ids.tsv") or source_path(folder, "mrpc_dev_ids.tsv")
@@ -130,13 +141,8 @@ def _dev_ids(folder: Path) -> Path | None:
 
 def _dev_part(path: Path) -> Iterator[bool]:
     """For each row of the MRPC file after its header: is it in the development part?"""
-    listed, pairs = _dev_ids(path.parent), set()
-    for number, line in read_lines(listed) if listed else ():
-        cells = line.split("\t")
-        if len(cells) != 2:
-            what = f"{len(cells)} tab-separated columns, and 2 are needed: a pair of ids"
-            raise located(listed or path, number, what)
-        pairs.add((cells[0].strip(), cells[1].strip()))
+    listed = _dev_ids(path.parent)
+    pairs = read_dev_ids(listed) if listed else set()
     lines = read_lines(path)
     _, first = next(lines)
     places = _positions(path, first.split("\t"), ("#1 ID", "#2 ID"))

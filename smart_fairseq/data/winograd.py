@@ -106,11 +106,16 @@ def _length(candidate: Sequence[str], sentence: Sequence[str]) -> int:
     return len(candidate) + NOT_THERE * missing + CLAUSE * sum(word in SUBJECTS for word in candidate)
 
 
+def _place(words: Sequence[str], sentence: Sequence[str]) -> int | None:
+    places = range(len(sentence) - len(words) + 1)
+    return next((place for place in places if list(sentence[place : place + len(words)]) == list(words)), None)
+
+
 def _as_in(sentence: str, candidate: str, pronoun: str) -> str:
     """The candidate in the case that it has in the sentence, or begun as the ``pronoun`` is where that begins one."""
-    outer, words = _words(sentence), [word for word, _, _ in _words(candidate)]
-    places = range(len(outer) - len(words) + 1)
-    place = next((at for at in places if [word for word, _, _ in outer[at : at + len(words)]] == words), None)
+    outer = _words(sentence)
+    words = [word for word, _, _ in _words(candidate)]
+    place = _place(words, [word for word, _, _ in outer])
     if place is not None:
         candidate = sentence[outer[place][1] : outer[place + len(words) - 1][2]]
     if words[0] in ARTICLES | PRONOUNS:  # no name, whatever it began

@@ -1,8 +1,8 @@
 """All that is measured of one model on one split, with intervals."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,11 +73,7 @@ def evaluate_model(
     Raises:
         UsageError: the checkpoint, the folder or the encoder do not belong together, or a file is not in order.
     """
-    import torch
-
-    with ExitStack() as at_end:
-        at_end.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(threads or torch.get_num_threads())
+    with _threads(threads):
         model = checkpoint if isinstance(checkpoint, Model) else Model(checkpoint, folder, cpu=True)
         model = model.on(folder)
         if model.task.ranking or model.task.candidates:
@@ -131,6 +127,18 @@ def evaluate_model(
             for name, values in resampled.items()
         }
         return result | {"resamples": resamples, "seed": seed, "resampled": resampled, "arrays": arrays}
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _official(

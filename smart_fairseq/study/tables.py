@@ -63,9 +63,11 @@ def short_table(arms: Sequence[Arm], columns: Sequence[str] | None = None) -> st
 
 
 def _short_cell(arm: Arm, column: str) -> str:
-    if column in ("seeds", "cost"):
-        cost = "" if math.isnan(arm.cost()) else f"{arm.cost():.2f}"
-        return str(len(arm.lines)) if column == "seeds" else cost
+    if column == "seeds":
+        return str(len(arm.lines))
+    if column == "cost":
+        cost = arm.cost()
+        return "" if math.isnan(cost) else f"{cost:.2f}"
     values = arm.numbers(column)
     if not values:
         return ""
