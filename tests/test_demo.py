@@ -209,6 +209,31 @@ def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytes
     assert "some-run.log" in str(caught.value)
 
 
+def test_progress_goes_on_past_the_last_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that scores says nothing for minutes; the study does. The run ends at the study's third line."""
+    code = (
+        "import pathlib, sys, time\n"
+        "print('x | INFO | train_inner | {}', flush=True)\n"
+        "for _ in range(6000):\n"
+        "    if pathlib.Path(sys.argv[1]).exists(): sys.exit()\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit('nothing was said')"
+    )
+    seen, shown = tmp_path / "seen", runs._Progress.show
+
+    def show(progress: runs._Progress) -> None:
+        shown(progress)
+        if progress.lines == 3:
+            seen.touch()
+
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(runs._Progress, "show", show)
+    runs.run_all([runs.Run("one", "plain", 1, [], tmp_path, 1, program=[sys.executable, "-c", code, str(seen)])], 1, 1)
+    assert capsys.readouterr().out.count("one trained") >= 2
+
+
 def sentences(task: str) -> list[Sentence]:
     """Rated sentences of few words, another set for each task."""
     draw = random.Random(task)

@@ -50,7 +50,8 @@ def test_the_same_weights_predict_the_other_folder(tmp_path: Path) -> None:
     line = read_lines(tmp_path / "a" / "out" / "runs.jsonl")[0]
     assert line["transfer"] == ["other"]
     assert line["metrics"]["accuracy_on_other"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
-    assert "| accuracy on other |" in (tmp_path / "a" / "out" / "report.md").read_text()
+    report = (tmp_path / "a" / "out" / "report.md").read_text()
+    assert "| accuracy on other |" in report and f"evaluated on {line['rows']['valid']} rows, 17 on other;" in report
 
 
 def test_the_key_knows_the_other_folder(tmp_path: Path) -> None:

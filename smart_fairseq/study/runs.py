@@ -160,10 +160,14 @@ class _Progress:
         self.bar = tqdm(total=self.total, desc="training", bar_format=layout, dynamic_ncols=True, disable=None)
 
     def advance(self) -> None:
+        self.bar.update(1)
+        self.show()
+
+    def show(self) -> None:
+        """Refresh the bar; without a terminal print a line, if the last one was long enough ago."""
         left = seconds_left(self.results, self.jobs)
         text = "" if left is None else f"about {minutes(left)} left"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(1)
+        self.bar.set_postfix_str(text)
         wait = SECONDS_BETWEEN_LINES if self.lines < IMPATIENT_LINES else PATIENT_SECONDS
         if self.bar.disable and time.monotonic() - self.shown_at >= wait:
             self.shown_at = time.monotonic()
@@ -234,7 +238,11 @@ def run_all(
             while waiting and len(processes) < jobs:
                 result = waiting.popleft()
                 processes[result.run.name] = _start(result, threads, events)
-            result, line, status = events.get()
+            try:
+                result, line, status = events.get(timeout=SECONDS_BETWEEN_LINES)
+            except queue.Empty:  # all that run are past their updates
+                progress.show()
+                continue
             if status is None:
                 if result.note(line, time.monotonic()):
                     progress.advance()

@@ -140,6 +140,7 @@ class Study:
         key = self.key(asked)
         terms = {name for update in result.inner for name in update if name.endswith(TERMS) and name != "nll_loss"}
         found = {name: term(result, name) for name in sorted(terms | {"task_loss"})}
+        elsewhere = {f"on_{name}": int(result.scored[f"rows_on_{name}"]) for name in asked.task.transfer}
         return {
             "key": key,
             **asked.settings(),
@@ -147,7 +148,7 @@ class Study:
             "metrics": self.metrics(asked, key),
             "terms": {name: values[1] for name, values in found.items() if values is not None},
             "updates": result.done,
-            "rows": {"train": asked.task.train_rows, "valid": int(result.scored["rows"])},
+            "rows": {"train": asked.task.train_rows, "valid": int(result.scored["rows"]), **elsewhere},
             "seconds": round(result.seconds, 1),
             "seconds_per_update": result.seconds_per_update(),
             # of the one process: less than other work on the machine changes

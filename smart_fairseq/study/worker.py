@@ -146,15 +146,17 @@ def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
     if beside["attack"]:
         asked = Attack(**beside["attack"])
         stored |= attacked(asked, beside["seed"], logits, labels, trained.sizes, trained.forward)
+    rows = {"rows": len(labels)}
     for name, folder in beside["transfer"].items():
         trained.turn_to(folder)
         stored[f"logits_on_{name}"], stored[f"labels_on_{name}"] = trained.predict()
+        rows[f"rows_on_{name}"] = len(trained.dataset)
     with whole_file(out) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **stored)
     if not beside["keep"]:
         shutil.rmtree(save_dir)
-    facts = {"rows": len(labels), "cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
-    logger.info(json.dumps(facts))
+    cost = {"cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
+    logger.info(json.dumps(rows | cost))
 
 
 if __name__ == "__main__":
