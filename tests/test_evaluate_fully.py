@@ -11,6 +11,7 @@ from data_samples import checkpoint, make_gpt2_bpe, make_place, train, write
 
 from smart_fairseq.commands import evaluate
 from smart_fairseq.data.bpe import find_bpe
+from smart_fairseq.evaluation import report
 from smart_fairseq.evaluation.full import RADII, evaluate_model
 from smart_fairseq.evaluation.labels import write_shares
 from smart_fairseq.inference import Model
@@ -111,9 +112,24 @@ def test_regression(place):
     assert found["metrics"]["mean squared error, other half, calibrated"]["value"] == pytest.approx(calibrated)
     errors = [found["metrics"][f"mean squared error, attack at {100 * radius:g} %"]["value"] for radius in RADII]
     assert found["metrics"]["mean squared error"]["value"] < errors[0] and errors == sorted(errors)
+    assert (found["line"]["slope"], found["line"]["offset"]) == pytest.approx((slope, offset))
     assert "temperature" not in found and "mean squared error, typing errors" in found["metrics"]
     change = (found["arrays"]["attack_random"][0, :, 0] - scores) ** 2
     assert found["metrics"]["sensitivity, random signs"]["value"] == pytest.approx(change.mean() / 1e-4)
+
+
+def test_a_picture_of_a_regression(place, tmp_path, monkeypatch):
+    """A panel for each checkpoint, its points the outputs against the labels, in the labels' unit."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    found = evaluate_model(Path(checkpoint(place, "STS-B")), place / "bins" / "STS-B-bin", resamples=50)
+    assert "straight line" in report.notes(found)[0]
+    figures, save = [], report.save
+    monkeypatch.setattr(report, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    (path,) = report.draw({"one": found, "other": found}, tmp_path / "p")
+    assert path == tmp_path / "p-outputs.png" and path.read_bytes().startswith(b"\x89PNG") and not pyplot.get_fignums()
+    points = [axis.collections[0].get_offsets() for axis in figures[0].axes]
+    expected = 5 * np.stack([found["arrays"]["gold"], found["arrays"]["logits"][:, 0]], 1)
+    np.testing.assert_allclose(points, [expected, expected])
 
 
 def test_a_study_gets_the_same_at_every_call_and_from_a_path(place):

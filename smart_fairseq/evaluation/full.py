@@ -103,6 +103,7 @@ def evaluate_model(
         else:
             line = fit_line(found.logits[half, 0], gold[half])
             metrics |= _of_regression(found.logits[:, 0], gold, ~half, line, task.divisor)
+            result |= {"line": dict(zip(("slope", "offset"), line)), "divisor": task.divisor}
         if typos is not None:
             with tempfile.TemporaryDirectory() as scratch:
                 written = write_with_typos(folder, split, typos, Path(scratch), model.max_positions, seed)

@@ -64,6 +64,9 @@ def notes(result: Result) -> list[str]:
     found = []
     if "temperature" in result:
         found.append(f"temperature {number(result['temperature'])}, fitted on one half of the rows")
+    if "line" in result:
+        slope, offset = number(result["line"]["slope"]), number(result["line"]["offset"])
+        found.append(f"straight line {slope} x output + {offset}, fitted on one half of the rows")
     if "attack" in result:
         found.append(f"attack: {result['attack']['steps']} steps, {result['attack']['rows']} rows")
     if "typos" in result:
@@ -143,10 +146,12 @@ def save(figure: Any, path: Path, **more: Any) -> None:
 
 
 def draw(results: Mapping[str, Result], prefix: Path) -> list[Path]:
-    """PREFIX-reliability.png, and PREFIX-attack.png where there was one; the paths."""
+    """PREFIX-reliability.png, of a regression PREFIX-outputs.png; PREFIX-attack.png where there was one; the paths."""
     results, drawn = dict(zip(short(list(results)), results.values())), []
     if all("reliability" in result for result in results.values()):
         drawn.append(_reliability(results, prefix.with_name(f"{prefix.name}-reliability.png")))
+    else:
+        drawn.append(_outputs(results, prefix.with_name(f"{prefix.name}-outputs.png")))
     if all("attack" in result for result in results.values()):
         drawn.append(_radii(results, prefix.with_name(f"{prefix.name}-attack.png")))
     return drawn
@@ -167,6 +172,23 @@ def _reliability(results: Mapping[str, Result], path: Path) -> Path:
     above.legend(fontsize="small")
     below.set_ylabel("share of rows")
     below.set_xlabel("confidence")
+    save(figure, path)
+    return path
+
+
+def _outputs(results: Mapping[str, Result], path: Path) -> Path:
+    """A regression's outputs against the labels, in the labels' unit."""
+    figure, axes = pyplot().subplots(
+        1, len(results), figsize=(4 * len(results), 4), sharex=True, sharey=True, squeeze=False
+    )
+    for place, (axis, (name, result)) in enumerate(zip(axes[0], results.items())):
+        labels, outputs = (result["arrays"][kind].ravel() * result["divisor"] for kind in ("gold", "logits"))
+        axis.axline((0, 0), slope=1, color="grey", linestyle=":", linewidth=1)
+        axis.scatter(labels, outputs, s=6, alpha=0.4, linewidths=0, color=f"C{place}")
+        error = number(result["metrics"]["mean error"]["value"])
+        axis.set_title(f"{name}, mean error {error}", fontsize="small")
+        axis.set_xlabel("label")
+    axes[0, 0].set_ylabel("output")
     save(figure, path)
     return path
 
