@@ -26,6 +26,7 @@ from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Draw, Source, cut_out, drawn, flipped
 from smart_fairseq.study.vocabulary import cut_checkpoint
+from smart_fairseq.study.worker import Trained
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
@@ -317,6 +318,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("epochs: 2", "epochs: 0", "letters, plain: epochs is '0.0'"),
         ("epochs: 2", "epochs: 2, warmup: 1", "warmup is '1.0'"),
         ("epochs: 2", "epochs: 2, learning-rate: 1", "fairseq-train says: unrecognized arguments: --learning-rate 1"),
+        ("smart-weight: 0", "from: x.pt", "methods.smart: from is 'x.pt'; it must be an existing checkpoint"),
         ("smart-weight: 0", "smart-wait: 0", "letters, smart: fairseq-train says: unrecognized"),
         ("smart-weight: 0", "smart-weight: -1", "letters, smart: --smart-weight is -1"),
         ("smart-weight: 0", "lr-scheduler: cosinus", "invalid choice: 'cosinus'"),
@@ -334,6 +336,26 @@ def test_bad_plans_are_refused_before_any_run(
     plan = write_plan(tmp_path, class_data, text.replace(old, new))
     assert expected in error_line("study", main, [plan], capsys)
     assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
+
+
+def test_a_method_begins_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    """With a learning rate of nearly nothing it answers as that checkpoint does; what is in the file is in the key."""
+    data = write_data(tmp_path / "data")
+    train(command(data, max_update=4, save_dir=tmp_path / "first"))
+    start = tmp_path / "first" / "checkpoint_last.pt"
+    text = PLAN.replace("smart-weight: 0", f"lr: 1e-12, from: {start}").replace("seeds: [1, 2]", "seeds: [1]")
+    plan = write_plan(tmp_path, data, text)
+    assert main([str(plan), "--jobs", "1"]) == 0
+    study = studying.Study(read_plan(plan))
+    own, other = study.plan.runs()
+    assert own.start is None and other.start == start
+    expected, _ = Trained(start, str(study.folder(other))).predict()
+    with np.load(study.logits(study.key(other))) as stored:
+        np.testing.assert_allclose(stored["logits"], expected, atol=1e-5)
+    before = study.key(own), study.key(other)
+    start.write_bytes(start.read_bytes() + b"more")
+    again = studying.Study(read_plan(plan))
+    assert again.key(own) == before[0] and again.key(other) != before[1]
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path: Path, class_data: Path) -> None:

@@ -62,6 +62,7 @@ class Asked:
     """One run that the plan asks for.
 
     variant: the grid's values; they are among the ``flags`` too.
+    start: the checkpoint that it begins with; None for random weights.
     """
 
     task: Task
@@ -72,6 +73,7 @@ class Asked:
     epochs: float
     warmup: float
     attack: Attack | None = None
+    start: Path | None = None
 
     @property
     def arm(self) -> str:
@@ -113,7 +115,8 @@ Block = tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]
 class Plan:
     """A whole study.
 
-    checkpoint: that every run begins with; None for random weights.
+    checkpoint: that runs begin with; None for random weights.
+    starts: by method, the checkpoint that its runs begin with instead.
     encoder_flags: the architecture's.
     bpe: of the encoder, where its folder says it.
     axes: the grid.
@@ -133,6 +136,7 @@ class Plan:
     axes: Sequence[Block]
     keep: bool
     attacks: Callable[[str, int], Attack | None] = lambda method, seed: None
+    starts: Mapping[str, Path] = field(default_factory=dict)
 
     def runs(self) -> list[Asked]:
         """Every run; all with the first seed come first."""
@@ -163,7 +167,8 @@ class Plan:
         number(self.path, where + "batch-size", flags["batch-size"], 1)
         for name in ("criterion", "optimizer"):
             must_be(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
-        return Asked(task, method, variant, seed, flags, epochs, warmup, self.attacks(method, seed))
+        attack, start = self.attacks(method, seed), self.starts.get(method, self.checkpoint)
+        return Asked(task, method, variant, seed, flags, epochs, warmup, attack, start)
 
     def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
         """fairseq-train's arguments for a run on ``data`` from a checkpoint, all but --save-dir."""
@@ -193,7 +198,7 @@ def read_plan(path: Path, files: bool = True) -> Plan:
     given = mapping(path, "the plan", load(path), KEYS)
     for key in ("out", "tasks", "methods", "seeds"):
         must_be(path, given.get(key), key, given.get(key), "given")
-    methods = {name: _flags(path, f"methods.{name}", value) for name, value in named(path, given, "methods").items()}
+    methods, starts = _methods(path, given, files)
     tasks = [_task(path, name, value, files) for name, value in named(path, given, "tasks").items()]
     seeds = given["seeds"]
     right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
@@ -215,11 +220,24 @@ def read_plan(path: Path, files: bool = True) -> Plan:
         axes=_axes(path, given.get("grid") or [], [task.name for task in tasks], list(methods)),
         keep=boolean(path, "keep", given.get("keep", False)),
         attacks=_attacks(path, given.get("attack"), list(methods), seeds),
+        starts=starts,
     )
     names = [asked.name for asked in plan.runs()]
     twice = next((name for name in names if names.count(name) > 1), None)
     must_be(path, twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
     return plan
+
+
+def _methods(path: Path, given: Mapping[str, Any], files: bool) -> tuple[dict[str, dict[str, Flag]], dict[str, Path]]:
+    """Each method's flags, and the checkpoints of those that have a ``from``."""
+    methods, starts = {}, {}
+    for name, value in named(path, given, "methods").items():
+        flags = _flags(path, f"methods.{name}", value)
+        if "from" in flags:
+            start = starts[name] = Path(str(flags.pop("from")))
+            must_be(path, not files or start.is_file(), f"methods.{name}: from", start, "an existing checkpoint")
+        methods[name] = flags
+    return methods, starts
 
 
 def _flags(path: Path, where: str, value: Any) -> dict[str, Flag]:

@@ -45,7 +45,7 @@ def check_flags(plan: Plan) -> None:
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
-                    line = plan.command(asked, asked.task.source.folder, plan.checkpoint)
+                    line = plan.command(asked, asked.task.source.folder, asked.start)
                     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
                     cfg = convert_namespace_to_omegaconf(parsed)
                     tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
@@ -66,13 +66,15 @@ class Study:
         self.plan = plan
         self.data = {task.name: task.source.digest() for task in plan.tasks}
         self.transfer = {t.name: {name: source.digest() for name, source in t.transfer.items()} for t in plan.tasks}
-        self.encoder = [sha256(plan.checkpoint) if plan.checkpoint else "", *plan.encoder_flags]
+        starts = {asked.start for asked in plan.runs()}
+        self.encoders = {start: [sha256(start) if start else "", *plan.encoder_flags] for start in starts}
         self.jsonl = plan.out / "runs.jsonl"
 
     def key(self, asked: Asked) -> str:
         """By all that determines the result, but for the code: a run whose key has a line is not run again."""
         more = (asked.attack and asdict(asked.attack), self.transfer[asked.task.name])
-        return _short([asked.settings(), self.data[asked.task.name], self.encoder, *filter(None, more)])
+        encoder = self.encoders[asked.start]
+        return _short([asked.settings(), self.data[asked.task.name], encoder, *filter(None, more)])
 
     def folder(self, asked: Asked) -> Path:
         """The data folder of a run: the same for all methods."""
@@ -84,12 +86,13 @@ class Study:
 
     def run(self, asked: Asked) -> Run:
         """The process of a run; its data are cut out if they are not there."""
-        folder, source, checkpoint = self.folder(asked), asked.task.source, self.plan.checkpoint
+        folder, source, checkpoint = self.folder(asked), asked.task.source, asked.start
         cut = asked.task.draw.vocabulary == "cut"
         if not folder.is_dir():
             cut_out(source, folder, asked.task.draw, asked.seed, source.words() if cut else None)
         if cut and checkpoint is not None:
-            target = self.plan.work / "vocabulary" / f"{_short([self.data[asked.task.name], self.encoder])}.pt"
+            known_by = _short([self.data[asked.task.name], self.encoders[checkpoint]])
+            target = self.plan.work / "vocabulary" / f"{known_by}.pt"
             if not target.is_file():
                 from .vocabulary import cut_checkpoint  # takes seconds to load
 
