@@ -63,7 +63,7 @@ from torch.utils._pytree import tree_leaves
 
 import smart_fairseq
 from smart_fairseq.criterions import smart_sentence_prediction
-from smart_fairseq.terms.precision import Place
+from smart_fairseq.terms.precision import PlaceSizes
 
 aten = torch.ops.aten
 # in whose functions a wait may be, by the name that it is given there
@@ -225,7 +225,7 @@ def _pretend() -> None:
         return values
 
     # entries of size 1 are perturbed
-    smart_sentence_prediction.measure_place = lambda *_: Place(1.0, 1.0, 100.0)
+    smart_sentence_prediction.measure_place = lambda *_: PlaceSizes(1.0, 1.0, 100.0)
     torch.cuda.get_rng_state = torch.cuda.set_rng_state = stretch  # type: ignore[assignment]
     torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[assignment]

@@ -115,7 +115,7 @@ class Variant:
             self.optimizer.scaler = None
         self.has_teacher = "mbpp" in flags
         if self.has_teacher:
-            self.criterion.teacher.connect(self.optimizer)
+            self.criterion.link.connect(self.optimizer)
 
     def losses(self, sample: dict[str, Any]) -> Iterable[torch.Tensor]:
         """Of each backward pass; the next one is made when the last one's backward has run."""
@@ -222,7 +222,7 @@ def peak_activations(variant: Variant, sample: dict[str, Any], device: str) -> f
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     if variant.has_teacher:
-        variant.criterion.teacher.weights(variant.model)  # in half precision its copy, made once per update
+        variant.criterion.link.weights(variant.model)  # in half precision its copy, made once per update
 
     if device == "cpu":
         with PeakMemory() as memory:

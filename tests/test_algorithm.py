@@ -23,7 +23,7 @@ def prepared(data: Path, kind: str, *flags: str, **options: Any) -> tuple[Any, .
     model.double()
     for layer in model.encoder.sentence_encoder.layers:
         layer.activation_fn = torch.tanh  # not gelu, which fairseq computes in float32 whatever the model's precision
-    optimizer = criterion.teacher._optimizer
+    optimizer = criterion.link._optimizer
     generator = torch.Generator().manual_seed(9)
     # a head whose every term is large enough to be seen
     torch.nn.init.normal_(model.classification_heads[HEAD].out_proj.weight, std=1.0, generator=generator)

@@ -30,7 +30,7 @@ def test_a_term_at_every_third_update_is_three_times_as_heavy(class_data: Path) 
     sample = batch(task, 4)
     every = step(model, plain_criterion, sample).log
     for update in range(7):
-        criterion.teacher.update_num = update
+        criterion.link.update_num = update
         loss, log, _ = step(model, criterion, sample)
         if update % 3:
             assert "smart_loss" not in log
@@ -52,7 +52,7 @@ def test_what_is_left_out_costs_nothing(class_data: Path) -> None:
     task, model, criterion = set_up(class_data, *LIKE_ROBERTA, *BOLD, "--smart-every", "2")
     sample = batch(task, 4)
     _, plain_model, plain = set_up(class_data, *LIKE_ROBERTA, criterion="sentence_prediction")
-    criterion.teacher.update_num = 1
+    criterion.link.update_num = 1
     assert flops(model, criterion, sample) == flops(plain_model, plain, sample)
 
 

@@ -20,7 +20,7 @@ from toolkit import build, capture_log, command, parse, set_up, train, write_dat
 
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
-from smart_fairseq.training.checks import check_model
+from smart_fairseq.training.checks import check_model, check_start
 
 FAIRSEQ_TRAIN = Path(sys.executable).parent / "fairseq-train"
 
@@ -356,3 +356,24 @@ def test_steps_do_not_matter_where_the_term_is_off(class_data: Path) -> None:
     build(command(class_data, "--smart-weight", "0", "--smart-steps", "0"))
     with pytest.raises(UsageError, match="--smart-steps is 0; it must be 1 or more"):
         build(command(class_data, "--smart-steps", "0"))
+
+
+@pytest.mark.parametrize("flag", ["--report-mcc", "--report-acc-and-f1"])
+def test_a_report_that_makes_numbers_of_words_is_refused(flag: str, tmp_path: Path) -> None:
+    """After a whole epoch fairseq would find that a label is none."""
+    data = write_data(tmp_path / "data")
+    labels = data / "label" / "dict.txt"
+    labels.write_text(labels.read_text().replace("0 ", "not_entailment ", 1))
+    line = library_refusal(command(data, flag, max_update=1))
+    assert f"{flag} is set, and {labels} has the label 'not_entailment'" in line
+
+
+def test_a_worker_that_did_not_read_the_checkpoint_itself_warns_of_nothing(class_data: Path, tmp_path: Path) -> None:
+    """fairseq reads it on the first worker, and hands its state to the others."""
+    for there in (False, True):
+        if there:
+            (tmp_path / "checkpoint_last.pt").touch()
+        with capture_log() as log:
+            task, _, criterion = set_up(class_data, save_dir=tmp_path)
+            check_start(criterion.cfg, task.cfg)
+        assert ("training starts from random weights" in str(log["text"])) is not there

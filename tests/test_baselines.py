@@ -31,6 +31,7 @@ from toolkit import (
 
 from smart_fairseq.criterions.freeat_sentence_prediction import FreeATSentencePrediction
 from smart_fairseq.method.noise import example_noise, uniform_noise
+from smart_fairseq.training.batches import TASK
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from peak_memory import PeakMemory
@@ -291,6 +292,30 @@ def test_freeat_climbs_between_its_updates(class_data: Path) -> None:
     assert len(criterion.held) == 1
     criterion(model, sample)  # the fourth update begins anew
     assert next(iter(criterion.held.values())).taken == 1
+
+
+@pytest.mark.parametrize("unit", ["absolute", "relative"])
+def test_the_size_of_r3fs_noise_is_logged_in_its_unit(unit: str, class_data: Path) -> None:
+    """The largest of some 100 uniform entries is nearly the bound."""
+    flags = ["--r3f-noise", "uniform", "--r3f-epsilon", "0.2", "--r3f-epsilon-unit", unit]
+    criterion, model, sample = prepared(class_data, "r3f", *flags)
+    _, size, log = criterion(model, sample)
+    assert 0.9 * 0.2 < float(log["r3f_delta"]) / size <= 0.2
+
+
+def test_freeat_goes_on_after_a_batch_that_ran_out_of_memory(class_data: Path) -> None:
+    """fairseq leaves that batch out: there is no gradient to climb by, and the point stays. Tasks have points apart."""
+    criterion, model, sample = prepared(class_data, "freeat", *flags_of("freeat", steps="3"))
+    criterion(model, sample)
+    (held,) = criterion.held.values()
+    before = held.entering.detach().clone()
+    criterion(model, sample)[0].backward()
+    assert held.taken == 2
+    assert_equal(held.entering.detach(), before)
+    criterion(model, sample)
+    assert not torch.equal(held.entering.detach(), before)
+    criterion.perturbation(criterion.forward_of(model, sample), {**sample, TASK: 1})
+    assert [key[0] for key in criterion.held] == [0, 1]
 
 
 def descend(model: Any, rate: float = 0.05) -> None:

@@ -6,11 +6,23 @@ from typing import Any
 import pytest
 import torch
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
-from toolkit import BOLD, TINY_MODEL, assert_equal, batch, build, command, train
+from toolkit import (
+    BOLD,
+    HEAD,
+    NO_DROPOUT,
+    TINY_MODEL,
+    assert_close,
+    assert_equal,
+    batch,
+    build,
+    command,
+    set_up,
+    train,
+)
 from torch import Tensor, nn
 
 from smart_fairseq import encoder
-from smart_fairseq.encoder import Encoder
+from smart_fairseq.encoder import Encoder, encoder_of
 from smart_fairseq.encoder.base import Insides
 from smart_fairseq.errors import UsageError
 
@@ -124,3 +136,23 @@ def test_the_perturbation_arrives(place: str, class_data: Path) -> None:
             moved = model(**inputs)[0]
     assert_equal(moved[[0, 2, 3]], clean[[0, 2, 3]])
     assert float((moved[1] - clean[1]).abs().min()) > 1e-4
+
+
+def test_with_layerdrop_the_encoder_holds_every_layer(class_data: Path) -> None:
+    """Whose walk leaves layers out at random; a lean pass runs those that fairseq's own does, with the same loss."""
+    task, model, _ = set_up(class_data, "--encoder-layers", "4", "--encoder-layerdrop", "0.5", *NO_DROPOUT)
+    inner, encoder = model.encoder.sentence_encoder, encoder_of(model)
+    layers = list(inner.layers.children())
+    assert len(layers) == 4 and encoder.insides.layers == layers
+    assert encoder.lean_parts.keys() == {*layers, inner}
+    inputs = batch(task, 4)["net_input"]
+    outputs: set[float] = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = model(**inputs, features_only=True, classification_head_name=HEAD)[0]
+        torch.manual_seed(seed)
+        with encoder.lean():
+            found = model(**inputs, features_only=True, classification_head_name=HEAD)[0]
+        assert_close(found, expected)
+        outputs.add(round(float(found.detach().sum()), 4))
+    assert len(outputs) > 2

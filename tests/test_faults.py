@@ -66,7 +66,7 @@ def test_overflow_skips_the_update_and_leaves_the_teacher(kind: str, class_data:
     wrapper = MemoryEfficientFP16Optimizer if kind.startswith("memory") else FP16Optimizer
     optimizer = wrapper.build_optimizer(cfg, [p for p in model.parameters() if p.requires_grad])
     mbpp = optimizer.wrapped_optimizer if kind.startswith("memory") else optimizer.fp32_optimizer
-    criterion.teacher.connect(optimizer)
+    criterion.link.connect(optimizer)
 
     def update(scale: float) -> None:
         optimizer.scaler.loss_scale = scale
@@ -99,7 +99,7 @@ def test_overflow_in_a_pass(where: str, class_data: Path, caplog: pytest.LogCapt
     cfg, task, model, criterion = build(command(class_data, *flags))
     model.half().train()
     optimizer = FP16Optimizer.build_optimizer(cfg, [p for p in model.parameters() if p.requires_grad])
-    criterion.teacher.connect(optimizer)
+    criterion.link.connect(optimizer)
     mbpp = optimizer.fp32_optimizer
 
     update = functools.partial(take_update, optimizer, model, criterion, task)

@@ -12,11 +12,11 @@ from toolkit import LIKE_ROBERTA, NO_DROPOUT, batch, set_up
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError
 from smart_fairseq.terms import precision
-from smart_fairseq.terms.precision import Form, FormOfTerm, Place, Search, choose_form, measure_place
+from smart_fairseq.terms.precision import Form, FormOfTerm, PlaceSizes, Search, choose_form, measure_place
 
 TWO_FORWARDS, FIRST_ORDER = FormOfTerm
 # of entries of size 1
-PLACE = Place(median=1.0, root_mean_square=1.5, entries=900.0)
+PLACE = PlaceSizes(median=1.0, root_mean_square=1.5, entries=900.0)
 
 
 def form_at(size: float, data: Path, *flags: str, dtype: torch.dtype = torch.float16, num_classes: int = 2) -> Form:
@@ -70,6 +70,21 @@ def test_what_the_steps_do_not_reach_does_not_count(class_data: Path, caplog: py
     assert form_at(1000, class_data, "--smart-step-size", "1e-5", "--smart-noise-std", "0.1").term is TWO_FORWARDS
 
 
+def test_absolute_noise_is_an_entrys(class_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Over the 16 channels of a token, noise of 0.5 has the l2 norm 2; it reaches what a step of 1e-5 does not."""
+    flags = ["--smart-norm", "l2", "--smart-norm-scope", "token", "--smart-step-size", "1e-5", "--smart-noise-std"]
+    resolved = precision.ROUNDINGS[torch.float16] * torch.finfo(torch.float16).eps  # of an entry
+    assert form_at(1000, class_data, *flags, str(1.01 * resolved)).term is TWO_FORWARDS
+    with caplog.at_level(logging.INFO):
+        assert form_at(1000, class_data, *flags, str(0.98 * resolved)).term is FIRST_ORDER
+    assert f"--smart-step-size = {4 * 0.98 * resolved + 1e-5:g} is below what float16" in caplog.text
+
+
+def test_what_the_start_of_the_log_says_of_the_first_order() -> None:
+    form = Form(FIRST_ORDER, Search.OWN_PRODUCTS)
+    assert form.in_words() == "to first order (tangent), every ascent step from a pass of its own"
+
+
 @pytest.mark.parametrize("norm", ["inf", "l2"])
 def test_a_relative_radius_is_a_share_of_the_place(norm: str, class_data: Path) -> None:
     """Of its root mean square, 1.5: a share of 2/3 is an entry of size 1."""
@@ -109,14 +124,15 @@ def test_the_release_is_of_size_one(class_data: Path) -> None:
     ("flags", "classes", "search"),
     [
         ([], 4, Search.CLEAN_PASS),
-        ([], 5, Search.OWN_PASS),
+        ([], 5, Search.OWN_PRODUCTS),
         (["--smart-recompute"], 2, Search.OWN_PASS),
+        (["--smart-recompute"], 4, Search.OWN_PRODUCTS),
         (["--smart-linear-search"], 2, Search.EVERY_STEP),
         (["--smart-linear-search"], 5, Search.EVERY_STEP),
         (["--smart-dropout", "off"], 2, Search.CLEAN_PASS),
         (["--smart-dropout", "independent"], 2, Search.FORWARD),
         (["--smart-dropout", "independent", *NO_DROPOUT], 2, Search.CLEAN_PASS),
-        (["--smart-dropout", "independent", *NO_DROPOUT], 5, Search.OWN_PASS),
+        (["--smart-dropout", "independent", *NO_DROPOUT], 5, Search.OWN_PRODUCTS),
     ],
     ids=str,
 )

@@ -223,8 +223,8 @@ def test_a_loaded_teacher_is_a_copy_in_float32(class_data: Path) -> None:
 
 def test_before_the_first_update_the_teacher_is_the_weights(class_data: Path) -> None:
     cfg, task, model, criterion = build(command(class_data, *NO_DROPOUT))
-    criterion.teacher.connect(optim.build_optimizer(cfg.optimizer, list(model.parameters())))
-    weights = criterion.teacher.weights(model)
+    criterion.link.connect(optim.build_optimizer(cfg.optimizer, list(model.parameters())))
+    weights = criterion.link.weights(model)
     assert {n for n, _ in model.named_parameters()} == set(weights)
     assert all(not weight.requires_grad for weight in weights.values())
     _, _, log = criterion(model.train(), batch(task, 4))
@@ -325,6 +325,6 @@ def test_two_runs_in_one_process_keep_their_teachers_apart(class_data: Path) -> 
         task.train_step(batch(task, 4), model, criterion, optimizer, 0)
         optimizer.step()
     for _, model, criterion, optimizer in runs:
-        held = criterion.teacher.weights(model)
+        held = criterion.link.weights(model)
         for (name, _), average in zip(model.named_parameters(), optimizer.teacher):
             assert held[name].data_ptr() == average.data_ptr()

@@ -277,7 +277,7 @@ def test_the_terms_are_those_of_each_task(place: Path) -> None:
     """--smart-divergence js is for classes, and a regression keeps the squared error."""
     _, _, _, criterion = build(command(place / "bins", TASKS, *BOLD, "--smart-divergence", "js"))
     for objective in criterion.objectives:
-        criterion.turn_to(objective)
+        criterion.judge_by(objective)
         assert (criterion.divergence is squared_error) == (objective.name == "STS-B")
         assert criterion.settings.divergence is criterion.divergence
         assert criterion.settings.num_classes == objective.num_classes

@@ -196,7 +196,7 @@ def test_an_overflow_in_any_pass_skips_the_update(
         loss, size, log = forward(self, model, sample, reduce)
         if len(self.perturbations) == 1:
             batches.append(1)
-            teacher = self.teacher.weights(model)
+            teacher = self.link.weights(model)
             before.append([*(p.detach().clone() for p in model.parameters()), *(t.clone() for t in teacher.values())])
         return loss * (1e6 if len(batches) == 3 and len(self.perturbations) == number else 1), size, log
 

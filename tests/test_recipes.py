@@ -58,6 +58,9 @@ def test_the_papers_recipe_is_its_printed_constants(class_data: Path) -> None:
     [
         (["smart"], 1000, "0.99, a memory of 100 updates"),  # a tenth of them, 100
         (["smart"], 50, "0.9, a memory of 10 updates"),  # never less than 10
+        # a tenth of them however seldom it moves; 0 where it moves less often than that
+        (["smart", "--mbpp-inner-steps", "5"], 1000, "0.95, a memory of 100 updates"),
+        (["smart", "--mbpp-inner-steps", "200"], 1000, "0, a memory of 200 updates"),
         (["smart", "--mbpp-momentum", "0.5"], 50, "0.5, a memory of 2 updates"),
         (["paper"], 50, "0.99 for the first 0.1 of training, then 0.999"),
         (["paper", "--mbpp-momentum", "0.5"], 50, "0.99 for the first 0.1 of training, then 0.5"),
@@ -98,3 +101,20 @@ def test_a_share_is_of_the_weighted_sums(caplog: pytest.LogCaptureFixture) -> No
     assert [record.getMessage() for record in caplog.records] == [
         "updates 2 to 22, as shares of the task loss: smart 0.1"
     ]
+
+
+def test_a_term_of_every_fifth_update_has_its_share_of_all(
+    class_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twenty times it comes, five times as heavy, among the task losses of a hundred updates."""
+    weighted = []
+    flags = ["--smart-epsilon", "0.3", "--smart-epsilon-unit", "relative", "--smart-every", "5"]
+    task, model, criterion = set_up(class_data, *flags)
+    with caplog.at_level("INFO"):
+        for update in range(101):
+            criterion.link.update_num = update
+            log = criterion(model, batch(task, 2))[2]
+            weighted.append((log["task_loss"].item(), 5 * log["smart_loss"].item() if "smart_loss" in log else 0.0))
+    assert sum(smart > 0 for _, smart in weighted) == 21
+    task_loss, smart = (sum(column) for column in zip(*weighted[:100]))
+    assert f"updates 0 to 100, as shares of the task loss: smart {smart / task_loss:.2g}" in caplog.text

@@ -24,7 +24,7 @@ from wnli_samples import assert_worst, command, prepared, set_up, table
 
 from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
-from smart_fairseq.data.binarize import read_indexed, read_manifest
+from smart_fairseq.data.binarize import indexed_writer, read_indexed, read_manifest
 from smart_fairseq.errors import UsageError
 from smart_fairseq.inference import Model
 from smart_fairseq.method.candidates import best_of_others, candidate_scores, margin_loss
@@ -277,3 +277,24 @@ def test_a_checkpoint_of_another_task_is_refused(run: tuple[Path, Any], data: Pa
     (folder / "preprocess.json").write_text(json.dumps({**read_manifest(folder), "task": "WNLI"}))
     with pytest.raises(UsageError, match="was trained for the task smart_wnli, not sentence_prediction, as WNLI needs"):
         Model(run[0] / "checkpoint_last.pt", folder, cpu=True)
+
+
+def test_the_lm_head_does_not_rest(data: Path) -> None:
+    """Every weight has a gradient, and none is said to have none."""
+    task, model, criterion = set_up(data)
+    criterion(model, batch(task, 5))[0].backward()
+    idle = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert set(criterion.encoder_for(model).resting(HEAD)) == idle == set()
+
+
+def test_an_empty_split_is_named(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    shutil.copytree(data, folder)
+    for place in range(4):
+        with indexed_writer(folder / f"input{place}" / "valid", "H"):
+            pass
+    with indexed_writer(folder / "label" / "valid", "H"):
+        pass
+    _, task, _, _ = build(command(folder))
+    with pytest.raises(UsageError, match="its split valid has no rows; preprocess a file that has some"):
+        task.load_dataset("valid")

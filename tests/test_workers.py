@@ -152,7 +152,7 @@ def prepared(data: Path, way: str, unused: bool) -> Any:
     for parameter_name, parameter in model.encoder.lm_head.named_parameters():
         # the LM head plays no part in classification; its weight is the embeddings'
         parameter.requires_grad_(unused or parameter_name == "weight")
-    optimizer = criterion.teacher._optimizer
+    optimizer = criterion.link._optimizer
     trained = list(optimizer.params)
     generator = torch.Generator().manual_seed(2)
     optimizer.teacher = [p.detach() + 0.05 * torch.randn(p.shape, generator=generator).to(p.device) for p in trained]

@@ -371,7 +371,7 @@ def set_up(
         torch.nn.init.normal_(types, std=0.02, generator=torch.Generator(DEVICE).manual_seed(2))
     if optimizer == "mbpp":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        criterion.teacher.connect(optim.build_optimizer(cfg.optimizer, trained))
+        criterion.link.connect(optim.build_optimizer(cfg.optimizer, trained))
     return task, model.train(), criterion.train()
 
 

@@ -8,7 +8,7 @@ The perturbations are not in a checkpoint: a run that is resumed between two upd
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from fairseq.criterions import register_criterion
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..encoder import Forward
 from ..method.adversary import ascent_step
 from ..training.adversarial import AdversarialCriterion, Start, ball_config
+from ..training.batches import TASK
 from ..training.flags import RegularizedConfig
 from ..training.repeat import repeat_batches
 
@@ -42,12 +43,12 @@ class FreeATSentencePrediction(AdversarialCriterion):
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
         super().__init__(cfg, task)
-        self.held: dict[tuple[int, ...], _Held] = {}  # by the examples' numbers: the batches of one update
+        self.held: dict[tuple[int, ...], _Held] = {}  # the update's batches, by task and examples
         if self.ball.steps > 1:
             repeat_batches(task, cfg.smart_train_subset, self.ball.steps, cfg.smart_update_freq)
 
     def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
-        key, update = tuple(sample["id"].tolist()), self.teacher.update_num
+        key, update = (sample.get(TASK, 0), *sample["id"].tolist()), self.link.update_num
         held = self.held.get(key)
         if held is None or held.taken == self.ball.steps:
             self.held = {k: other for k, other in self.held.items() if other.update == update}
@@ -55,9 +56,10 @@ class FreeATSentencePrediction(AdversarialCriterion):
             entering = (start.point * start.unit).detach().requires_grad_()
             held = self.held[key] = _Held(start, entering, update)
         else:
-            # of an update that overflowed in float16 nothing is learned
-            gradient = cast(Tensor, held.entering.grad).nan_to_num(0, 0, 0)
-            point = ascent_step(held.entering.detach() / held.start.unit, gradient, held.start.mask, self.adversary)
+            point, gradient = held.entering.detach() / held.start.unit, held.entering.grad
+            if gradient is not None:  # there is none of a batch that ran out of memory, which fairseq leaves out
+                # of an update that overflowed in float16 nothing is learned
+                point = ascent_step(point, gradient.nan_to_num(0, 0, 0), held.start.mask, self.adversary)
             held.entering = (point * held.start.unit).detach().requires_grad_()
             held.taken += 1
         self.delta = self.norms(held.entering / held.start.unit)

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
@@ -22,8 +21,8 @@ from ..errors import require
 from ..method.adversary import Adversary, norm
 from ..method.dropout import RandomState
 from ..method.noise import example_noise, uniform_noise
-from ..method.relative import unit_of
 from ..terms import TermValue
+from ..terms.start import drawn
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
 from ..training.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
@@ -58,27 +57,24 @@ class R3FSentencePrediction(RegularizedCriterion):
         cfg = with_recipe(cfg, "r3f")
         super().__init__(cfg, task, weights={"r3f": check_weight("--r3f-weight", cfg.r3f_weight)})
         require(cfg.r3f_epsilon > 0, "--r3f-epsilon", cfg.r3f_epsilon, "above 0 (--r3f-weight 0 switches the term off)")
-        self.flags = cfg
 
     def prepare(self, encoder: Encoder) -> str:
         if self.weights["r3f"]:
             check_model(encoder)
-        return f"R3F: {self.flags.r3f_noise} noise of {self.flags.r3f_epsilon:g} {self.flags.r3f_epsilon_unit}, "
+        return f"R3F: {self.cfg.r3f_noise} noise of {self.cfg.r3f_epsilon:g} {self.cfg.r3f_epsilon_unit}, "
 
     @contextmanager
     def term(self, name: str, forward: Forward, sample: dict[str, Any]) -> Iterator[Callable[[Tensor], TermValue]]:
-        encoder, tokens = forward.encoder, sample["net_input"]["src_tokens"]
-        mask, masks = encoder.mask(tokens), RandomState(tokens.device)
-        draw = NOISE[str(self.flags.r3f_noise)]
-        noise = draw(sample["id"], tokens.shape[1], encoder.table.shape[1], seed=torch.initial_seed())
-        noise = self.flags.r3f_epsilon * mask * noise.to(torch.promote_types(encoder.table.dtype, torch.float32))
-        if self.flags.r3f_epsilon_unit == "relative":
-            noise = noise * unit_of(encoder.embeddings(forward.place, sample["net_input"]), mask, Adversary())
+        masks, largest = RandomState(sample["net_input"]["src_tokens"].device), Adversary(norm="inf")
+        relative = self.cfg.r3f_epsilon_unit == "relative"
+        noise, unit, mask = drawn(forward, sample, NOISE[str(self.cfg.r3f_noise)], largest, relative)
+        noise = self.cfg.r3f_epsilon * mask * noise
+        perturbation = noise * unit
 
         def value(clean: Tensor) -> TermValue:
-            with masks.replayed() if self.flags.r3f_dropout == "shared" else nullcontext():
-                noisy = forward(perturbation=noise, lookup=looked_up[0])  # the clean pass's embeddings
-            return TermValue(self.divergence(noisy, clean).sum(), norm(noise, Adversary()).sum(), noise)
+            with masks.replayed() if self.cfg.r3f_dropout == "shared" else nullcontext():
+                noisy = forward(perturbation=perturbation, lookup=looked_up[0])  # the clean pass's embeddings
+            return TermValue(self.divergence(noisy, clean).sum(), norm(noise, largest).sum(), perturbation)
 
-        with encoder.captured("token") as looked_up:
+        with forward.encoder.captured("token") as looked_up:
             yield value

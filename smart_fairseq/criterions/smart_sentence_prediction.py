@@ -78,7 +78,6 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
             relative=cfg.smart_epsilon_unit == "relative",
             dropout=str(cfg.smart_dropout),
             recompute=cfg.smart_recompute,
-            num_classes=objective.num_classes,
             divergence=self.divergences[objective.regression],
             divergence_of_change=squared_change if objective.regression else of_classes,
         )
@@ -98,7 +97,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         check_model(encoder)
         words: Dict[str, List[str]] = {}
         for objective in self.objectives:
-            self.turn_to(objective)
+            self.judge_by(objective)
             words.setdefault(self.form_for(encoder, sample={}).in_words(), []).append(objective.name)
         said = [f"{form} ({', '.join(names)})" if words.keys() - {form} else form for form, names in words.items()]
         return f"SMART: smoothness term {'; '.join(said)}, "
@@ -113,11 +112,13 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
             data = self.objective.task.datasets.get(self.cfg.smart_train_subset)
             if data is not None:
                 sample = data.collater([data[index] for index in range(min(len(data), EXAMPLES))])
+            # of candidates an example has as many outputs as it has of these
+            several = "candidates" in sample["net_input"]
             form = self.form = choose_form(
                 self.cfg,
                 encoder,
                 measure_place(encoder, self.place, sample["net_input"]),
-                self.objective.num_classes,
+                sample["target"].shape[1] if several else self.objective.num_classes,
                 working_precision(encoder, self.cfg.smart_amp),
             )
         return form

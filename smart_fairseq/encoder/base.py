@@ -290,6 +290,8 @@ class Encoder:
 class Forward:
     """The classification forward of one batch, under weights and with a perturbation of one's choice.
 
+    It turns the encoder to its batch: one at a time.
+
     Passes under other weights run on the bare model, its own code with other tensors in place of its parameters, of
     which a distributed wrapper sees nothing.
 

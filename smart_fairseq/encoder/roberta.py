@@ -37,10 +37,12 @@ class RobertaEncoder(Encoder):
         places = {place: getattr(inner, name) for place, name in _PLACES.items()}
         if getattr(inner, "layernorm_embedding", None) is not None:
             places["normalized"] = inner.layernorm_embedding
-        return Insides(places, list(inner.layers), inner.padding_idx)
+        # with --encoder-layerdrop a walk through the layers themselves leaves some out
+        return Insides(places, list(inner.layers.children()), inner.padding_idx)
 
     def resting(self, head: str) -> list[str]:
-        parts = (self.model.encoder.sentence_encoder, self.model.classification_heads[head])
+        chosen = self.model.classification_heads[head]
+        parts = (self.model.encoder.sentence_encoder, chosen, *getattr(chosen, "borrowed", ()))
         used = {id(weight) for part in parts for weight in part.parameters()}
         return [name for name, w in self.model.named_parameters() if w.requires_grad and id(w) not in used]
 
@@ -54,8 +56,9 @@ class RobertaEncoder(Encoder):
         inner: Any = self.model.encoder.sentence_encoder
         if type(inner).forward_scriptable is not TransformerEncoderBase.forward_scriptable:
             return {}
-        all_known = all(known(layer) for layer in inner.layers)
-        parts: dict[nn.Module, list[Replacement]] = {layer: lean_layer(layer) for layer in inner.layers if all_known}
+        all_known = all(known(layer) for layer in self.insides.layers)
+        layers = self.insides.layers if all_known else []
+        parts: dict[nn.Module, list[Replacement]] = {layer: lean_layer(layer) for layer in layers}
         parts[inner] = [(inner, "forward_scriptable", functools.partial(_encode, inner, all_known))]
         return parts
 

@@ -261,7 +261,8 @@ def gradient_to_first_order(
 
     Near the clean point f(x + d) = f(x) + J d, and the gradient of the divergence is J' H J d with its
     curvature H in the output (for the symmetric KL, 2 (diag p - p p')). It is linear in d, so d is handed
-    over at size 1 and the cotangent likewise: nothing comes near the edge of the number format.
+    over at size 1 and the cotangent likewise: nothing comes near the edge of the number format. A row is an example
+    here: not for rankings, whose rows depend on each other and would lose their sizes.
 
     Args:
         products_fn: direction d [B, T, C] -> outputs [B, K], change J d [B, K], and the function from a

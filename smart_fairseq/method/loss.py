@@ -1,4 +1,5 @@
-"""The loss of the task, one number per example: what adversarial training raises, where SMART raises a divergence."""
+"""The loss of the task, one number per example: what adversarial training raises, where SMART raises a divergence; and
+its logsumexp, by which shares and likelihoods elsewhere are made."""
 
 import torch
 from torch import Tensor

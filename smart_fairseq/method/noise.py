@@ -3,7 +3,8 @@
 Algorithm 1 of Jiang et al. (2020) starts from x + nu, nu ~ N(0, sigma^2 I). Drawn from torch's global
 generator, nu would depend on how the examples are grouped: gradient accumulation or a second worker
 would change the update. Here each number is a function of (seed, example, position, channel) alone, so
-one batch of 8, two of 4 and two workers with 4 each start from the same noise, whatever the padding.
+one batch of 8, two of 4 and two workers with 4 each start from the same noise, whatever the padding (but in groups of
+candidates, whose positions are counted over rows that are joined at the batch's width).
 
 The generator is SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number
 generators", figure 17) with one stream per (seed, example), followed by Box and Muller (1958). It is

@@ -17,6 +17,7 @@ from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimiz
 from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from omegaconf import II
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..errors import UsageError, require
 from ..method.teacher import average_, momentum_at, momentum_for
@@ -80,13 +81,16 @@ class _FusedAdamW(FairseqAdam):
         self._optimizer = torch.optim.AdamW(params, **self.optimizer_config, fused=True)
 
     def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
-        # fairseq adds epsilon before the second moment's bias is corrected, torch after it
+        # fairseq adds epsilon before the second moment's bias is corrected, torch after it; a weight without a gradient
+        # at some updates, whose moments are younger, gets the others' epsilon
         given = [group["eps"] for group in self.param_groups]
         for group in self.param_groups:
             group["eps"] /= math.sqrt(1 - group["betas"][1] ** (self.updates + 1))
-        super().step(closure, scale, groups)
-        for group, eps in zip(self.param_groups, given):
-            group["eps"] = eps
+        try:
+            super().step(closure, scale, groups)
+        finally:
+            for group, eps in zip(self.param_groups, given):
+                group["eps"] = eps
 
 
 _OWN: Dict[str, Any] = {"adamw_fused": _FusedAdamW, "radam": _RAdam}
@@ -172,10 +176,10 @@ class MBPP(FairseqOptimizer):
         gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
         if len(gradients) < 2 or any(gradient.dtype != torch.float32 for gradient in gradients):
             return super().clip_grad_norm(max_norm, aggregate_norm_fn)  # type: ignore[no-any-return]
-        total: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
+        total = get_total_norm(gradients)
         total = total if aggregate_norm_fn is None else aggregate_norm_fn(total)
         if max_norm > 0:
-            torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp_(max=1))
+            clip_grads_with_norm_(list(self.params), max_norm, total)
         return total
 
     @torch.no_grad()
@@ -189,7 +193,8 @@ class MBPP(FairseqOptimizer):
                     "no criterion has read the teacher of --optimizer mbpp; "
                     "it acts on training only through --criterion smart_sentence_prediction"
                 )
-        self.base.updates = self.updates
+        if isinstance(self.base, _FusedAdamW):
+            self.base.updates = self.updates
         self.base.step(closure, scale, groups)
         self.updates += 1
         if self.updates % self.cfg.mbpp_inner_steps == 0:
@@ -250,6 +255,6 @@ def _momentum(cfg: MBPPConfig, total_updates: int) -> Tuple[float, float]:
     first, rest = cfg.mbpp_warmup_momentum, cfg.mbpp_momentum
     recipe = MOMENTUM[str(cfg.mbpp_recipe)]
     if recipe is None:  # one average throughout
-        memory = max(LEAST_MEMORY, MEMORY * total_updates)
+        memory = max(LEAST_MEMORY, MEMORY * total_updates) / cfg.mbpp_inner_steps  # in averages
         recipe = (momentum_for(memory), momentum_for(memory)) if rest is None else (rest, rest)
     return recipe[0] if first is None else first, recipe[1] if rest is None else rest

@@ -124,6 +124,8 @@ class SmartWnli(SentencePredictionTask):
             alone = sum(len(rows) for group in groups if len(group.labels) == 1 for rows in group.rows.values())
             if alone:
                 logger.warning(f"{alone} rows of {split} have no other candidate, so that their own is the best")
+        if not groups:
+            raise located(folder, 0, f"its split {split} has no rows; preprocess a file that has some, or remove it")
         longest = max(group.longest(self._separators) for group in groups)
         if longest > self.cfg.max_positions:
             raise located(

@@ -45,6 +45,7 @@ class Search(Enum):
 
     CLEAN_PASS = "its first ascent step from the clean pass"
     OWN_PASS = "its first ascent step from a pass of its own"
+    OWN_PRODUCTS = "its first ascent step from a pass of its own that carries a change along"
     FORWARD = "its first ascent step by a forward, whose fresh masks move the output more than any noise"
     EVERY_STEP = "every ascent step from the clean pass"
 
@@ -60,11 +61,12 @@ class Form(NamedTuple):
     scale: float = 1.0
 
     def in_words(self) -> str:
-        term = "by two forwards" if self.term is FormOfTerm.TWO_FORWARDS else "to first order (tangent)"
-        return f"{term}, {self.search.value}"
+        if self.term is FormOfTerm.FIRST_ORDER:
+            return "to first order (tangent), every ascent step from a pass of its own"
+        return f"by two forwards, {self.search.value}"
 
 
-class Place(NamedTuple):
+class PlaceSizes(NamedTuple):
     """What is perturbed, over the real tokens of some examples.
 
     median: of the entries' sizes.
@@ -77,24 +79,26 @@ class Place(NamedTuple):
     entries: float
 
 
-def measure_place(encoder: Encoder, place: str, net_input: dict[str, Any]) -> Place:
+def measure_place(encoder: Encoder, place: str, net_input: dict[str, Any]) -> PlaceSizes:
     """Run a batch as far as the perturbed place; without dropout and gradients."""
     inputs = apply_to_sample(lambda tensor: tensor.to(encoder.table.device), net_input)
     with encoder.turned_to(inputs):
         mask = encoder.mask(inputs["src_tokens"]).bool().squeeze(-1)
         values = encoder.embeddings(place, inputs)[mask].float()
-    return Place(float(values.abs().median()), float(values.square().mean().sqrt()), values.numel() / len(mask))
+    return PlaceSizes(float(values.abs().median()), float(values.square().mean().sqrt()), values.numel() / len(mask))
 
 
-def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_classes: int, dtype: torch.dtype) -> Form:
-    """The form for the flags of the criterion.
+def choose_form(
+    flags: AdversaryFlags, encoder: Encoder, place: PlaceSizes, num_classes: int, dtype: torch.dtype
+) -> Form:
+    """The form for the flags of the criterion and a number of outputs.
 
     Raises:
         UsageError: the precision does not resolve the perturbation, and the flags allow no form that would.
     """
     name, mode = str(dtype).split(".")[1], str(flags.smart_mode)
     scale = 2.0 ** math.floor(math.log2(CARRIED_SHARE * place.root_mean_square))
-    first_order = Form(FormOfTerm.FIRST_ORDER, Search.OWN_PASS, scale)
+    first_order = Form(FormOfTerm.FIRST_ORDER, _own_pass(num_classes), scale)
     # where nothing is dropped, independent masks are the clean pass's
     fresh_masks = flags.smart_dropout == "independent" and encoder.has_dropout
     two_forwards = Form(FormOfTerm.TWO_FORWARDS, _search(flags, fresh_masks, num_classes), scale)
@@ -103,12 +107,13 @@ def choose_form(flags: AdversaryFlags, encoder: Encoder, place: Place, num_class
         if unknown:
             raise UsageError(f"--smart-mode is tangent, which {unknown}, or use --smart-mode auto")
         return first_order
-    size, limit = _largest_size(flags)
-    unit = place.root_mean_square
+    unit, noise = place.root_mean_square, flags.smart_noise_std
     if flags.smart_epsilon_unit == "absolute":
-        # an l2 norm is spread over the entries that it is taken over
+        # an l2 norm is spread over the entries that it is taken over, and the noise is an entry's
         taken_over = encoder.table.shape[1] if flags.smart_norm_scope == "token" else place.entries
         unit = taken_over**-0.5 if flags.smart_norm == "l2" else 1.0
+        noise /= unit
+    size, limit = _largest_size(flags, noise)
     an_entry = size * unit
     resolving = dtype
     if dtype == torch.float32 and encoder.table.is_cuda and _tf32_is_on():
@@ -151,12 +156,13 @@ def _search(flags: AdversaryFlags, fresh_masks: bool, num_classes: int) -> Searc
     if fresh_masks:
         return Search.FORWARD
     # recomputing keeps nothing of the clean pass
-    return Search.CLEAN_PASS if few_outputs(num_classes) and not flags.smart_recompute else Search.OWN_PASS
+    few = num_classes <= FEW_CLASSES and not flags.smart_recompute
+    return Search.CLEAN_PASS if few else _own_pass(num_classes)
 
 
-def few_outputs(num_classes: int) -> bool:
-    """Whether the Jacobian of the outputs, a backward pass for each but one, costs no more than its products."""
-    return num_classes <= FEW_CLASSES
+def _own_pass(num_classes: int) -> Search:
+    """By the Jacobian, a backward pass for each output but one, or by its products; the forward counts as one more."""
+    return Search.OWN_PASS if num_classes + 1 <= FEW_CLASSES else Search.OWN_PRODUCTS
 
 
 def working_precision(encoder: Encoder, amp: bool) -> torch.dtype:
@@ -172,11 +178,11 @@ def _tf32_is_on() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
 
 
-def _largest_size(flags: AdversaryFlags) -> tuple[float, str]:
-    """The size that a perturbation can reach, and the flags that limit it."""
+def _largest_size(flags: AdversaryFlags, noise: float) -> tuple[float, str]:
+    """The size that a perturbation can reach from noise of that size, and the flags that limit it."""
     if flags.smart_projection == "normalize":
         return 1.0, "--smart-projection normalize"
-    reach = flags.smart_noise_std + flags.smart_steps * flags.smart_step_size
+    reach = noise + flags.smart_steps * flags.smart_step_size
     if reach < flags.smart_epsilon:
         return reach, "--smart-noise-std + --smart-steps x --smart-step-size ="
     return flags.smart_epsilon, "--smart-epsilon"

@@ -33,9 +33,10 @@ from ..method.adversary import (
 from ..method.divergence import Divergence
 from ..method.dropout import RandomState
 from ..method.noise import example_noise
-from ..method.relative import noise_in_units, unit_of
+from ..method.relative import noise_in_units
 from . import Term, TermValue
-from .precision import Form, FormOfTerm, Search, few_outputs
+from .precision import Form, FormOfTerm, Search
+from .start import drawn
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Settings:
     relative: sizes are shares of the example's embeddings (`method.relative`).
     dropout: masks of the perturbed pass: "shared", "independent" or "off".
     recompute: keep no activations of the clean pass.
-    num_classes: number of outputs K.
     divergence: l_s, of two outputs.
     divergence_of_change: the same of an output and its change.
     """
@@ -56,7 +56,6 @@ class Settings:
     relative: bool
     dropout: str
     recompute: bool
-    num_classes: int
     divergence: Divergence
     divergence_of_change: Divergence
 
@@ -66,24 +65,15 @@ class _Batch:
 
     def __init__(self, settings: Settings, form: Form, forward: Forward, sample: Any) -> None:
         self.settings, self.form, self.forward, self.encoder = settings, form, forward, forward.encoder
-        tokens, table = sample["net_input"]["src_tokens"], self.encoder.table
-        self.masks = RandomState(tokens.device)
-        self.mask = self.encoder.mask(tokens)
-        # Algorithm 1, line 3; seeded as fairseq seeds torch on every worker: with its --seed plus the update's number
-        noise = example_noise(sample["id"], self.mask.shape[1], table.shape[1], seed=torch.initial_seed())
-        # at least float32, whatever the model's precision
-        self.noise = noise.to(torch.promote_types(table.dtype, torch.float32)) * settings.noise_std
-        # the ascent works in this unit, [B, 1, 1] or [B, T, 1]; times 1 changes no bit
-        self.unit = self.noise.new_ones(1, 1, 1)
+        self.masks = RandomState(sample["net_input"]["src_tokens"].device)
+        # Algorithm 1, line 3; the ascent works in the unit
+        noise, self.unit, self.mask = drawn(forward, sample, example_noise, settings.adversary, settings.relative)
+        self.noise = noise * settings.noise_std
         if settings.relative:
-            embeddings = self.encoder.embeddings(forward.place, sample["net_input"])
-            self.unit = unit_of(embeddings, self.mask, settings.adversary).to(self.noise.dtype)
             self.noise = noise_in_units(self.noise, self.mask, settings.adversary)
-        # the search by products with the Jacobian: the forward of a pass of its own counts as one more
-        self.by_products = form.search is Search.OWN_PASS and not few_outputs(settings.num_classes + 1)
         # carrying a change needs attention written out, and a fused kernel draws other masks: all passes of the term
         # have the one or the other
-        carries = self.by_products or form.term is FormOfTerm.FIRST_ORDER
+        carries = form.search is Search.OWN_PRODUCTS or form.term is FormOfTerm.FIRST_ORDER
         self.written_out = carries and settings.dropout == "shared"
         self.largest_unit = self.unit.amax(dim=1, keepdim=True).clamp_min(torch.finfo(self.unit.dtype).tiny)
 
@@ -110,7 +100,7 @@ class _Batch:
             with self.dropout():
                 return forward.products(weights, self.carried(direction))
 
-        if self.by_products:
+        if self.form.search is Search.OWN_PRODUCTS:
             return gradient_to_first_order(products, settings.divergence_of_change)
         with self.dropout(), self.encoder.captured(forward.place, leaf=True) as entered:
             outputs = forward(weights)
@@ -142,7 +132,8 @@ def smoothness(settings: Settings, form: Form, forward: Forward, sample: Any) ->
 def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
     """The divergence between the outputs of two forwards."""
     settings, form, forward, encoder = batch.settings, batch.form, batch.forward, batch.encoder
-    known = batch.first_order_gradient()(batch.noise * batch.mask) if form.search is Search.OWN_PASS else None
+    own = form.search in (Search.OWN_PASS, Search.OWN_PRODUCTS)
+    known = batch.first_order_gradient()(batch.noise * batch.mask) if own else None
     linear = form.search in (Search.CLEAN_PASS, Search.EVERY_STEP)
 
     def entering() -> AbstractContextManager[list[Tensor]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# updates after the warm-up over which the terms are averaged
+# updates after the warm-up over which the terms are averaged, if they come at each
 WINDOW = 20
 # a term smaller than this share of the task loss is said not to act
 LEAST_SHARE = 1e-3
@@ -19,10 +19,11 @@ class Acting:
     """Sums of the task loss and of the weighted terms, on their device, until they are said.
 
     after: number of updates of the warm-up.
+    every: a term may come at every so-manieth update alone, so many times as heavy.
     """
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, after: int, every: int = 1) -> None:
+        self.after, self.window = after, WINDOW * every
         self.sums: dict[str, Tensor] = {}
         self.first = -1
         self.said = False
@@ -33,7 +34,7 @@ class Acting:
             return
         if self.first < 0:
             self.first = update
-        if update >= self.first + WINDOW:
+        if update >= self.first + self.window:
             self.said = True
             self._say()
             return
@@ -44,7 +45,7 @@ class Acting:
         task = float(self.sums.pop("task"))
         shares = {name: float(value) / task if task else 0.0 for name, value in self.sums.items()}
         words = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
-        logger.info(f"updates {self.first} to {self.first + WINDOW}, as shares of the task loss: {words}")
+        logger.info(f"updates {self.first} to {self.first + self.window}, as shares of the task loss: {words}")
         for name, share in shares.items():
             if share < LEAST_SHARE:
                 logger.warning(

@@ -14,7 +14,6 @@ the same in all passes over a batch, so that they climb one function.
 from dataclasses import make_dataclass
 from typing import Any, NamedTuple, Optional
 
-import torch
 from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from ..encoder import Encoder, Forward
 from ..errors import require
 from ..method.adversary import Adversary, norm
 from ..method.noise import uniform_noise
-from ..method.relative import noise_in_units, unit_of
+from ..method.relative import noise_in_units
+from ..terms.start import drawn
 from .checks import check_model
 from .criterion import RegularizedCriterion
 from .flags import RegularizedConfig, flag, recipe_choices, with_recipe
@@ -74,7 +74,7 @@ class Start(NamedTuple):
     """Where the ascent of one batch begins.
 
     point: [B, T, C] float32 or wider, in the unit.
-    unit: [B, 1, 1], what a point is multiplied with to become a perturbation.
+    unit: what a point is multiplied with to become a perturbation, as `Drawn` has it.
     mask: [B, T, 1], 1 at real tokens.
     """
 
@@ -122,15 +122,8 @@ class AdversarialCriterion(RegularizedCriterion):
 
     def start(self, forward: Forward, sample: dict[str, Any]) -> Start:
         """A random point of the ball, which belongs to the example and the update."""
-        encoder, tokens = forward.encoder, sample["net_input"]["src_tokens"]
-        mask, table = encoder.mask(tokens), encoder.table
-        # seeded as fairseq seeds torch on every worker: with its --seed plus the update's number
-        noise = uniform_noise(sample["id"], tokens.shape[1], table.shape[1], seed=torch.initial_seed())
-        noise = noise.to(torch.promote_types(table.dtype, torch.float32))
-        unit = noise.new_ones(1, 1, 1)
-        if self.ball.epsilon_unit == "relative":
-            embeddings = encoder.embeddings(forward.place, sample["net_input"])
-            unit = unit_of(embeddings, mask, self.adversary).to(noise.dtype)
+        relative = self.ball.epsilon_unit == "relative"
+        noise, unit, mask = drawn(forward, sample, uniform_noise, self.adversary, relative)
         # Zhu et al. (2020), algorithm 1, line 4: over the root of the number of entries in the norm l2
         return Start(self.ball.start * noise_in_units(noise, mask, self.adversary) * mask, unit, mask)
 

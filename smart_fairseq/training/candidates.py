@@ -159,14 +159,14 @@ class CandidateDataset(Groups):
 class CandidateHead(nn.Module):
     """In a classification head's place: from the features of a batch's rows to the scores, by the model's LM head.
 
-    It has no parameters of its own; `attach` puts it into a model.
+    It has no parameters of its own, but trains those that are ``borrowed``; `attach` puts it into a model.
     """
 
     name = HEAD
 
     def __init__(self, lm_head: nn.Module, padding_idx: int) -> None:
         super().__init__()
-        self._lm_head = [lm_head]  # in a list it is no module of this one, so that its weights have one name
+        self.borrowed = (lm_head,)  # in a tuple it is no module of this one, so that its weights have one name
         self.padding_idx = padding_idx
         self.candidates: Tensor | None = None
 
@@ -180,7 +180,7 @@ class CandidateHead(nn.Module):
         """Features [G, K, T, C] and candidates [G, K, T] -> log-probabilities [G, K]."""
         rows = tokens.flatten(0, 1)
         masked = rows.ne(self.padding_idx)
-        logits = self._lm_head[0](features.flatten(0, 1)[masked])
+        logits = self.borrowed[0](features.flatten(0, 1)[masked])
         return candidate_scores(logits, rows[masked], masked.nonzero()[:, 0], len(rows)).view(tokens.shape[:2])
 
     def note(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
                 f"--save-dir holds {last}, of a run on {names[0]} ({before}), and this one is on {names[1]} "
                 f"({task.data}); give another --save-dir, and to start from those weights --finetune-from-model"
             )
-    elif not cfg.smart_finetune_from:
+    elif not cfg.smart_finetune_from and not os.path.isfile(last):  # which one worker alone may have read
         logger.warning(
             "no --finetune-from-model, and nothing in --save-dir to go on from: training starts from random weights"
         )
@@ -99,7 +99,7 @@ def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[
     require(metric in known, "--best-checkpoint-metric", metric, f"one of {', '.join(known)}")
 
 
-def check_labels(task: Any, regression: bool) -> None:
+def check_labels(cfg: RegularizedConfig, task: Any, regression: bool) -> None:
     """Every label of the loaded splits must be one of the classes (or, for regression, a finite number)."""
     folder, num_classes = os.path.join(task.cfg.data, "label"), task.cfg.num_classes
     if not regression:
@@ -109,6 +109,7 @@ def check_labels(task: Any, regression: bool) -> None:
         count = sum(not word.startswith("madeupword") and word != "<mask>" for word in words)
         allowed = f"{count}, the number of labels in {os.path.join(folder, 'dict.txt')}"
         require(num_classes <= count, "--num-classes", num_classes, allowed)
+        _check_reported(cfg, words[:count], folder)
     for split, dataset in task.datasets.items():
         parts = getattr(getattr(dataset, "dataset", dataset), "defn", None)
         if parts is None:  # a data set of another task's making
@@ -131,6 +132,17 @@ def check_labels(task: Any, regression: bool) -> None:
             f"{where} has a label {word} (number {value}), outside the {num_classes} classes of "
             "--num-classes; give the right number, or prepare the data again"
         )
+
+
+def _check_reported(cfg: RegularizedConfig, words: Sequence[str], folder: str) -> None:
+    """fairseq makes numbers of the labels for its report, and dies of one that is none after the first epoch."""
+    for flag in ("report_mcc", "report_acc_and_f1"):
+        word = next((word for word in words if not word.isdecimal()), None)
+        if getattr(cfg, flag) and word is not None:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} is set, and {os.path.join(folder, 'dict.txt')} has the label {word!r}, of "
+                "which fairseq's report makes no number; leave the flag out (the command evaluate has these metrics)"
+            )
 
 
 def check_model(encoder: Encoder) -> None:

@@ -77,18 +77,19 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.objectives = objectives_of(task, cfg)
         self.groups: Tensor | None = None  # of the batch, if it is of a ranking
         self._rows = 0
-        self.turn_to(self.objectives[0])
+        self.judge_by(self.objectives[0])
         checks.check_surroundings(cfg, self.objective, self.regularized)
         self._encoder: Encoder | None = None
         self._checked = self._warned = False
-        self.teacher = TrainingLink(on_epoch=self._check_before_training)
-        self.teacher.listen(task)
-        self.acting = Acting(after=int(getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0))
+        self.link = TrainingLink(on_epoch=self._check_before_training)
+        self.link.listen(task)
+        warmup = int(getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0)
+        self.acting = Acting(after=warmup, every=max(self.every.values(), default=1))
         cover_validation_sets(task, cfg.smart_train_subset)
 
     # --- what a batch is judged by ----------------------------------------------------------------
 
-    def turn_to(self, objective: Objective) -> None:
+    def judge_by(self, objective: Objective) -> None:
         """Judge what comes by this objective."""
         self.objective = objective
         self.classification_head_name = objective.head
@@ -97,7 +98,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     def _turn_to_task_of(self, sample: dict[str, Any]) -> None:
         if TASK in sample:
-            self.turn_to(self.objectives[sample[TASK]])
+            self.judge_by(self.objectives[sample[TASK]])
         self.groups, self._rows = sample.get(GROUPS), len(sample.get("id", ()))
 
     @property
@@ -149,7 +150,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         checks.check_start(self.cfg, self.task.cfg)
         for objective in self.objectives:
             if objective.judge is None:  # otherwise its own data set has looked
-                checks.check_labels(objective.task, objective.regression)
+                checks.check_labels(self.cfg, objective.task, objective.regression)
         checks.check_workers(self.cfg, self.encoder_for(model), self.objectives)
         checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
         words = self.prepare(self.encoder_for(model))
@@ -224,8 +225,9 @@ class RegularizedCriterion(SentencePredictionCriterion):
             found = {name: values[name](output[0]) for name in weights}
         if found:
             loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))
-            shares = {name: weights[name] * log[f"{name}_loss"] for name in found}
-            self.acting.note(self.teacher.update_num, log["task_loss"].detach(), shares)
+        shares = {name: weights[name] * log[f"{name}_loss"] for name in found}
+        if any(self.weights.values()):
+            self.acting.note(self.link.update_num, log["task_loss"].detach(), shares)
         log["loss"] = loss.detach()
         return loss, sample_size, log
 
@@ -238,11 +240,11 @@ class RegularizedCriterion(SentencePredictionCriterion):
     def weight_now(self, name: str) -> float:
         """The term's weight at this update."""
         every = self.every.get(name, 1)
-        return self.weights[name] * every if self.teacher.update_num % every == 0 else 0.0
+        return self.weights[name] * every if self.link.update_num % every == 0 else 0.0
 
     def _term(self, name: str, forward: Forward, sample: dict[str, Any], perturbation: Tensor | None) -> Term:
         if name == "bregman":
-            return bregman(forward, self.teacher.weights(forward.encoder.model), self.divergence, perturbation)
+            return bregman(forward, self.link.weights(forward.encoder.model), self.divergence, perturbation)
         return self.term(name, forward, sample)
 
     def _add(
@@ -281,9 +283,9 @@ class RegularizedCriterion(SentencePredictionCriterion):
         """What a pass without regularisers runs on: the model, or to validate the teacher's weights in it."""
         if model.training or self.cfg.smart_validate_with != "teacher":
             return model
-        if self.teacher.connected:
+        if self.link.connected:
             encoder = self.encoder_for(model)
-            return encoder.under(self.teacher.weights(encoder.model))
+            return encoder.under(self.link.weights(encoder.model))
         if not self._warned:  # fairseq-validate, which has no optimizer
             logger.warning(
                 "--smart-validate-with teacher: there is no optimizer here, so the model's own weights are "

@@ -130,11 +130,11 @@ def log_terms(
             metrics.log_scalar_sum(f"{name}_dropped", int(dropped), round=0)
 
 
-def _significant(value: Any, digits: int = 3) -> Any:
-    """A number rounded to significant digits, so that 1.3e-06 is not printed as 0; "-" where there is none."""
+def _significant(value: Any) -> Any:
+    """A number rounded to three significant digits, so that 1.3e-06 is not printed as 0; "-" where there is none."""
     if value is None:  # no update of the interval had the term (--smart-every)
         return "-"
-    return float(f"{float(value):.{digits - 1}e}")
+    return float(f"{float(value):.2e}")
 
 
 def _sensitivity(name: str, meters: Any) -> Any:
