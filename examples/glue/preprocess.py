@@ -2,7 +2,7 @@
 
 REGISTER_ON_DEMAND = True  # help and errors wait neither for torch nor for fairseq
 
-from smart_fairseq.commands.preprocess import glue_main  # noqa: E402
+from smart_fairseq.commands.preprocess import main  # noqa: E402
 
 if __name__ == "__main__":
-    raise SystemExit(glue_main())
+    raise SystemExit(main())

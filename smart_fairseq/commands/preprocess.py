@@ -107,21 +107,28 @@ ENCODERS = {
     "bert": ("BERT/model.pt", "--arch smart_bert --max-positions 512"),
     "sentencepiece": ("xlmr.large/model.pt", "--arch roberta_large --max-positions 512"),
 }
-EPOCHS, BATCH = 6, 16  # Jiang et al. (2020), section 4.1
+EPOCHS, BATCH, RATE = 6, 16, "2e-5"  # Jiang et al. (2020), section 4.1
+# what suited a MiniLM of width 384 (docs/study.md), for encoders narrower than BERT-base
+SMALL_RATE, BASE_WIDTH = "1e-4", 768
 
 
 def smart_flags(bpe: BpeFiles, rows: int, save_dir: str) -> str:
     """The rest of that command: SMART, on the encoder that lies beside the BPE or on the published one."""
-    model, arch = ENCODERS[bpe.kind]
+    (model, arch), rate = ENCODERS[bpe.kind], RATE
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no import, or a damaged one
-        arch, model = shlex.join(imported_flags(Path(bpe.folder))), str(Path(bpe.folder) / "model.pt")
+        flags = imported_flags(Path(bpe.folder))
+        arch, model = shlex.join(flags), str(Path(bpe.folder) / "model.pt")
+        if int(flags[flags.index("--encoder-embed-dim") + 1]) < BASE_WIDTH:
+            rate = SMALL_RATE
     updates = EPOCHS * -(-rows // BATCH)
     return " ".join(
         [
             f"{shlex.join(plugin_flags())} --criterion smart_sentence_prediction --optimizer mbpp {arch}",
-            f"--finetune-from-model {shlex.quote(model)} --batch-size {BATCH} --lr 2e-5 --clip-norm 1",
+            f"--finetune-from-model {shlex.quote(model)} --batch-size {BATCH} --lr {rate} --clip-norm 1",
             f"--lr-scheduler polynomial_decay --max-update {updates} --total-num-update {updates}",
-            f"--warmup-updates {updates // 10} --save-dir {shlex.quote(save_dir)}",
+            f"--warmup-updates {updates // 10} --log-interval 20",
+            # a checkpoint takes four times the model's size; the best and the last one are kept
+            f"--no-epoch-checkpoints --save-dir {shlex.quote(save_dir)}",
         ]
     )
 
@@ -181,6 +188,8 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
         raise UsageError(f"--subsample takes rows, and {data.task.name} has groups of them; leave it out")
     if parts and "train" not in data.rows:
         raise UsageError(f"--subsample needs the training part of {data.task.name}, and --data-dir does not hold it")
+    if options.hold_out is not None:
+        hold_out(data, options.hold_out, options.seed)
     with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
         facts = {"max_tokens": options.max_tokens}
         if not parts:
@@ -210,13 +219,15 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     print(f"  {training_flags(data.task, bpe.kind, data.rows, shown_at)} {rest}", flush=True)
 
 
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """The options that both commands take."""
-    parser.add_argument("--data-dir", required=True, help="the folder that holds the official files")
+def add_shared_options(parser: argparse.ArgumentParser, official: bool = True) -> None:
+    """The options that the commands share, for ``official`` files or one's own."""
+    if official:
+        parser.add_argument("--data-dir", required=True, help="the folder that holds the official files")
     add_encoder_options(parser)
     parser.add_argument("--max-tokens", help="shorten longer rows, the longer text first; all added symbols count")
     parser.add_argument("--subsample", help="fractions of the training part, as in 0.001,0.01,0.1,1; nested subsets")
-    parser.add_argument("--seed", default="1", help="of the subsets (%(default)s)")
+    parser.add_argument("--hold-out", metavar="SHARE", help="of the training rows, to validate on where no file is")
+    parser.add_argument("--seed", default="1", help="of what is drawn (%(default)s)")
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="leave out rows that are not in order instead of stopping"
     )
@@ -229,16 +240,42 @@ def check_shared_options(options: argparse.Namespace) -> BpeFiles:
     options.max_tokens = None if options.max_tokens is None else whole_number("--max-tokens", options.max_tokens, 1)
     if options.subsample:
         fractions(options.subsample)
-    existing(Path(options.data_dir))
+    if options.hold_out is not None:
+        share = as_number(options.hold_out)
+        require(0 < share < 1, "--hold-out", shown(options.hold_out), "a share between 0 and 1")
+        options.hold_out = share
+    if "data_dir" in options:
+        existing(Path(options.data_dir))
     return encoder_files(options)
+
+
+def hold_out(data: Data, share: float, seed: int) -> None:
+    """Move a share of the training rows, every class by its own, to a valid split. Raises `UsageError`."""
+    name, train = data.task.name, data.rows.get("train", [])
+    if "valid" in data.rows:
+        raise UsageError(f"--hold-out is given, and {name} has a valid split of its own; leave it out")
+    if data.task.ranking or data.task.candidates:
+        raise UsageError(f"--hold-out takes rows, and those of {name} belong together; leave it out")
+    by_class: dict[str | None, list[int]] = {}
+    for place, row in enumerate(train):
+        by_class.setdefault(None if data.task.regression else row.label, []).append(place)
+    held: set[int] = set()
+    for label in sorted(by_class, key=str):
+        held.update(random.Random(f"{seed} {label}").sample(by_class[label], round(share * len(by_class[label]))))
+    parts = {"train": [row for place, row in enumerate(train) if place not in held]}
+    parts["valid"] = [train[place] for place in sorted(held)]
+    if not all(parts.values()):
+        raise UsageError(f"--hold-out {share:g} of {len(train)} training rows leaves one of the two parts empty")
+    data.rows |= parts
+    check_unique(data.rows["valid"])
 
 
 def _glue(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="From the official files of GLUE, SNLI or SciTail to fairseq's data folders.",
-        epilog="ANLI's rounds joined in one folder: examples/anli/preprocess.py, or --task ANLI at the door of all "
-        "commands, python -m smart_fairseq.commands preprocess; they have options of their own.",
+        epilog="ANLI's rounds joined in one folder: --task ANLI. Files of your own: --task NAME --train FILE --text "
+        "COLUMN. Both have options of their own, which --help behind them lists.",
     )
     parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, a list of these, or all")
     parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
@@ -348,10 +385,15 @@ def anli_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") ->
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
-    """Both under one name: ``--task ANLI`` joins ANLI's rounds. The exit status."""
+    """All under one name: ``--task ANLI`` joins ANLI's rounds, ``--train FILE`` brings one's own. The exit status."""
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    parser.add_argument("--task")
+    for flag in ("--task", "--train", "--valid", "--test"):
+        parser.add_argument(flag)
     known, others = parser.parse_known_args(argv)
+    if known.train or known.valid or known.test:
+        from .own import main as own_main
+
+        return own_main(argv, prog)
     if known.task and known.task.upper() == "ANLI":
         return anli_main(others, f"{prog} --task ANLI")
     return glue_main(argv, prog)

@@ -9,7 +9,7 @@ from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
 from .ranking import parts, read_groups
-from .tasks import ANLI_JOINED, TASKS, Task
+from .tasks import ANLI_JOINED, CORRELATIONS, TASKS, Task
 
 
 def task_of(manifest: dict[str, Any], folder: Path) -> Task:
@@ -19,8 +19,8 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
         return ANLI_JOINED
     if name not in TASKS and {"labels", "divisor"} <= manifest.keys():  # a task of one's own
         labels = tuple(manifest["labels"])
-        metrics = ("accuracy",) if labels else TASKS["STS-B"].metrics
-        return Task(str(name), (), {}, labels=labels, divisor=manifest["divisor"], metrics=metrics)
+        metrics, texts = ("accuracy",) if labels else CORRELATIONS, 2 if (folder / "input1").is_dir() else 1
+        return Task(str(name), (), {}, texts, labels, manifest["divisor"], metrics)
     if name not in TASKS:
         raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -5,7 +5,11 @@ return inside it), a carriage return before it belongs to the line end, a byte-o
 ordinary characters. Every row that is left out is counted with its reason in `Report`.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError, parse_json
@@ -42,16 +46,55 @@ def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str 
     return word
 
 
-def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
-    lines = read_lines(path)
+def _cells(form: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line from 1, cells) of each row of a table."""
+    if form != "csv":
+        for number, line in read_lines(path):
+            yield number, line.split("\t")
+        return
+    table = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
+    try:
+        for cells in table:
+            yield table.line_num, cells
+    except csv.Error as error:
+        raise located(path, table.line_num, f"no comma-separated row ({error})") from None
+
+
+def columns_of(form: str, path: Path) -> list[str]:
+    """The names in the header of a table, or the keys of the first object, in small letters."""
+    path = source_path(path.parent, path.name.removesuffix(".gz")) or path
+    if form == "jsonl":
+        line = next((line for _, line in read_lines(path) if line.strip()), "")
+        with contextlib.suppress(ValueError, AttributeError):  # which its reader says better
+            return [str(key).lower() for key in parse_json(line)]
+        return []
+    return [name.strip().lower() for name in next(_cells(form, path))[1]]
+
+
+def labels_of(source: Source, path: Path, skip_bad_rows: bool) -> "Counter[str]":
+    """How often each label of a file comes; ``skip_bad_rows`` as for `read_source`."""
+    path = source_path(path.parent, source.files[0]) or path
+    read = _object_rows if source.form == "jsonl" else _table_rows
+    rows = list(read(source, path))
+    bad = next((row for row in rows if not isinstance(row, Row | Skip)), None)
+    if bad is not None and not skip_bad_rows:
+        raise _not_in_order(bad)
+    return Counter(row.label for row in rows if isinstance(row, Row) and row.label)
+
+
+def _not_in_order(error: object) -> UsageError:
+    return UsageError(f"{error} (--skip-bad-rows leaves such rows out and counts them)")
+
+
+def _table_rows(source: Source, path: Path) -> Iterator[object]:
+    lines = _cells(source.form, path)
     columns: list[Column] = [*source.texts, *([] if source.label is None else [source.label])]
     extra: list[Column] = [*source.votes, *([] if source.id is None else [source.id])]
     width: tuple[int, ...] = source.columns
     if source.form == "plain":
         places = {column: int(column) for column in [*columns, *extra]}
     else:
-        _, first = next(lines)
-        header = first.split("\t")
+        _, header = next(lines)
         # annotators' labels and ids are read where they are
         extra = [column for column in extra if str(column).lower() in {name.strip().lower() for name in header}]
         places = _positions(path, header, [*columns, *extra])
@@ -60,17 +103,17 @@ def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     votes = [places[column] for column in source.votes if column in places]
     label = None if source.label is None else places[source.label]
     identity = None if source.id is None else places.get(source.id)
-    for number, line in lines:
-        cells = line.split("\t")
+    kind = "comma" if source.form == "csv" else "tab"
+    for number, cells in lines:
         if len(cells) not in width:
-            if not line.strip():
+            if not any(cell.strip() for cell in cells):
                 yield Skip("blank line")
                 continue
             expected = " or ".join(map(str, width))
             if source.loose:
                 yield Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
             else:
-                yield located(path, number, f"{len(cells)} tab-separated columns, and {expected} are needed")
+                yield located(path, number, f"{len(cells)} {kind}-separated columns, and {expected} are needed")
             continue
         name = "" if identity is None else cells[identity]
         word = None if label is None else cells[label]
@@ -78,7 +121,7 @@ def _table_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
         yield _raw_row(name, [cells[place] for place in texts], word, cast, path, number)
 
 
-def _object_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
+def _object_rows(source: Source, path: Path) -> Iterator[object]:
     for number, line in read_lines(path):
         try:
             yield _object_row(source, path, number, line) if line.strip() else Skip("blank line")
@@ -93,6 +136,9 @@ def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
         raise located(path, number, f"not JSON ({error}); each line must be one object") from None
     if not isinstance(entry, dict):
         raise located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
+    for key in (source.label, source.id) if source.numbers else ():
+        if isinstance(entry.get(key), int | float) and not isinstance(entry[key], bool):
+            entry[key] = f"{entry[key]}"
     keys = [key for key in (*source.texts, source.label) if key is not None]
     wrong = [key for key in keys if not isinstance(entry.get(key), str)]
     if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
@@ -166,9 +212,14 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         if path is None:
             raise located(folder / name, 0, "is missing; download the data again")
         report.files.append(str(path))
-        read = {"jsonl": _object_rows, "rated": rated_rows, "wsc": wsc_rows}.get(source.form, _table_rows)
+        readers: dict[str, Callable[[Source, Path], Iterator[object]]] = {
+            "jsonl": _object_rows,
+            "rated": partial(rated_rows, task),
+            "wsc": partial(wsc_rows, task),
+        }
+        read = readers.get(source.form, _table_rows)
         in_dev = _dev_part(path) if source.dev_ids else None
-        for item in read(task, source, path):
+        for item in read(source, path):
             if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
                 continue
             if isinstance(item, Row):
@@ -180,7 +231,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
             elif skip_bad_rows:
                 report.left_out["not in order (--skip-bad-rows)"] += 1
             else:
-                raise UsageError(f"{item} (--skip-bad-rows leaves such rows out and counts them)")
+                raise _not_in_order(item)
     if not rows:
         raise located(Path(report.files[0]), 0, "holds no rows; download it again")
     if task.ranking:

@@ -29,7 +29,7 @@ class Source:
     texts: tuple[Column, ...]
     label: Column | None = None
     id: Column | None = None  # without one, a row's id is its position from 0
-    form: str = "tsv"  # tsv (with a header), plain (tab-separated, no header), jsonl, rated (see sentiment.py)
+    form: str = "tsv"  # tsv, csv (with a header), plain (tab-separated, no header), jsonl, rated (see sentiment.py)
     votes: tuple[Column, ...] = ()  # the annotators' labels; in jsonl one key that holds a list
     label_words: Mapping[str, str] = field(default_factory=dict)  # from the file's words to the task's
     hidden_labels: tuple[str, ...] = ()  # the row stays, without a label
@@ -39,6 +39,7 @@ class Source:
     dev_ids: str = ""  # part: rows of the file whose pair of ids is listed in files/dev_ids.tsv (MRPC)
     ratings: str = ""  # the file of the single ratings (rated)
     part: str = ""  # the split of the file, which goes by a hash (rated)
+    numbers: bool = False  # labels and ids may be numbers (jsonl)
 
 
 # by fairseq's names, the forms in which each comes, the usual one first
@@ -82,7 +83,8 @@ _SPLITS = {"train": "train", "valid": "dev", "test": "test"}  # fairseq's names,
 _PAIR = ("sentence1", "sentence2")
 _VOTES = ("label1", "label2", "label3", "label4", "label5")
 _NO_YES, _ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")  # labels
-_WITH_F1, _CORRELATIONS = ("acc_and_f1", "accuracy", "f1"), ("pearson_and_spearman", "pearson", "spearman")  # metrics
+# metrics
+_WITH_F1, CORRELATIONS = ("acc_and_f1", "accuracy", "f1"), ("pearson_and_spearman", "pearson", "spearman")
 
 
 def _glue(file: str, texts: tuple[Column, ...], label: Column | None = "label", **more: Any) -> Source:
@@ -203,7 +205,7 @@ def _sentiment(name: str, domain: str, *rows: int) -> tuple[Task, Task]:
         labels=("negative", "positive"),
         fairseq_recipe=False,
     )
-    return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=_CORRELATIONS)
+    return sign, replace(sign, name=f"{name}-score", labels=(), divisor=8.0, metrics=CORRELATIONS)
 
 
 def _ranking(task: Task, right: str) -> Task:
@@ -240,7 +242,7 @@ _ROWS: tuple[Task, ...] = (
     ),
     _of_glue("SST-2", _glue_splits(("sentence",), id=None), (67349, 872, 1821), texts=1, labels=_NO_YES),
     _of_glue("MRPC", _three(_mrpc), (3668, 408, 1725), labels=_NO_YES, metrics=_WITH_F1),
-    _of_glue("STS-B", _three(_stsb), (5749, 1500, 1379), ("stsbenchmark",), divisor=5.0, metrics=_CORRELATIONS),
+    _of_glue("STS-B", _three(_stsb), (5749, 1500, 1379), ("stsbenchmark",), divisor=5.0, metrics=CORRELATIONS),
     _of_glue(
         "QQP",
         _glue_splits(("question1", "question2"), "is_duplicate", id="id", loose=True),

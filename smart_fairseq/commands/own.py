@@ -1,0 +1,123 @@
+"""preprocess for a task of one's own: a CSV, TSV or JSONL file for each split to a data folder."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.lines import Report, Row, as_number, located, shown, source_path
+from ..data.readers import check_unique, columns_of, labels_of, read_source
+from ..data.tasks import CORRELATIONS, TASKS, Source, Task
+from ..errors import UsageError, refuse, require
+from .preprocess import Data, add_shared_options, check_shared_options, process
+from .run import run
+
+SPLITS = ("train", "valid", "test")
+FORMS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl"}
+FEW_CLASSES, MOST_CLASSES = 10, 100  # however few the rows; however many
+
+
+def form_of(flag: str, path: Path) -> str:
+    """By the file's ending, .gz behind it or not. Raises `UsageError` for another one, or if there is no such file."""
+    name = Path(path.name.removesuffix(".gz"))
+    require(name.suffix in FORMS, flag, shown(str(path)), f"a file that ends in {', '.join(FORMS)}, or in .gz after it")
+    if source_path(path.parent, name.name) is None:
+        raise located(path, 0, f"{flag}: no such file")
+    return FORMS[name.suffix]
+
+
+def _sources(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, Source]:
+    """Of each split; the label's column may be left out of ``--test``, and the ids' of all."""
+    texts = tuple(text.strip() for text in options.text.split(","))
+    right = len(texts) in (1, 2) and all(texts) and len(set(texts)) == len(texts)
+    require(right, "--text", shown(options.text), "a column, or the two columns of a pair, as in premise,hypothesis")
+    found = {}
+    for split, path in files.items():
+        form = form_of(f"--{split}", path)
+        there = columns_of(form, path)
+        label = options.label if split != "test" or options.label.lower() in there else None
+        for flag, column in (*(("--text", text) for text in texts), ("--label", label), ("--id", options.id)):
+            known = column is None or column.lower() in there
+            require(known, flag, shown(str(column)), f"a column of {path}, which has {', '.join(there)}")
+        found[split] = Source((path.name.removesuffix(".gz"),), texts, label, options.id, form, numbers=True)
+    return found
+
+
+def _classes(options: argparse.Namespace, sources: dict[str, Source], files: dict[str, Path]) -> tuple[str, ...]:
+    """The labels in the order of their numbers: as given, or those of the training part by name or number."""
+    if options.labels is not None:
+        named = [label.strip() for label in options.labels.split(",")]
+        right = all(named) and len(set(named)) == len(named) > 1
+        require(right, "--labels", shown(options.labels), "a list of two or more classes, each once")
+        return tuple(named)
+    if "train" not in sources:
+        raise UsageError("--train is not given; without it --labels must name the classes, in the model's order")
+    found = labels_of(sources["train"], files["train"], options.skip_bad_rows)
+    rows, numbers = found.total(), all(as_number(label) == as_number(label) for label in found)
+    if len(found) > min(MOST_CLASSES, max(FEW_CLASSES, rows / 2)):
+        advice = "for a regression on numbers from 0 to MAX give --scores MAX" if numbers else "name another column"
+        refuse(files["train"], f"--label {options.label}: {len(found)} different labels in {rows} rows", advice)
+    if len(found) < 2:
+        one = f"all rows have {shown(next(iter(found)))}" if found else "no row has a label"
+        refuse(files["train"], f"--label {options.label}: {one}", "two classes are needed")
+    return tuple(sorted(found, key=as_number if numbers else str))
+
+
+def own_task(options: argparse.Namespace, sources: dict[str, Source], files: dict[str, Path]) -> Task:
+    """The task that the options describe; raises `UsageError`."""
+    name = options.task
+    plain = name.replace("-", "").replace("_", "").isalnum()
+    require(plain, "--task", shown(name), "a name of letters, digits, - and _")
+    taken = {known.lower() for known in (*TASKS, "ANLI", "all")}
+    require(name.lower() not in taken, "--task", shown(name), "another name: that one is an official task's")
+    texts = len(next(iter(sources.values())).texts)
+    splits = {split: (source,) for split, source in sources.items()}
+    if options.scores is None:
+        labels = _classes(options, sources, files)
+        return Task(name, (), splits, texts, labels, fairseq_recipe=False)
+    most = as_number(options.scores)
+    require(0 < most < float("inf"), "--scores", shown(options.scores), "the largest label, above 0; the smallest is 0")
+    if options.labels is not None:
+        raise UsageError("--labels is given with --scores, whose labels are numbers; leave one out")
+    return Task(name, (), splits, texts, divisor=most, metrics=CORRELATIONS)
+
+
+def _own(argv: Sequence[str] | None, prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="From files of your own to fairseq's data folder: .csv and .tsv with a header, or .jsonl.",
+    )
+    add = parser.add_argument
+    add("--task", required=True, metavar="NAME", help="a name for it, which stands in the data folder")
+    for split in SPLITS:
+        add(f"--{split}", metavar="FILE")
+    add("--text", required=True, metavar="COLUMN[,COLUMN]", help="of the text, or of the two texts of a pair")
+    add("--label", default="label", metavar="COLUMN", help="of the class or the score (%(default)s)")
+    add("--id", metavar="COLUMN", help="names rows in predictions; default: their position from 0")
+    add("--labels", metavar="A,B", help="the classes in their order; default: those of --train, by name")
+    add("--scores", metavar="MAX", help="labels are numbers from 0 to MAX: a regression")
+    add("--out", metavar="FOLDER", help="the folder to write (NAME-bin)")
+    add_shared_options(parser, official=False)
+    options = parser.parse_args(argv)
+    if not options.bpe_dir:
+        raise UsageError(
+            "--bpe-dir is not given; it names the folder of the encoder's dictionary and byte pairs, which import-hf "
+            "wrote, or RoBERTa's (download --tasks gpt2_bpe)"
+        )
+    files = {split: Path(path) for split in SPLITS if (path := getattr(options, split))}
+    bpe = check_shared_options(options)
+    sources = _sources(options, files)
+    task = own_task(options, sources, files)
+    rows: dict[str, list[Row]] = {}
+    reports: dict[str, Report] = {}
+    for split, source in sources.items():
+        rows[split], reports[split] = read_source(task, source, files[split].parent, options.skip_bad_rows)
+        if split != "train":
+            check_unique(rows[split])
+    if not task.regression:
+        print(f"{task.name}: classes {', '.join(f'{number} {label}' for number, label in enumerate(task.labels))}")
+    process(Data(task, rows, reports), Path(options.out or f"{task.name}-bin"), bpe, options)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
+    """The command; its exit status."""
+    return run("preprocess", lambda given: _own(given, prog), argv)

@@ -1,0 +1,220 @@
+"""`preprocess --task NAME --train FILE`: files of one's own to a data folder, through training to predictions."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from data_samples import make_bert_bpe, make_gpt2_bpe
+from toolkit import USER_DIR, error_line, saving, train
+
+from smart_fairseq.commands import evaluate, predict
+from smart_fairseq.commands.preprocess import main
+from smart_fairseq.data.binarize import read_classes, read_indexed, read_manifest
+
+KINDS = ("praise", "complaint", "neither")
+
+
+def rows_of(number: int) -> list[dict[str, str]]:
+    return [
+        {"key": f"r{place}", "first": f"a b, {place}", "second": f'"c" {place}', "kind": KINDS[place % 3]}
+        for place in range(number)
+    ]
+
+
+def write(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    """By the file's ending, as other programs write it."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+    with open(path, "w", newline="") as file:
+        quoting = csv.QUOTE_MINIMAL if path.suffix == ".csv" else csv.QUOTE_NONE
+        delimiter, quote = ("," if path.suffix == ".csv" else "\t"), '"' if path.suffix == ".csv" else None
+        table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, quoting=quoting, quotechar=quote)
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> list[str]:
+    return ["--bpe-dir", str(make_gpt2_bpe(tmp_path / "bpe"))]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl"])
+def test_the_forms_hold_the_same(
+    ending: str, tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commas and quotes are text in all of them; classes by name, ids as they are named."""
+    folders = []
+    for form in (ending, ".jsonl"):
+        file = write(tmp_path / f"train{form}", rows_of(12))
+        out = tmp_path / f"out{form}"
+        flags = [
+            "--train",
+            str(file),
+            "--text",
+            "first,second",
+            "--label",
+            "kind",
+            "--id",
+            "KEY" if form != ".jsonl" else "key",
+        ]
+        assert main(["--task", "mine", *flags, *bpe, "--out", str(out)]) == 0
+        folders.append(out)
+    said = capsys.readouterr().out
+    assert "mine: classes 0 complaint, 1 neither, 2 praise" in said
+    assert "--num-classes 3 --init-token 0 --separator-token 2" in said and "--disable-validation" in said
+    for place in range(2):
+        one, other = ([row.tolist() for row in read_indexed(folder / f"input{place}" / "train")] for folder in folders)
+        assert one == other and len(one) == 12
+    assert read_classes(folders[0] / "label" / "train") == [
+        {"praise": 2, "complaint": 0, "neither": 1}[KINDS[n % 3]] for n in range(12)
+    ]
+    assert (folders[0] / "ids" / "train.tsv").read_text().splitlines()[3].startswith("r2\t")
+    manifest = read_manifest(folders[0])
+    assert (manifest["task"], manifest["labels"]) == ("mine", ["complaint", "neither", "praise"])
+
+
+def test_numbers_sort_as_numbers_and_scores_are_a_regression(
+    tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "n.jsonl"
+    path.write_text("".join(json.dumps({"text": f"a {n}", "label": n, "id": n}) + "\n" for n in (10, 9, 2, 9.5)))
+    flags = ["--task", "mine", "--train", str(path), "--text", "text", *bpe, "--out", str(tmp_path / "out")]
+    assert main(flags) == 0
+    assert "classes 0 2, 1 9, 2 9.5, 3 10" in capsys.readouterr().out
+    assert main([*flags, "--scores", "10"]) == 0
+    assert "--regression-target --report-pearson-and-spearman" in capsys.readouterr().out
+    assert (tmp_path / "out" / "label" / "train.label").read_text().split() == ["1", "0.9", "0.2", "0.95"]
+    assert "score '10' is not a number from 0 to 9" in error_line("preprocess", main, [*flags, "--scores", "9"], capsys)
+
+
+def test_a_share_is_held_out_class_by_class(tmp_path: Path, bpe: list[str]) -> None:
+    """A fifth of 10 and of 5; no row in both, the same at every call, others with another seed."""
+    rows = [{"text": f"a {n}", "label": "yes" if n % 3 else "no"} for n in range(15)]
+    flags = ["--task", "mine", "--train", str(write(tmp_path / "t.csv", rows)), "--text", "text", *bpe]
+    held = []
+    for seed in ("1", "1", "2"):
+        out = tmp_path / "out"
+        assert main([*flags, "--hold-out", "0.2", "--seed", seed, "--out", str(out)]) == 0
+        assert Counter(read_classes(out / "label" / "valid")) == {0: 1, 1: 2}
+        lines = [
+            [line.split("\t")[2] for line in (out / "ids" / f"{part}.tsv").read_text().splitlines()[1:]]
+            for part in ("train", "valid")
+        ]
+        assert sorted(lines[0] + lines[1], key=int) == [str(n + 2) for n in range(15)]
+        held.append(lines[1])
+    assert held[0] == held[1] != held[2]
+
+
+def test_train_evaluate_and_predict_rows_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file to predict needs neither labels nor a training file beside it."""
+    monkeypatch.chdir(tmp_path)
+    bpe = ["--bpe-dir", str(make_bert_bpe(tmp_path / "bert"))]
+    texts = ["--text", "first", "--label", "kind"]
+    files = [
+        "--train",
+        str(write(tmp_path / "a.csv", rows_of(24))),
+        "--valid",
+        str(write(tmp_path / "b.csv", rows_of(9))),
+    ]
+    assert main(["--task", "mine", *files, *texts, *bpe]) == 0
+    tiny = ["--arch", "roberta", "--encoder-layers", "1", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"]
+    tiny += ["--encoder-attention-heads", "2", "--max-positions", "64", "--max-epoch", "1", "--cpu"]
+    flags = ["--task", "sentence_prediction", "--num-classes", "3", "--init-token", "0", "--user-dir", USER_DIR]
+    flags += ["--criterion", "smart_sentence_prediction", "--optimizer", "adam", "--lr", "1e-3", "--batch-size", "8"]
+    train(["mine-bin", *flags, *tiny, *saving(tmp_path / "run")])
+    checkpoint = ["--checkpoint", str(tmp_path / "run" / "checkpoint_last.pt"), "--cpu"]
+    capsys.readouterr()
+    assert evaluate.main(["--data-dir", "mine-bin", *checkpoint]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    new = write(tmp_path / "new.jsonl", [{"first": "a b", "key": f"n{n}"} for n in range(4)])
+    assert (
+        main(
+            [
+                "--task",
+                "mine",
+                "--test",
+                str(new),
+                *texts,
+                "--id",
+                "key",
+                "--labels",
+                "complaint,neither,praise",
+                *bpe,
+                "--out",
+                "new-bin",
+            ]
+        )
+        == 0
+    )
+    assert predict.main(["--data-dir", "new-bin", *checkpoint, "--out", "found", "--probabilities"]) == 0
+    lines = (tmp_path / "found" / "mine.test.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction\tprobability of complaint\tprobability of neither\tprobability of praise"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["n0", "n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task", "RTE"], "--task is 'RTE'; it must be another name: that one is an official task's"),
+        (["--task", "a b"], "--task is 'a b'; it must be a name of letters, digits, - and _"),
+        (["--text", "words"], "--text is 'words'; it must be a column of {file}, which has key, first, second, kind"),
+        (["--text", "first,first"], "--text is 'first,first'; it must be a column, or the two columns of a pair"),
+        (["--label", "sort"], "--label is 'sort'; it must be a column of {file}"),
+        (["--id", "number"], "--id is 'number'; it must be a column of {file}"),
+        (["--label", "key"], "{file}: --label key: 12 different labels in 12 rows; name another column"),
+        (["--labels", "praise,complaint"], "{file}:4: label 'neither' is not one of mine's: praise, complaint"),
+        (["--labels", "praise"], "--labels is 'praise'; it must be a list of two or more classes, each once"),
+        (["--scores", "0"], "--scores is '0'; it must be the largest label, above 0"),
+        (["--scores", "5", "--labels", "a,b"], "--labels is given with --scores, whose labels are numbers"),
+        (["--hold-out", "1"], "--hold-out is '1'; it must be a share between 0 and 1"),
+        (["--hold-out", "0.01"], "--hold-out 0.01 of 12 training rows leaves one of the two parts empty"),
+        (["--hold-out", "0.5", "--valid", "{file}"], "--hold-out is given, and mine has a valid split of its own"),
+        (["--train", "{file}.xlsx"], "it must be a file that ends in .csv, .tsv, .jsonl, or in .gz after it"),
+        (["--train", "gone.csv"], "gone.csv: --train: no such file"),
+        (["--bpe-dir", ""], "--bpe-dir is not given; it names the folder of the encoder's dictionary"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mistakes(
+    flags: list[str], said: str, tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "t.csv", rows_of(12))
+    given = [
+        "--task",
+        "mine",
+        "--train",
+        str(file),
+        "--text",
+        "first",
+        "--label",
+        "kind",
+        *bpe,
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    line = error_line("preprocess", main, [*given, *(flag.format(file=file) for flag in flags)], capsys)
+    assert said.format(file=file) in line and not (tmp_path / "o").exists()
+
+
+def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.csv"
+    flags = ["--task", "mine", "--train", str(path), "--text", "text", *bpe]
+    for text, said in (
+        ('text,label\n"a,x\n', f"{path}:2: no comma-separated row"),
+        ("text,label\na,b,x\nc,y\n", f"{path}:2: 3 comma-separated columns, and 2 are needed"),
+        ("text,label\na,x\nb,x\n", f"{path}: --label label: all rows have 'x'; two classes are needed"),
+        ("text,label\na,\nb,\n", f"{path}: --label label: no row has a label; two classes are needed"),
+        ("text,label\na,x\nb,y\nc,\n", f"{path}:4: label '' is not one of mine's: x, y"),
+    ):
+        path.write_text(text)
+        assert said in error_line("preprocess", main, flags, capsys)
+    assert "--labels must name the classes" in error_line(
+        "preprocess", main, ["--task", "mine", "--test", str(path), *flags[4:]], capsys
+    )
