@@ -209,6 +209,58 @@ def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytes
     assert "some-run.log" in str(caught.value)
 
 
+TRAINED = "print('x | INFO | train_inner | {}', flush=True)\n"
+
+
+@pytest.mark.parametrize("reason", ["Is a directory", "No space left on device"])
+def test_a_log_that_cannot_be_written_ends_its_run_alone(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run would go on for minutes without it; another run ends well."""
+    log = tmp_path / "logs" / "one.log"
+    log.parent.mkdir()
+    if reason == "Is a directory":
+        log.mkdir()
+    else:
+        log.symlink_to("/dev/full")
+    shows: list[int] = []
+
+    def show(progress: runs._Progress) -> None:
+        shows.append(1)
+        assert len(shows) < 100, "the run's end was not told"
+
+    monkeypatch.setattr(runs._Progress, "show", show)
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LINES", 0.5)
+    codes = {"one": TRAINED + "import time; time.sleep(600)", "two": TRAINED}
+    asked = [runs.Run(name, "plain", 1, [], tmp_path, 1, program=[sys.executable, "-c", codes[name]]) for name in codes]
+    failed: list[str] = []
+    ended = runs.run_all(asked, 2, 1, failed=failed.append)
+    assert failed == ["one"] and [result.run.name for result in ended] == ["two"]
+    assert re.search(rf"^one: its log \S+/one\.log cannot be written \({reason}\)$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyError("rows"), "one: KeyError: 'rows'"), (UsageError("a.npz: cut short"), "one: a.npz: cut short")],
+)
+def test_what_a_run_left_and_cannot_be_read_ends_that_run_alone(
+    error: Exception, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finished(result: runs.Result) -> str:
+        if result.run.name == "one":
+            raise error
+        return "read"
+
+    asked = [runs.Run(n, "plain", 1, [], tmp_path, 1, program=[sys.executable, "-c", TRAINED]) for n in ("one", "two")]
+    failed: list[str] = []
+    ended = runs.run_all(asked, 1, 1, finished, failed.append)
+    assert failed == ["one"] and [result.run.name for result in ended] == ["two"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == said and lines[1].startswith("two: 1 updates, ") and lines[1].endswith(", read")
+    with pytest.raises(type(error)):
+        runs.run_all(asked, 1, 1, finished)
+
+
 def test_progress_goes_on_past_the_last_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

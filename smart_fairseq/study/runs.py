@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..errors import explain, one_line
+
 LOG_LINE = re.compile(r"\| (train_inner|valid|scored) \| (\{.*\})\s*$")
 FAIRSEQ_TRAIN = (str(Path(sys.executable).parent / "fairseq-train"),)
 # of plain progress: at first, and after so many lines
@@ -102,7 +104,7 @@ class Result:
         return True
 
 
-# a line of a run's output, or its exit status
+# a line of a run's output; or its exit status, with what went wrong with its log
 _Events = queue.Queue[tuple[Result, str, int | None]]
 
 
@@ -185,13 +187,21 @@ class _Progress:
 
 
 def _follow(result: Result, process: subprocess.Popen[str], events: _Events) -> None:
-    """Copy the output to the log file and hand its lines on. Runs in a thread."""
-    with process, result.run.log.open("w", encoding="utf-8") as log:
-        for line in process.stdout or ():
-            log.write(line)
-            log.flush()
-            events.put((result, line, None))
-    events.put((result, "", process.wait()))
+    """Copy the output to the log file and hand its lines on, and the exit status whatever happens. Runs in a thread."""
+    trouble = ""
+    try:
+        with process:  # which is waited for
+            try:
+                with result.run.log.open("w", encoding="utf-8") as log:
+                    for line in process.stdout or ():
+                        log.write(line)
+                        log.flush()
+                        events.put((result, line, None))
+            except OSError as error:  # a full disk
+                trouble = f"its log {os.path.relpath(result.run.log)} cannot be written ({error.strerror})"
+                process.kill()  # it could go on for hours, and nobody reads what it says
+    finally:
+        events.put((result, trouble, process.wait()))
 
 
 def _start(result: Result, threads: int, events: _Events) -> subprocess.Popen[str]:
@@ -223,9 +233,9 @@ def run_all(
 
     Args:
         finished: told of each run that ended well; what it returns ends the line that is printed.
-        failed: told the name of each that did not, and the others go on.
+        failed: told the name of each that did not, or at which ``finished`` raised an error; the others go on.
     Raises:
-        TrainingFailed: the first failure, without ``failed``; the others are stopped.
+        TrainingFailed: the first failure, without ``failed``; the others are stopped. So with an error of ``finished``.
     """
     events: _Events = queue.Queue()
     results = [Result(run) for run in runs]
@@ -250,16 +260,15 @@ def run_all(
             del processes[result.run.name]
             result.seconds = time.monotonic() - result.started
             try:
-                _check(result, status)
-            except TrainingFailed as error:
+                _check(result, status, line)
+                note = finished(result) if finished else f"log {os.path.relpath(result.run.log)}"
+            except Exception as error:  # of this run, or of what ``finished`` reads and writes
                 if failed is None:
                     raise
-                progress.say("; ".join([str(error), *error.tail[-1:]]))
+                progress.say(_reason(result.run, error))
                 failed(result.run.name)
                 continue
             good.add(result.run.name)
-            log = os.path.relpath(result.run.log)
-            note = finished(result) if finished else f"log {log}"
             progress.say(f"{result.run.name}: {result.done} updates, {result.seconds:.0f} s in all, {note}")
     finally:
         progress.bar.close()
@@ -270,8 +279,17 @@ def run_all(
     return [result for result in results if result.run.name in good]
 
 
-def _check(result: Result, status: int) -> None:
+def _reason(run: Run, error: Exception) -> str:
+    """One line on why the run failed."""
+    if isinstance(error, TrainingFailed):
+        return "; ".join([str(error), *error.tail[-1:]])
+    return f"{run.name}: {explain(error) or one_line(f'{type(error).__name__}: {error}')}"
+
+
+def _check(result: Result, status: int, trouble: str) -> None:
     run = result.run
+    if trouble:
+        raise TrainingFailed(f"{run.name}: {trouble}", [])
     if status or not result.inner:
         tail = run.log.read_text(encoding="utf-8").splitlines()[-LAST_LINES:]
         what = f"fairseq-train ended with status {status}" if status else "no update in its log"
