@@ -20,7 +20,7 @@ from toolkit import ROOT, command, error_line, train, write_data
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
 from smart_fairseq.data.binarize import indexed_writer, read_indexed
 from smart_fairseq.errors import UsageError
-from smart_fairseq.study import studying
+from smart_fairseq.study import studying, worker
 from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
@@ -240,6 +240,39 @@ def test_a_dry_run_lists_its_runs_and_says_nothing_else(tmp_path: Path) -> None:
     assert not done.stderr and all(line.endswith(" updates") for line in done.stdout.splitlines())
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("how", ["diverged", "the attack failed"])
+def test_no_checkpoint_is_left_of_a_run_that_fails(
+    how: str, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is to be kept it stays: someone may want to look at it."""
+
+    class Untrained:
+        sizes, forward = None, None
+
+        def __init__(self, checkpoint: Path, data: str) -> None:
+            assert checkpoint.is_file()
+
+        def predict(self) -> tuple[np.ndarray, np.ndarray]:
+            return np.full((4, 2), np.nan if how == "diverged" else 0), np.zeros(4, np.int64)
+
+    def train(arguments: list[str]) -> None:
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "checkpoint_last.pt").touch()
+
+    def attacked(*given: Any) -> None:
+        raise RuntimeError(how)
+
+    for name, fake in (("train", train), ("Trained", Untrained), ("attacked", attacked)):
+        monkeypatch.setattr(worker, name, fake)
+    monkeypatch.setattr(worker, "leave_with_parent", lambda: None)
+    monkeypatch.setattr(os, "nice", lambda more: 0)
+    beside = {"keep": keep, "seed": 1, "attack": {"radii": [0.1], "rows": 2}, "transfer": {}}
+    with pytest.raises((SystemExit, RuntimeError), match=how):
+        worker.main(tmp_path / "one.npz", beside, ["data", "--save-dir", str(tmp_path / "one")])
+    assert (tmp_path / "one").exists() == keep and not (tmp_path / "one.npz").exists()
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, write_data(tmp_path / "data"), PLAN.replace("epochs: 2", "epochs: 100000"))
@@ -276,6 +309,28 @@ def test_metrics_are_computed_anew_from_the_logits(tmp_path: Path, monkeypatch: 
     write_lines(path, [{**line, "metrics": {"accuracy": 0.0}} for line in before])
     assert main([str(plan), "--rescore"]) == 0
     assert read_lines(path) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:60] + b"\xff" * 20 + content[80:],  # of what is packed the first bytes
+        lambda content: b"no file of arrays",
+    ],
+    ids=["empty", "cut short", "changed", "another's"],
+)
+def test_damaged_logits_are_named(damage: Any, tmp_path: Path, class_data: Path) -> None:
+    study = studying.Study(read_plan(write_plan(tmp_path, class_data)))
+    path = study.logits("a key")
+    path.parent.mkdir(parents=True)
+    np.savez_compressed(path, logits=np.ones((22, 2)), labels=np.arange(22) % 2)
+    asked = study.plan.runs()[0]
+    assert study.metrics(asked, "a key")["accuracy"] == 50
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UsageError, match=r"a key\.npz: the logits of letters-plain-seed1 cannot be read; remove its"):
+        study.metrics(asked, "a key")
 
 
 # Plans

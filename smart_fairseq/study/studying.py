@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import sys
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,10 +135,9 @@ class Study:
             more = scores_under_attack(stored) if asked.attack else {}
             for name in task.transfer:
                 more |= scores_elsewhere(name, stored, task.metrics, task.source.classes, asked.seed)
-        except (OSError, ValueError, KeyError):
-            raise located(
-                path, 0, f"the logits of {asked.name} cannot be read; remove its line and run again"
-            ) from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            what = f"the logits of {asked.name} cannot be read; remove its line and run again"
+            raise located(path, 0, what) from None
         return {**all_scores(logits, labels, task.metrics, task.source.classes, asked.seed), **more}
 
     def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:

@@ -2,8 +2,9 @@
 
     python -m smart_fairseq.study.worker LOGITS.npz JSON TRAIN_FLAGS...
 
-The weights are attacked, and predict the rows of other folders, where that is asked for. The checkpoint is deleted once
-the logits are there, unless it is to be kept. The process ends with the one that started it, even if that was killed.
+The weights are attacked, and predict the rows of other folders, where that is asked for. The checkpoint is deleted at
+the end, whether all went well or not, unless it is to be kept. The process ends with the one that started it, even if
+that was killed.
 """
 
 import json
@@ -87,10 +88,10 @@ class Trained:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.common.cpu else "cpu")
         self.model.to(self.device).eval()
         self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
-        self.turn_to(data)
+        self.open(data)
         self.num_classes, self.regression = config.task.num_classes, config.task.regression_target
 
-    def turn_to(self, data: str) -> None:
+    def open(self, data: str) -> None:
         """Another data folder, of the same classes and dictionary."""
         self.task.cfg.data = data
         self.dataset: Any = self.task.load_dataset("valid")
@@ -137,8 +138,20 @@ def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
     allow_fairseq_checkpoints()
     save_dir = Path(arguments[arguments.index("--save-dir") + 1])
     shutil.rmtree(save_dir, ignore_errors=True)  # of a run that was cut off: fairseq would go on from there
+    try:
+        said = _train_and_store(out, beside, arguments, save_dir / "checkpoint_last.pt")
+    finally:
+        if not beside["keep"]:
+            shutil.rmtree(save_dir, ignore_errors=True)
+    logger.info(json.dumps(said))
+
+
+def _train_and_store(
+    out: Path, beside: Mapping[str, Any], arguments: list[str], checkpoint: Path
+) -> dict[str, int | float]:
+    """Rows and processor time, for the log."""
     watch = train(arguments)
-    trained = Trained(save_dir / "checkpoint_last.pt", arguments[0])
+    trained = Trained(checkpoint, arguments[0])
     logits, labels = trained.predict()
     if not np.isfinite(logits).all():
         sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
@@ -148,15 +161,12 @@ def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
         stored |= attacked(asked, beside["seed"], logits, labels, trained.sizes, trained.forward)
     rows = {"rows": len(labels)}
     for name, folder in beside["transfer"].items():
-        trained.turn_to(folder)
+        trained.open(folder)
         stored[f"logits_on_{name}"], stored[f"labels_on_{name}"] = trained.predict()
         rows[f"rows_on_{name}"] = len(trained.dataset)
     with whole_file(out) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **stored)
-    if not beside["keep"]:
-        shutil.rmtree(save_dir)
-    cost = {"cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
-    logger.info(json.dumps(rows | cost))
+    return {**rows, "cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
 
 
 if __name__ == "__main__":
