@@ -1,19 +1,23 @@
 """runs.jsonl with damage: one line that names file and line, from whatever reads it, and nothing of it is lost."""
 
 import json
+import platform
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from study_samples import write_plan
 from toolkit import error_line
 
+import smart_fairseq
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
-from smart_fairseq.study.lines import read_lines, write_lines
+from smart_fairseq.study.lines import facts, read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 
 PLAN = """
@@ -136,6 +140,43 @@ def test_lines_that_are_in_order(plan: Path) -> None:
     assert np.isnan(read_lines(path)[0]["metrics"]["accuracy"]) and "NaN" not in path.read_text()
     path.write_text("")
     assert read_lines(path) == []
+
+
+def test_the_commit_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed within a repository that does not track it, it has none; where it is tracked, that one's."""
+    package = tmp_path / "venv" / "smart_fairseq" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    monkeypatch.setattr(smart_fairseq, "__file__", str(package))
+
+    def git(*command: str) -> str:
+        settings = ["-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false"]
+        call = ["git", *settings, *command]
+        return subprocess.run(call, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "someone's own")
+    assert facts()["commit"] == ""
+    git("add", ".")
+    git("commit", "-m", "with the package")
+    assert facts()["commit"] == git("rev-parse", "--short", "HEAD")
+    package.write_text("other")
+    assert facts()["commit"].endswith(" and changes")
+
+
+@pytest.mark.parametrize("part", ["node", "processor", "GPU"])
+def test_hosts_differ_in_name_processor_or_gpu(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a word that does not hold the name; the same again where nothing has changed."""
+    found = []
+    for name in ("one", "one", "another"):
+        given = {**dict.fromkeys(("node", "processor", "GPU"), "same"), part: name}
+        text = f"processor\t: 0\nmodel name\t: {given['processor']}\ncpu MHz\t: {len(found)}\n"
+        monkeypatch.setattr(platform, "node", lambda given=given: given["node"])
+        monkeypatch.setattr(Path, "read_text", lambda path, encoding, text=text: text)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda given=given: given["GPU"])
+        found.append(facts()["host"])
+    assert found[0] == found[1] != found[2] and not {"one", "same"} & set(found)
 
 
 @pytest.mark.parametrize("content", ["null", "{", '{"task": "\\ud800"}'])

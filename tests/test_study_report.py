@@ -164,16 +164,28 @@ def test_each_arm_is_compared_with_the_first_method_at_its_own_grid_values(plan:
     assert arms["plain lr=1"].difference("accuracy") is None
 
 
-def test_costs_of_other_machines_are_not_compared(plan: Any) -> None:
+@pytest.mark.parametrize("of", ["machine", "host"])
+def test_costs_of_other_machines_are_not_compared(of: str, plan: Any) -> None:
+    """Two of one kind have the same "machine", and differ in "host"."""
     path = plan.out / "runs.jsonl"
-    moved = [{**line, "machine": "another"} if line["method"] == "smooth" else line for line in read_lines(path)]
-    write_lines(path, moved)
+    names = {"plain": "one", "smooth": "another"}
+    write_lines(path, [{**line, "machine": "x86_64", of: names[line["method"]]} for line in read_lines(path)])
     arm = arms_of(plan)["movie"][2]
     assert math.isnan(arm.cost()) and arm.difference("accuracy").mean == 2
     document.write_report(plan)
     lines = (plan.out / "report.md").read_text().splitlines()
     (row,) = [line for line in lines if line.startswith(f"| {arm.name} | 3")]
     assert row.endswith("|  |")
+
+
+def test_costs_with_older_lines_are_compared_by_the_kind_of_machine(plan: Any) -> None:
+    """Seeds 1 and 2 of plain were run before lines had a host: 2.0 of 1.0 s; seed 3's was run elsewhere, in 8.0 s."""
+    path = plan.out / "runs.jsonl"
+    hosts = {("plain", 3): {"host": "elsewhere", "cpu_seconds_per_update": 8.0}}
+    hosts |= {("smooth", seed): {"host": "here"} for seed in (1, 2, 3)}
+    lines = [{**line, **hosts.get((line["method"], line["seed"]), {})} for line in read_lines(path)]
+    write_lines(path, lines)
+    assert arms_of(plan)["movie"][2].cost() == 2.0
 
 
 def test_tables(plan: Any) -> None:

@@ -55,10 +55,16 @@ class Arm(NamedTuple):
         if self.baseline is None:
             return 1.0
         pairs = [(line, self.baseline.lines[seed]) for seed, line in self.lines.items() if seed in self.baseline.lines]
-        alike = [pair for pair in pairs if pair[0].get("machine") == pair[1].get("machine")]
+        alike = [pair for pair in pairs if _on_one_machine(*pair)]
         times = [(_value(ours, SECONDS[1]), _value(theirs, SECONDS[1])) for ours, theirs in alike]
         ratios = [ours / theirs for ours, theirs in times if ours and theirs]
         return fmean(ratios) if ratios else math.nan
+
+
+def _on_one_machine(one: Line, other: Line) -> bool:
+    """As far as both lines say: the older ones have the machine's kind alone."""
+    hosts = {line["host"] for line in (one, other) if "host" in line}
+    return len(hosts) < 2 and one.get("machine") == other.get("machine")
 
 
 def _value(line: Line, name: str) -> float | None:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import platform
@@ -90,13 +91,30 @@ def facts() -> dict[str, str]:
             return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True).stdout.strip()
         return ""
 
-    changed = " and changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    commit = ""
+    if git("ls-files", "__init__.py"):  # not where it is installed within someone else's repository
+        changed = " and changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        commit = git("rev-parse", "--short", "HEAD") + changed
     return {
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "commit": commit,
         "smart_fairseq": smart_fairseq.__version__,
         "fairseq": version("fairseq-fixed"),
         "torch": version("torch"),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "host": _host(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _host() -> str:
+    """Tells machines apart, and names none: from the node's name, the processor's model and the GPU's."""
+    import torch  # takes seconds to load
+
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        parts += [line for line in lines if line.startswith("model name")][:1]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
