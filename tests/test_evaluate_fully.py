@@ -12,7 +12,7 @@ from data_samples import checkpoint, make_gpt2_bpe, make_place, train, write
 from smart_fairseq.commands import evaluate
 from smart_fairseq.data.bpe import find_bpe
 from smart_fairseq.evaluation import report
-from smart_fairseq.evaluation.full import RADII, evaluate_model
+from smart_fairseq.evaluation.full import RADII, divergence, evaluate_model
 from smart_fairseq.evaluation.labels import write_shares
 from smart_fairseq.inference import Model
 
@@ -28,6 +28,13 @@ def place(tmp_path_factory):
 
 def data_of(place: Path, name: str) -> list[str]:
     return ["--data-dir", str(place / "bins" / f"{name}-bin"), "--cpu"]
+
+
+def test_divergence_by_hand():
+    """Of (1/2, 1/2) and (9/10, 1/10) 0.4 log 9; of single outputs 3 and 1 their squared difference."""
+    one, other = np.log([[0.5, 0.5], [0.5, 0.5]]), np.log([[0.9, 0.1], [np.nan, 0.5]])
+    np.testing.assert_allclose(divergence(one, other), [0.4 * np.log(9), np.nan])  # a row that was not attacked
+    np.testing.assert_array_equal(divergence(np.array([[3.0]]), np.array([[1.0]])), [4])
 
 
 def test_everything_of_two_checkpoints(place, tmp_path, capsys):

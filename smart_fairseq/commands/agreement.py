@@ -18,6 +18,7 @@ from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.readers import find_sources, read_source
 from ..data.tasks import TASKS, Task
 from ..errors import UsageError, require
+from ..evaluation.calibration import divergence_from
 from ..evaluation.intervals import interval, mean_of, resampled
 from ..evaluation.labels import vote_shares
 from ..evaluation.report import pyplot, save
@@ -78,10 +79,10 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
     ``probabilities``: B x K for ``labels``. Annotators' labels that are not among these are an error.
     """
     annotators = vote_shares(rows, labels)
-    cross = -(annotators * np.log(np.maximum(probabilities, 1e-12))).sum(1)
-    own = -(annotators * np.log(np.where(annotators > 0, annotators, 1))).sum(1)
+    log_probabilities = np.log(np.maximum(probabilities, 1e-12))
+    cross = -(annotators * log_probabilities).sum(1)
     right = np.array([labels[best] == row.label for best, row in zip(probabilities.argmax(1), rows)], dtype=bool)
-    of_rows = dict(zip(METRICS, (100.0 * right, cross, cross - own)))
+    of_rows = dict(zip(METRICS, (100.0 * right, cross, divergence_from(annotators, log_probabilities))))
     names = np.array([group_of(row.votes) for row in rows])
     voted = np.array([bool(row.votes) for row in rows])
     groups = {ALL: voted, **{name: np.asarray(names == name) for name in GROUPS}}

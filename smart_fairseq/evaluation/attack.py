@@ -75,10 +75,8 @@ def worst_point(
         seen[:] = [torch.where(better.view(-1, *[1] * (n.dim() - 1)), n, b) for n, b in zip(here, before)]
         return outputs
 
-    gradient = gradient_of(noted, clean, damage)
-    adversary = Adversary(radius=radius, step_size=2.5 * radius / steps, steps=steps)
-    # the steps' signs: ascend itself divides a step by its largest entry alone
-    last = ascend(lambda point: gradient(point).sign(), start, mask, adversary)
+    adversary = Adversary(radius=radius, step_size=2.5 * radius / steps, steps=steps, signed=True)
+    last = ascend(gradient_of(noted, clean, damage), start, mask, adversary)
     with torch.no_grad():
         noted(last)
     return seen[1], seen[2]

@@ -10,6 +10,7 @@ Arrays are [N, K] (rows, classes) and [N]; the gold classes are int64 [N]. Entro
 """
 
 import numpy as np
+from scipy.special import entr, log_softmax
 
 from .intervals import Statistic
 
@@ -17,19 +18,9 @@ BINS = 15
 LOWEST, HIGHEST = 1e-2, 1e2  # of a temperature
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities, [N, K].
-
-    >>> np.exp(log_softmax(np.array([[0.0, np.log(3)]]))).round(6)
-    array([[0.25, 0.75]])
-    """
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
-
-
 def cross_entropy(logits: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """-log p(gold) of each row, [N]."""
-    return np.asarray(-log_softmax(logits)[np.arange(len(gold)), gold])
+    return np.asarray(-log_softmax(logits, axis=1)[np.arange(len(gold)), gold])
 
 
 def brier(logits: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -38,15 +29,13 @@ def brier(logits: np.ndarray, gold: np.ndarray) -> np.ndarray:
     >>> brier(np.array([[0.0, np.log(3)]]), np.array([1])).round(6)  # 0.25^2 + 0.25^2
     array([0.125])
     """
-    probabilities = np.exp(log_softmax(logits))
+    probabilities = np.exp(log_softmax(logits, axis=1))
     return np.asarray(((probabilities - np.eye(logits.shape[1])[gold]) ** 2).sum(1))
 
 
-def divergence_from(shares: np.ndarray, logits: np.ndarray) -> np.ndarray:
+def divergence_from(shares: np.ndarray, log_probabilities: np.ndarray) -> np.ndarray:
     """KL(shares, model) of each row, [N]; ``shares`` [N, K] sum to 1."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        own = np.where(shares > 0, shares * np.log(shares), 0.0)
-    return np.asarray((own - shares * log_softmax(logits)).sum(1))
+    return np.asarray(-(entr(shares) + shares * log_probabilities).sum(1))
 
 
 def bins_of(confidence: np.ndarray) -> np.ndarray:
@@ -60,7 +49,7 @@ def calibration_error(logits: np.ndarray, gold: np.ndarray, among: np.ndarray | 
     Args:
         among: bool [N], the rows that count; None: all.
     """
-    probabilities = np.exp(log_softmax(logits))
+    probabilities = np.exp(log_softmax(logits, axis=1))
     confidence = probabilities.max(1)
     used = np.ones(len(gold)) if among is None else among.astype(float)
     gaps = np.zeros((len(gold), BINS))
@@ -74,7 +63,7 @@ def calibration_error(logits: np.ndarray, gold: np.ndarray, among: np.ndarray | 
 
 def reliability(logits: np.ndarray, gold: np.ndarray) -> dict[str, list[float | None]]:
     """Of each bin its rows, mean confidence and accuracy (0 to 1); None where it is empty."""
-    confidence = np.exp(log_softmax(logits)).max(1)
+    confidence = np.exp(log_softmax(logits, axis=1)).max(1)
     right, place = logits.argmax(1) == gold, bins_of(confidence)
     rows = np.bincount(place, minlength=BINS)
 
@@ -101,7 +90,7 @@ def fit_temperature(logits: np.ndarray, gold: np.ndarray) -> float:
 
     def falls(temperature: float) -> bool:
         """Does a larger temperature lower the cross entropy?"""
-        scaled = np.exp(log_softmax(logits / temperature))
+        scaled = np.exp(log_softmax(logits / temperature, axis=1))
         return bool(((scaled * logits).sum(1) - chosen).mean() > 0)
 
     low, high = np.log(LOWEST), np.log(HIGHEST)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles
@@ -21,7 +22,6 @@ from .calibration import (
     divergence_from,
     fit_line,
     fit_temperature,
-    log_softmax,
     reliability,
 )
 from .intervals import Statistic, mean_of
@@ -97,7 +97,7 @@ def evaluate_model(
             temperature = fit_temperature(found.logits[half], gold[half])
             metrics |= _of_classes(found.logits, gold, ~half, temperature)
             if shares is not None:
-                apart = divergence_from(shares, found.logits)
+                apart = divergence_from(shares, log_softmax(found.logits, axis=1))
                 metrics["divergence from annotators"] = Metric("nats", mean_of(apart, shares.sum(1) > 0))
             result |= {"temperature": temperature, "reliability": reliability(found.logits, gold)}
         else:
@@ -209,10 +209,12 @@ def _quality(task: Task, outputs: np.ndarray, gold: np.ndarray, name: str, among
 
 def divergence(outputs: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """Symmetric KL in nats, [N]; squared error of a single output."""
-    if outputs.shape[1] == 1:
-        return np.asarray((outputs[:, 0] - clean[:, 0]) ** 2)
-    one, other = log_softmax(outputs), log_softmax(clean)
-    return np.asarray(((np.exp(one) - np.exp(other)) * (one - other)).sum(1))
+    import torch
+
+    from ..method.divergence import squared_error, symmetric_kl
+
+    apart = squared_error if outputs.shape[1] == 1 else symmetric_kl
+    return np.asarray(apart(torch.from_numpy(outputs), torch.from_numpy(clean)))
 
 
 def _under_attack(
