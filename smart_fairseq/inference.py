@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import register
-from .data.binarize import read_ids_of, read_index, read_manifest, read_targets
-from .data.folders import task_of
-from .data.lines import located, read_lines
+from .data.binarize import read_ids_of, read_manifest, read_targets
+from .data.folders import label_order, read_ids, task_of
+from .data.lines import located
 from .data.ranking import parts, read_groups
 from .data.tasks import RIGHT, Task
 from .errors import UsageError, unfit
@@ -46,31 +46,6 @@ class Predictions:
             order = np.argsort(-self.scores[part, 0], kind="stable")
             found += [(number, int(place)) for place in np.argsort(order) + 1]
         return found
-
-
-def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
-    """The ids of a split's rows, from ids/SPLIT.tsv.
-
-    None may stand there twice, but in a part to train on: rows are trained on by their place, and preprocess may
-    repeat them (--weights). ``by_id``: not there either, as what is predicted for a row will be found by its id.
-    """
-    path = folder / "ids" / f"{split}.tsv"
-    if not path.is_file():
-        raise located(path, 0, f"is missing, so {folder} has no split {split}; run preprocess again")
-    ids = [line.split("\t")[0] for _, line in read_lines(path)][1:]
-    rows = len(read_index(folder / "input0" / split)[1])
-    if len(ids) != rows:
-        raise located(path, 0, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
-    if len(set(ids)) != rows and (by_id or not split.startswith("train")):
-        advice = "predict another split" if split.startswith("train") else "run preprocess again"
-        raise located(path, 0, f"holds an id twice, and predictions are found by their ids; {advice}")
-    return ids
-
-
-def label_order(folder: Path, count: int) -> tuple[str, ...]:
-    """The labels of the classes, in the order of a head that was trained on this folder."""
-    lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
-    return tuple(lines[:count])
 
 
 class Model:

@@ -17,8 +17,8 @@ from toolkit import USER_DIR, capture_log
 
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.commands.preprocess import anli_main
-from smart_fairseq.data import metrics
 from smart_fairseq.data.tasks import GLUE, NLI_LABELS, TASKS
+from smart_fairseq.evaluation import metrics
 from smart_fairseq.inference import Model, Predictions, batches
 
 

@@ -8,12 +8,11 @@ import pytest
 from data_samples import make_bert_bpe, make_gpt2_bpe, make_sentencepiece, write
 from toolkit import write_data
 
-from smart_fairseq.data import metrics
 from smart_fairseq.data.bpe import UNKNOWN, find_bpe
 from smart_fairseq.data.pool import Pool
 from smart_fairseq.data.readers import Row
 from smart_fairseq.errors import UsageError
-from smart_fairseq.evaluation import calibration, intervals, report, typos
+from smart_fairseq.evaluation import calibration, intervals, metrics, report, typos
 from smart_fairseq.evaluation.calibration import (
     HIGHEST,
     LOWEST,

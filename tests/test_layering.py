@@ -66,6 +66,11 @@ def test_there_is_mathematics_to_hold_to_that() -> None:
     assert {"divergence.py", "adversary.py", "teacher.py"} <= {path.name for path in METHOD}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").glob("*.py")), ids=name_of)
+def test_data_imports_no_part_that_imports_it(path: Path) -> None:
+    assert {name for name in imports(path) if name.startswith("..")} <= {"..errors", "..files"}
+
+
 @pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_no_test_file_imports_another(path: Path) -> None:
     """What two of them need stands in a file that is no test's."""

@@ -42,9 +42,9 @@ from smart_fairseq import export
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.data.binarize import MANIFEST
 from smart_fairseq.data.folders import find_tasks
-from smart_fairseq.data.metrics import score
 from smart_fairseq.errors import UsageError
 from smart_fairseq.evaluation.labels import gold_labels
+from smart_fairseq.evaluation.metrics import score
 from smart_fairseq.inference import Model
 from smart_fairseq.method.divergence import squared_error, symmetric_kl
 from smart_fairseq.training import batches, checks

@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
-from ..data.folders import task_of
+from ..data.folders import read_ids, task_of
 from ..data.lines import as_number, located, read_lines, shown
-from ..data.metrics import score
 from ..data.ranking import parts, read_groups
 from ..data.readers import find_sources, read_source
 from ..data.tasks import RIGHT, TASKS, Task
 from ..errors import UsageError, parse_json, refuse, require
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
+from ..evaluation.metrics import score
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
 from ..files import check_place, write_json
-from ..inference import Model, read_ids
+from ..inference import Model
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .predict import LETTERS
 from .run import run

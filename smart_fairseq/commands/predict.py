@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.binarize import read_manifest
+from ..data.folders import read_ids
 from ..data.lines import located, shown
 from ..data.readers import find_sources
 from ..data.tasks import GLUE, TASKS
 from ..errors import UsageError
 from ..files import check_place, replace_file, whole_file
-from ..inference import Model, Predictions, read_ids
+from ..inference import Model, Predictions
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
 

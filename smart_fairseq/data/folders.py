@@ -1,11 +1,11 @@
-"""Data folders that preprocess wrote: their task, where several of them stand, and whether a split of one is whole."""
+"""Data folders that preprocess wrote: their task, ids and labels, where several stand, whether a split is whole."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, refuse
-from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read_manifest
+from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read_index, read_manifest
 from .bpe import SPECIAL_SYMBOLS
 from .lines import as_number, located, read_lines, shown
 from .ranking import parts, read_groups
@@ -72,6 +72,31 @@ def _dictionary(folder: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise located(path, 0, f"cannot be read ({error.strerror}); run preprocess again") from None
+
+
+def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
+    """The ids of a split's rows, from ids/SPLIT.tsv.
+
+    None may stand there twice, but in a part to train on: rows are trained on by their place, and preprocess may
+    repeat them (--weights). ``by_id``: not there either, as what is predicted for a row will be found by its id.
+    """
+    path = folder / "ids" / f"{split}.tsv"
+    if not path.is_file():
+        raise located(path, 0, f"is missing, so {folder} has no split {split}; run preprocess again")
+    ids = [line.split("\t")[0] for _, line in read_lines(path)][1:]
+    rows = len(read_index(folder / "input0" / split)[1])
+    if len(ids) != rows:
+        raise located(path, 0, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
+    if len(set(ids)) != rows and (by_id or not split.startswith("train")):
+        advice = "predict another split" if split.startswith("train") else "run preprocess again"
+        raise located(path, 0, f"holds an id twice, and predictions are found by their ids; {advice}")
+    return ids
+
+
+def label_order(folder: Path, count: int) -> tuple[str, ...]:
+    """The labels of the classes, in the order of a head that was trained on this folder."""
+    lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
+    return tuple(lines[:count])
 
 
 def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:

@@ -145,7 +145,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _official(
     task: Task, classes: Sequence[str], logits: np.ndarray, gold: np.ndarray, parts: Sequence[Any] | None
 ) -> Metrics:
-    """The task's own metrics, and a regression's squared error; as `smart_fairseq.data.metrics` has them."""
+    """The task's own metrics, and a regression's squared error; as `metrics` has them."""
     found: Metrics = {}
     if task.regression:
         predicted, true = logits[:, 0] * task.divisor, gold * task.divisor

@@ -58,14 +58,14 @@ def mean_of(values: np.ndarray, among: np.ndarray | None = None) -> Statistic:
 
 
 def f1(predicted: np.ndarray, gold: np.ndarray, positive: int) -> Statistic:
-    """Percent, of one class; as `smart_fairseq.data.metrics.f1`."""
+    """Percent, of one class; as `metrics.f1`."""
     both = ((predicted == positive) & (gold == positive)).astype(float)
     either = (predicted == positive).astype(float) + (gold == positive)
     return lambda weights: np.asarray(200.0 * (weights @ both) / np.maximum(weights @ either, 1.0))
 
 
 def matthews(predicted: np.ndarray, gold: np.ndarray, classes: int) -> Statistic:
-    """Percent; as `smart_fairseq.data.metrics.matthews`."""
+    """Percent; as `metrics.matthews`."""
     pairs = np.eye(classes * classes)[predicted * classes + gold]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
@@ -90,12 +90,12 @@ def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> 
 
 
 def pearson(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
-    """Percent; as `smart_fairseq.data.metrics.pearson`."""
+    """Percent; as `metrics.pearson`."""
     return lambda weights: _correlation(predicted, gold, weights)
 
 
 def spearman(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
-    """Percent; as `smart_fairseq.data.metrics.spearman`, with the ranks that the rows have in each sample."""
+    """Percent; as `metrics.spearman`, with the ranks that the rows have in each sample."""
 
     def ranks_of(values: np.ndarray) -> Statistic:
         order = np.argsort(values, kind="stable")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ..data.binarize import read_classes, read_targets
+from ..data.folders import label_order, read_ids
 from ..data.lines import Row, as_number, located, read_lines, shown
 from ..data.tasks import Task
-from ..inference import label_order, read_ids
 
 
 def gold_labels(folder: Path, split: str, task: Task) -> list[str]:

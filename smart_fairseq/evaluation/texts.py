@@ -9,10 +9,10 @@ import numpy as np
 
 from ..data.binarize import indexed_writer, read_indexed, read_manifest
 from ..data.bpe import END, SPECIAL_SYMBOLS, UNKNOWN, BpeFiles, Vocabulary, load_vocabulary
+from ..data.folders import read_ids
 from ..data.lines import Row
 from ..data.pool import Pool, integer_typecode
 from ..errors import refuse
-from ..inference import read_ids
 from .typos import with_typos
 
 

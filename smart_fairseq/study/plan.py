@@ -9,9 +9,9 @@ from typing import Any
 
 from ..commands.options import imported_flags, plugin_flags
 from ..data.lines import located, shown
-from ..data.metrics import METRICS
 from ..data.tasks import TASKS
 from ..errors import UsageError
+from ..evaluation.metrics import METRICS
 from . import recipe
 from .attacked import Attack
 from .recipe import Flag

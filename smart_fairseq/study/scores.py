@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..data.metrics import score
 from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_line, fit_temperature
+from ..evaluation.metrics import score
 from .attacked import split_in_halves
 
 
@@ -21,7 +21,7 @@ def measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def all_scores(
     logits: np.ndarray, labels: np.ndarray, metrics: Sequence[str], classes: Sequence[str], seed: int
 ) -> dict[str, float]:
-    """Everything that a report can show: the ``metrics`` of `data.metrics` in percent, and more.
+    """Everything that a report can show: the ``metrics`` of `evaluation.metrics` in percent, and more.
 
     Logits [N, K] with labels [N], class numbers for the names of ``classes``; for regression [N, 1] with targets, and
     no classes. ``seed`` draws the half of the rows that fits the temperature, for regression a straight line; what

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 
-from ..data.metrics import METRICS
+from ..evaluation.metrics import METRICS
 from .arms import SECONDS, Arm
 
 # beside the task's own and those under attack, in the short table

@@ -17,8 +17,8 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from torch import Tensor
 
-from ..data.metrics import METRICS
 from ..evaluation.calibration import bins_of
+from ..evaluation.metrics import METRICS
 
 # by flag
 REPORTED = {

@@ -17,7 +17,7 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from torch import Tensor
 
-from ..data.metrics import METRICS
+from ..evaluation.metrics import METRICS
 from ..method.ranking import picked, ranking_loss
 from .batches import GROUPS, TASK
 from .metrics import log_calibration, log_terms, placed, size_of
@@ -36,7 +36,7 @@ class Objective:
     regression: whether they are numbers rather than classes.
     name: of several tasks; "" where there is but one.
     ranking: whether they are scores of candidates, one for each, whose groups the batches carry.
-    metrics: logged under that name, by their names in `data.metrics`, the official one first.
+    metrics: logged under that name, by their names in `evaluation.metrics`, the official one first.
     judge: what stands in for fairseq's criterion, for a model and a batch; None where that one or `judge_ranking` does.
     """
 

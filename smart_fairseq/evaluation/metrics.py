@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..evaluation import intervals
-from ..evaluation.intervals import Statistic
-from .tasks import RIGHT
+from ..data.tasks import RIGHT
+from . import intervals
+from .intervals import Statistic
 
 
 def accuracy(predicted: np.ndarray, gold: np.ndarray | str) -> float:
