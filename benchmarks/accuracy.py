@@ -16,7 +16,7 @@ from typing import Any
 from facts import ROOT, facts
 
 from smart_fairseq.data.tasks import TASKS
-from smart_fairseq.study import recipe, report, worker
+from smart_fairseq.study import recipe, worker
 from smart_fairseq.study.runs import Result, Run, run_all
 
 # flags, and settings of fairseq's configuration
@@ -48,7 +48,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
 
 def row(variant: str, results: list[Result]) -> dict[str, Any]:
     """What the runs of one variant say."""
-    terms = {name: [found for found in (report.term(result, name) for result in results) if found] for name in TERMS}
+    terms = {name: [found for found in (result.term(name) for result in results) if found] for name in TERMS}
     logs = [result.run.log.read_text() for result in results]
     return {
         "variant": variant,

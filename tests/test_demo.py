@@ -16,13 +16,14 @@ from data_samples import Sentence, with_ratings
 from toolkit import ROOT
 
 from smart_fairseq.errors import UsageError
-from smart_fairseq.study import report, runs
+from smart_fairseq.study import runs
 
 DEMO = ROOT / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
 encoder = importlib.import_module("encoder")
 heldout = importlib.import_module("heldout")
 run = importlib.import_module("run")
+trainings = importlib.import_module("trainings")
 sys.path.remove(str(DEMO))
 
 
@@ -86,16 +87,16 @@ def test_table() -> None:
     """plain ends at 60 and 64: mean 62, standard deviation 2.8; its best epochs are 65 and 64."""
     results = [made_run("plain", 1, [65, 60]), made_run("plain", 2, [50, 64])]
     results += [made_run("smart", 1, [50, 70]), made_run("smart", 2, [50, 50])]
-    cells = {row[0]: row[1:] for row in report.rows(results, ["accuracy"], run.METHODS)}
+    cells = {row[0]: row[1:] for row in trainings.rows(results, ["accuracy"], run.METHODS)}
     assert cells["accuracy, best epoch"] == ["64.5 ± 0.7", "60.0 ± 14.1"]
     assert cells["accuracy, last epoch"] == ["62.0 ± 2.8", "60.0 ± 14.1"]
     assert cells["  last epoch, seeds 1, 2"] == ["60  64", "70  50"]
     assert cells["task_loss"] == ["1.4 -> 1.4", "0.6 -> 0.6"]  # 2 bits are 1.4 nats
     assert cells["smart_loss"] == ["-", "0 -> 0.09"]
     assert cells["bregman_loss"] == ["-", "0 -> 0.009"]
-    lines = report.laid_out(report.rows(results, ["accuracy"], run.METHODS)).splitlines()
+    lines = trainings.laid_out(trainings.rows(results, ["accuracy"], run.METHODS)).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert "2 seeds do not show" in report.in_words(results, "accuracy", run.METHODS)
+    assert "2 seeds do not show" in trainings.in_words(results, "accuracy", run.METHODS)
 
 
 def test_words_claim_no_more_than_the_seeds_show() -> None:
@@ -104,13 +105,13 @@ def test_words_claim_no_more_than_the_seeds_show() -> None:
     for name, values in gains.items():
         results = [made_run("plain", seed, [60]) for seed in range(3)]
         results += [made_run("smart", seed, [60 + gain]) for seed, gain in enumerate(values)]
-        said[name] = report.in_words(results, "accuracy", run.METHODS)
+        said[name] = trainings.in_words(results, "accuracy", run.METHODS)
     assert "more than seeds differ by chance" in said["steady"]
     assert "do not show" in said["scattered"]
     one = [made_run("plain", 1, [60]), made_run("smart", 1, [90])]
-    assert "one seed does not show" in report.in_words(one, "accuracy", run.METHODS)
+    assert "one seed does not show" in trainings.in_words(one, "accuracy", run.METHODS)
     undefined = [made_run("plain", 1, [math.nan]), made_run("smart", 1, [90])]
-    assert "undefined" in report.in_words(undefined, "accuracy", run.METHODS)
+    assert "undefined" in trainings.in_words(undefined, "accuracy", run.METHODS)
 
 
 # The encoder

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from smart_fairseq.errors import UsageError
-from smart_fairseq.study import document, report, scores
-from smart_fairseq.study.arms import arms_of, difference
+from smart_fairseq.study import document, scores
+from smart_fairseq.study.arms import arms_of, difference, half_width
 from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 
@@ -113,7 +113,7 @@ def test_paired_difference_and_its_interval() -> None:
         found = difference(few, {1: 10.0, 2: 20.0})
         assert found is not None and found.mean == 1 and math.isnan(found.half)
     assert difference({1: 1.0}, {2: 1.0}) is None
-    assert report.half_width([1.0, 2.0]) == pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
+    assert half_width([1.0, 2.0]) == pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
 
 
 # The report

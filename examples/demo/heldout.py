@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from trainings import laid_out
 
 from smart_fairseq.evaluation import report
 from smart_fairseq.evaluation.full import evaluate_model
-from smart_fairseq.study.report import laid_out, logged
 from smart_fairseq.study.runs import Result
 
 ATTACKED_ROWS = 64
@@ -67,7 +67,7 @@ def draw(path: Path, results: Sequence[Result], found: Found, methods: Mapping[s
     name, first = next(iter(found.items()))
     figure, (training, attack) = report.pyplot().subplots(1, 2, figsize=(10, 4))
     for method, title in methods.items():
-        losses = logged(next(result for result in results if result.run.method == method), "task_loss")
+        losses = next(result for result in results if result.run.method == method).logged("task_loss")
         window = min(SMOOTHED, len(losses))
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         training.plot(np.arange(len(smooth)) + window, smooth, label=title)

@@ -22,6 +22,7 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 import encoder  # noqa: E402
 import heldout  # noqa: E402
+import trainings  # noqa: E402
 
 from smart_fairseq.commands import preprocess, ratings  # noqa: E402
 from smart_fairseq.commands.options import whole_number  # noqa: E402
@@ -29,7 +30,7 @@ from smart_fairseq.commands.run import run as run_command  # noqa: E402
 from smart_fairseq.data.readers import read_task  # noqa: E402
 from smart_fairseq.data.tasks import GLUE, TASKS, Task  # noqa: E402
 from smart_fairseq.errors import UsageError  # noqa: E402
-from smart_fairseq.study import recipe, report  # noqa: E402
+from smart_fairseq.study import recipe  # noqa: E402
 from smart_fairseq.study.runs import Result, Run, TrainingFailed, minutes, run_all  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,11 +134,11 @@ def train(runs: Sequence[Run]) -> list[Result]:
 
 def show_training(task: Task, results: Sequence[Result]) -> None:
     """What the logs say."""
-    print("\n" + report.laid_out(report.rows(results, task.metrics, METHODS)))
+    print("\n" + trainings.laid_out(trainings.rows(results, task.metrics, METHODS)))
     print("\nValidation after each epoch; each term at the first update -> over the last tenth.")
     print("Both methods have the same rows, head and order; SMART + MBPP has the default recipes.")
     if len(results) > len(METHODS):
-        print(report.in_words(results, task.metrics[0], METHODS))
+        print(trainings.in_words(results, task.metrics[0], METHODS))
     print()
 
 

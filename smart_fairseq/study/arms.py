@@ -1,15 +1,16 @@
 """A study's lines by task and method, and the differences between methods over the same seeds."""
 
 import math
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
+
+from scipy.special import stdtrit
 
 from ..data.lines import shown
 from ..errors import require
 from .lines import Line
 from .plan import Asked, Plan, arm_of
-from .report import half_width
 from .studying import lines_of
 
 SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
@@ -73,6 +74,13 @@ def _value(line: Line, name: str) -> float | None:
         return None if term is None or not task else float(term / task)
     value = line["metrics"].get(name, line.get(name))
     return None if value is None else float(value)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of a mean, by Student's t: 0.975 quantile with n - 1 degrees * deviation / sqrt(n)."""
+    if len(values) < 2:
+        return math.nan
+    return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
 
 
 def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

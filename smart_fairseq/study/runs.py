@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
@@ -89,6 +90,15 @@ class Result:
     def seconds_per_update(self) -> float | None:
         return (self.last_update - self.first_update) / (self.done - 1) if self.done > 4 else None
 
+    def logged(self, name: str) -> list[float]:
+        """What the updates logged under a name, those that did."""
+        return [value for value in (_term_of(line, name) for line in self.inner) if value is not None]
+
+    def term(self, name: str) -> tuple[float, float] | None:
+        """A term at the first update, and its mean over the last tenth of them; None if the run does not have it."""
+        values = self.logged(name)
+        return (values[0], mean(values[-max(1, len(values) // 10) :])) if values else None
+
     def note(self, line: str, now: float) -> bool:
         """Take in what a line says; True if it was an update."""
         kind, numbers = parse_line(line) or ("", {})
@@ -102,6 +112,13 @@ class Result:
         self.first_update = self.first_update or now
         self.last_update = now
         return True
+
+
+def _term_of(line: Numbers, name: str) -> float | None:
+    if name == "task_loss" and name not in line and "loss" in line:
+        # a criterion without terms: all of the loss is the task's; fairseq logs it in bits
+        return line["loss"] * math.log(2)
+    return line.get(name)
 
 
 # a line of a run's output; or its exit status, with what went wrong with its log

@@ -21,7 +21,6 @@ from ..files import sha256
 from .attacked import scores_under_attack
 from .lines import Line, alone, facts, read_lines, write_lines
 from .plan import Asked, Plan, Task
-from .report import term
 from .rows import cut_out, take_all
 from .runs import Result, Run, run_all
 from .scores import all_scores, scores_elsewhere
@@ -143,7 +142,7 @@ class Study:
     def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:
         key = self.key(asked)
         terms = {name for update in result.inner for name in update if name.endswith(TERMS) and name != "nll_loss"}
-        found = {name: term(result, name) for name in sorted(terms | {"task_loss"})}
+        found = {name: result.term(name) for name in sorted(terms | {"task_loss"})}
         elsewhere = {f"on_{name}": int(result.scored[f"rows_on_{name}"]) for name in asked.task.transfer}
         return {
             "key": key,

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
-from ..evaluation.report import aligned
-from .runs import Numbers, Result
+from smart_fairseq.evaluation.report import aligned
+from smart_fairseq.study.arms import half_width
+from smart_fairseq.study.runs import Numbers, Result
 
 TERMS = ("task_loss", "smart_loss", "smart_delta", "bregman_loss")
 
@@ -28,24 +27,6 @@ def scores(result: Result, metrics: Sequence[str]) -> Scores:
     return Scores(epochs[best], epochs[-1])
 
 
-def term(result: Result, name: str) -> tuple[float, float] | None:
-    """A term at the first update, and its mean over the last tenth of them; None if the run does not have it."""
-    values = logged(result, name)
-    return (values[0], mean(values[-max(1, len(values) // 10) :])) if values else None
-
-
-def logged(result: Result, name: str) -> list[float]:
-    """What the updates logged under a name, those that did."""
-    return [value for value in (_term_of(line, name) for line in result.inner) if value is not None]
-
-
-def _term_of(line: Numbers, name: str) -> float | None:
-    if name == "task_loss" and name not in line and "loss" in line:
-        # a criterion without terms: all of the loss is the task's; fairseq logs it in bits
-        return line["loss"] * math.log(2)
-    return line.get(name)
-
-
 def with_spread(values: Sequence[float]) -> str:
     """Mean and standard deviation; of one value, the value."""
     if len(values) == 1:
@@ -55,7 +36,7 @@ def with_spread(values: Sequence[float]) -> str:
 
 
 def _terms(results: Sequence[Result], name: str) -> str:
-    found = [pair for pair in (term(result, name) for result in results) if pair is not None]
+    found = [pair for pair in (result.term(name) for result in results) if pair is not None]
     return " -> ".join(f"{mean(values):.2g}" for values in zip(*found)) or "-"
 
 
@@ -82,13 +63,6 @@ def laid_out(table: Sequence[Sequence[str]]) -> str:
     """The cells in columns, a line under the header."""
     header, *lines = aligned(table).splitlines()
     return "\n".join([header, "-" * len(header), *lines])
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of a mean, by Student's t: 0.975 quantile with n - 1 degrees * deviation / sqrt(n)."""
-    if len(values) < 2:
-        return math.nan
-    return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
 
 
 def in_words(results: Sequence[Result], metric: str, methods: Mapping[str, str]) -> str:
