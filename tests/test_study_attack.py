@@ -49,7 +49,7 @@ def test_the_key_of_a_run_without_attack_is_what_it_was(tmp_path: Path) -> None:
         "warmup": 0.1,
     }
     assert asked.settings() == settings and asdict(asked.task.draw) == settings["draw"]
-    assert study.key(asked) == studying._short([settings, study.data["letters"], study.encoder])
+    assert study.key(asked) == studying._short([settings, study.data["letters"], study.encoders[None]])
 
 
 @pytest.mark.parametrize("name", ["movie", "compare", "movie-300"])
