@@ -29,6 +29,8 @@ $(READY): pyproject.toml Makefile
 	$(PIP) install -q torch==2.13.0 numpy cython "setuptools<81" wheel
 	$(PIP) install -q --no-build-isolation fairseq-fixed==0.12.3.1 torchaudio==2.11.0
 	$(PIP) install -q --no-build-isolation --editable ".[dev]"
+	# fairseq names it and needs it for speech alone; it does not load beside this torch, and transformers would try
+	$(PIP) uninstall -q --yes torchaudio
 	@touch $@
 
 # TASK and GLUE name a task of GLUE and its folder; UPDATES and SEEDS shorten or lengthen the runs

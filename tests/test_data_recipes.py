@@ -17,7 +17,8 @@ from hf_samples import write_hf, write_task_data
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from toolkit import USER_DIR, capture_log, write_data, write_labels
+from toolkit import USER_DIR, capture_log, command, write_data, write_labels
+from toolkit import train as run_training
 
 from smart_fairseq.commands.preprocess import glue_main
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
@@ -143,10 +144,34 @@ def test_a_recipe_starts_in_half_precision(precision, class_data):
     start(recipe, class_data, "checkpoint_last.pt", *more, *sizes)
 
 
+GOING_ON = "checkpoint.reset_optimizer=false checkpoint.reset_dataloader=false checkpoint.reset_meters=false"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recipe_goes_on_where_it_stopped(class_data, tmp_path):
+    """From the encoder at first, and then from its own checkpoint, teacher included."""
+    (recipe,) = (path for path in RECIPES if path.stem == "rte")
+    run_training(command(class_data, save_dir=tmp_path / "encoder", max_update=1))
+    given = [f"checkpoint.finetune_from_model={tmp_path / 'encoder' / 'checkpoint_last.pt'}", *GOING_ON.split()]
+    given += ["checkpoint.restore_file=checkpoint_last.pt", f"checkpoint.save_dir={tmp_path / 'run'}"]
+    given += [f"task.data={class_data}", f"common.user_dir={USER_DIR}", "model._name=roberta", "task.max_positions=32"]
+    given += [f"+model.{size}" for size in (*TINY, "max_positions=32")]
+    given += ["common.cpu=true", "common.reset_logging=false", "common.log_interval=1", "dataset.num_workers=0"]
+    given += ["dataset.disable_validation=true", "lr_scheduler.warmup_updates=1"]
+    logs = []
+    for updates in (2, 4):
+        with capture_log() as log:
+            hydra_train._hydra_main(composed(recipe, *given, f"optimization.max_update={updates}"))
+        logs.append(log)
+    assert [[line["num_updates"] for line in log["train_inner"]] for log in logs] == [[1, 2], [3, 4]]
+    assert any("went on with the checkpoint's teacher, after 2 updates" in str(line) for line in logs[1]["text"])
+
+
 def test_every_override_of_the_documents_is_started_with():
     """What is left are places of files, and the seed."""
-    tested = {override for line in (*OVERRIDES.values(), *HALF) for override in line.split()}
-    places = ("task.data", "checkpoint.restore_file", "checkpoint.save_dir", "common.user_dir", "common.seed")
+    tested = {override for line in (*OVERRIDES.values(), *HALF, GOING_ON) for override in line.split()}
+    places = ("task.data", "common.user_dir", "common.seed")
+    places += tuple(f"checkpoint.{name}" for name in ("restore_file", "finetune_from_model", "save_dir"))
     sections = "model|task|criterion|optimizer|lr_scheduler|dataset|optimization|checkpoint|common"
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), *RECIPES]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)

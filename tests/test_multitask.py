@@ -280,7 +280,6 @@ def test_the_terms_are_those_of_each_task(place: Path) -> None:
         criterion.judge_by(objective)
         assert (criterion.divergence is squared_error) == (objective.name == "STS-B")
         assert criterion.settings.divergence is criterion.divergence
-        assert criterion.settings.num_classes == objective.num_classes
     assert criterion.divergence is not symmetric_kl
     assert "--smart-divergence is js" in refused(command(place / "bins", ["STS-B"], "--smart-divergence", "js"))
 
