@@ -52,7 +52,7 @@ def plain(model: Model, x: Tensor, y: Tensor, update: int) -> Tensor:
 def pgd(model: Model, x: Tensor, y: Tensor, update: int) -> Tensor:
     """The task loss at the worst point of the ball (Madry et al. 2018)."""
     start = 0.5 * RADIUS * uniform_noise(torch.arange(len(x)), 1, 2, seed=update)
-    gradient = gradient_of(lambda d: model(x + d), x[:, 0], lambda outputs, _: task_loss(outputs, y))
+    gradient = gradient_of(lambda d: model(x + d), lambda outputs: task_loss(outputs, y))
     return task_loss(model(x + ascend(gradient, start, torch.ones(len(x), 1, 1), ADVERSARY)), y)
 
 
@@ -90,7 +90,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, radius: float = 0.0) -> flo
     """In percent; with a radius, each point moved by ten steps of ascent of its loss within it."""
     if radius:
         adversary = Adversary(radius=radius, step_size=radius / 4, steps=10, norm="l2")
-        gradient = gradient_of(lambda d: model(x + d), x[:, 0], lambda outputs, _: task_loss(outputs, y))
+        gradient = gradient_of(lambda d: model(x + d), lambda outputs: task_loss(outputs, y))
         x = x + ascend(gradient, 1e-3 * torch.ones_like(x), torch.ones(len(x), 1, 1), adversary)
     with torch.no_grad():
         return 100 * float((model(x).argmax(1) == y).float().mean())

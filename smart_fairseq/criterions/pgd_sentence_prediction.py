@@ -32,12 +32,11 @@ class PGDSentencePrediction(AdversarialCriterion):
             with masks.replayed():
                 return forward(weights, point * start.unit)
 
-        def loss(outputs: Tensor, _: Tensor) -> Tensor:
+        def loss(outputs: Tensor) -> Tensor:
             losses = self.task_losses(outputs, sample)
             seen.append(losses.detach().sum())
             return losses
 
-        gradient = gradient_of(logits_fn, start.mask[:, :, 0], loss)  # no reference: the mask stands in for one
-        point = ascend(gradient, start.point, start.mask, self.adversary)
+        point = ascend(gradient_of(logits_fn, loss), start.point, start.mask, self.adversary)
         self.delta, self.before = self.norms(point), seen[0]
         return point * start.unit

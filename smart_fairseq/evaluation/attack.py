@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..encoder import Forward, encoder_of
 from ..inference import Model
-from ..method.adversary import Adversary, LogitsFn, ascend, gradient_of
+from ..method.adversary import Adversary, LogitsFn, ascend, away_from, gradient_of
 from ..method.divergence import Divergence, squared_error, symmetric_kl
 from ..method.loss import task_loss
 from ..method.noise import example_noise
@@ -76,7 +76,7 @@ def worst_point(
         return outputs
 
     adversary = Adversary(radius=radius, step_size=2.5 * radius / steps, steps=steps, signed=True)
-    last = ascend(gradient_of(noted, clean, damage), start, mask, adversary)
+    last = ascend(gradient_of(noted, away_from(clean, damage)), start, mask, adversary)
     with torch.no_grad():
         noted(last)
     return seen[1], seen[2]

@@ -159,24 +159,25 @@ def _unit(tensor: Tensor) -> Tensor:
     return tensor / tensor.abs().amax(dim=over, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
 
 
-def _cotangent(divergence: Divergence, first: Tensor, second: Tensor, *, of: int) -> Tensor:
-    """The divergence's gradient in one of its arguments, [B, K] at size 1: so that it cannot underflow on its way."""
-    wide = torch.promote_types(first.dtype, torch.float32)
-    pair = [first.detach().to(wide), second.detach().to(wide)]
-    pair[of].requires_grad_()
+def _cotangent(loss_of: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+    """The gradient of a loss [B] at outputs [B, K], at size 1: so that it cannot underflow on its way."""
+    point = point.detach().to(torch.promote_types(point.dtype, torch.float32)).requires_grad_()
     with torch.enable_grad():
         # a sum, not a mean: each example's gradient is its own
-        value = divergence(*pair).sum()
-    return _unit(torch.autograd.grad(value, pair[of])[0])
+        value = loss_of(point).sum()
+    return _unit(torch.autograd.grad(value, point)[0])
 
 
-def gradient_of(logits_fn: LogitsFn, clean_logits: Tensor, divergence: Divergence) -> GradientFn:
-    """The gradient, for `ascend`, of the divergence between two outputs; arguments as for `find_perturbation`.
+def gradient_of(logits_fn: LogitsFn, loss_of: Callable[[Tensor], Tensor]) -> GradientFn:
+    """The gradient, for `ascend`, of a loss or divergence of the outputs.
 
-    With outputs f(d) = d, the gradient of (f(d) - 0)^2 is 2 d, here divided by its largest entry:
+    Args:
+        logits_fn: as for `find_perturbation`.
+        loss_of: outputs [B, K], in float32 or wider -> one number per example, [B].
 
-    >>> from .divergence import squared_error
-    >>> gradient_of(lambda d: d[:, 0], torch.zeros(1, 2), squared_error)(torch.tensor([[[3.0, -1.5]]]))
+    With outputs f(d) = d, the gradient of f(d)^2 is 2 d, here divided by its largest entry:
+
+    >>> gradient_of(lambda d: d[:, 0], lambda outputs: outputs.square().sum(1))(torch.tensor([[[3.0, -1.5]]]))
     tensor([[[ 1.0000, -0.5000]]])
     """
 
@@ -184,7 +185,7 @@ def gradient_of(logits_fn: LogitsFn, clean_logits: Tensor, divergence: Divergenc
         perturbation = perturbation.detach().requires_grad_()
         with torch.enable_grad():
             logits = logits_fn(perturbation)
-        cotangent = _cotangent(divergence, logits, clean_logits, of=0)
+        cotangent = _cotangent(loss_of, logits)
         return torch.autograd.grad(logits, perturbation, cotangent.to(logits.dtype))[0]
 
     return gradient
@@ -218,7 +219,19 @@ def find_perturbation(
     >>> find_perturbation(lambda d: d[:, 0], torch.zeros(1, 2), noise, mask, squared_error, adversary)
     tensor([[[ 0.6000, -0.3000]]])
     """
-    return ascend(gradient_of(logits_fn, clean_logits, divergence), noise, mask, adversary, first_gradient)
+    gradient_fn = gradient_of(logits_fn, away_from(clean_logits, divergence))
+    return ascend(gradient_fn, noise, mask, adversary, first_gradient)
+
+
+def away_from(clean_logits: Tensor, divergence: Divergence) -> Callable[[Tensor], Tensor]:
+    """The divergence of outputs from those without perturbation, [B, K], which are held fixed.
+
+    >>> from .divergence import squared_error
+    >>> away_from(torch.tensor([[1.0, 2.0]]), squared_error)(torch.tensor([[1.0, 5.0]]))
+    tensor([9.])
+    """
+    fixed = clean_logits.detach()
+    return lambda outputs: divergence(outputs, fixed.to(outputs.dtype))
 
 
 def linearized(outputs: Tensor, inputs: Tensor) -> LogitsFn:
@@ -282,6 +295,7 @@ def gradient_to_first_order(
         outputs, change, pull_back = products_fn(_unit(perturbation))
         # small enough for the second order to hold, large enough for float32
         small = _unit(change.detach().to(perturbation.dtype)) * 1e-3
-        return pull_back(_cotangent(divergence_of_change, outputs, small, of=1))
+        fixed = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        return pull_back(_cotangent(lambda found: divergence_of_change(fixed, found.to(fixed.dtype)), small))
 
     return gradient

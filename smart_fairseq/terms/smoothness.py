@@ -24,6 +24,7 @@ from ..method.adversary import (
     GradientFn,
     LogitsFn,
     ascend,
+    away_from,
     find_perturbation,
     gradient_of,
     gradient_to_first_order,
@@ -104,7 +105,8 @@ class _Batch:
             return gradient_to_first_order(products, settings.divergence_of_change)
         with self.dropout(), self.encoder.captured(forward.place, leaf=True) as entered:
             outputs = forward(weights)
-        return gradient_of(self.in_units(linearized(outputs, entered[0])), outputs.detach(), settings.divergence)
+        near = self.in_units(linearized(outputs, entered[0]))
+        return gradient_of(near, away_from(outputs, settings.divergence))
 
     def in_units(self, logits_fn: LogitsFn) -> LogitsFn:
         """A function of the perturbation as one of the perturbation in the unit of the ascent."""
@@ -154,7 +156,8 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
             if form.search is Search.EVERY_STEP:
                 logits_fn = near
             else:
-                first_gradient = gradient_of(near, clean, settings.divergence)(batch.noise * batch.mask)
+                from_clean = away_from(clean, settings.divergence)
+                first_gradient = gradient_of(near, from_clean)(batch.noise * batch.mask)
         return find_perturbation(
             logits_fn, clean, batch.noise, batch.mask, settings.divergence, settings.adversary, first_gradient
         )
