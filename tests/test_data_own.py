@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from data_samples import make_bert_bpe, make_gpt2_bpe
+from data_samples import make_bert_bpe, make_gpt2_bpe, make_pairs
 from toolkit import USER_DIR, error_line, saving, train
 
 from smart_fairseq.commands import evaluate, predict
@@ -108,6 +108,19 @@ def test_a_share_is_held_out_class_by_class(tmp_path: Path, bpe: list[str]) -> N
         assert sorted(lines[0] + lines[1], key=int) == [str(n + 2) for n in range(15)]
         held.append(lines[1])
     assert held[0] == held[1] != held[2]
+
+
+def test_an_official_task_without_a_valid_part_takes_a_share(
+    tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pairs(tmp_path / "RTE", ("entailment", "not_entailment"))
+    (tmp_path / "RTE" / "dev.tsv").unlink()
+    flags = ["--task", "RTE", "--data-dir", str(tmp_path), *bpe, "--out", str(tmp_path / "out")]
+    assert main([*flags, "--hold-out", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "--best-checkpoint-metric accuracy" in said and "official" not in said.partition("RTE test")[0]
+    rows = read_manifest(tmp_path / "out")["rows"]
+    assert rows["valid"] == round(0.2 * (rows["train"] + rows["valid"]))
 
 
 def test_train_evaluate_and_predict_rows_without_labels(

@@ -267,6 +267,7 @@ def hold_out(data: Data, share: float, seed: int) -> None:
     if not all(parts.values()):
         raise UsageError(f"--hold-out {share:g} of {len(train)} training rows leaves one of the two parts empty")
     data.rows |= parts
+    data.task = replace(data.task, rows={})  # whose official numbers these are not
     check_unique(data.rows["valid"])
 
 
