@@ -103,6 +103,51 @@ def test_a_share_is_of_the_weighted_sums(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+def test_it_is_said_again_when_the_updates_have_doubled(caplog: pytest.LogCaptureFixture) -> None:
+    """Each time over the updates since the last: a term that comes with update 25 has its whole share from there on."""
+    acting = Acting(after=5)
+    with caplog.at_level("INFO"):
+        for update in range(100):
+            terms = {"smart": torch.tensor(0.0 if update < 25 else 0.5), "bregman": torch.tensor(1e-3)}
+            acting.note(update, torch.tensor(2.0), terms)
+    shares = [line for line in caplog.messages if line.startswith("updates")]
+    expected = [("5 to 25", "0"), ("25 to 45", "0.25"), ("45 to 85", "0.25")]
+    words = "as shares of the task loss: smart {}, bregman 0.0005"
+    assert shares == [f"updates {place}, {words.format(share)}" for place, share in expected]
+    idle = [line for line in caplog.messages if "it is not acting" in line]
+    assert [line.partition(" of the task loss")[0] for line in idle] == [
+        "the smart term is 0.0e+00",
+        *["the bregman term is 5.0e-04"] * 3,
+    ]
+    assert ["look again later" in line for line in idle] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["pgd", "freelb", "freeat"])
+def test_the_rise_of_an_adversary_has_a_share(
+    name: str, class_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of its log; FreeLB's over its passes. FreeAT's is not known."""
+    monkeypatch.setattr("smart_fairseq.training.acting.WINDOW", 3)
+    flags = [f"--{name}-{key}" for key in ("epsilon", "start", "epsilon-unit")]
+    flags = [part for pair in zip(flags, ("1e-6", "0", "absolute")) for part in pair]
+    task, model, criterion = set_up(class_data, *NO_DROPOUT, *flags, criterion=f"{name}_sentence_prediction")
+    logs = []
+    with caplog.at_level("INFO"):
+        for update in range(4):
+            criterion.link.update_num, sample = update, batch(task, 2, start=2 * update)
+            for loss, _, log in criterion.passes(model, sample) if name == "freelb" else [criterion(model, sample)]:
+                loss.backward()
+                logs += [log] if update < 3 else []
+    rise, task_loss = (sum(float(log.get(key, 0)) for log in logs) for key in (f"{name}_rise", "task_loss"))
+    shares = [line for line in caplog.messages if "as shares of" in line]
+    idle = [line for line in caplog.messages if "it is not acting" in line]
+    if name == "freeat":
+        assert not shares and not idle
+        return
+    assert shares == [f"updates 0 to 3, as shares of the task loss: {name} {rise / task_loss:.2g}"]
+    assert len(idle) == 1 and f"raise --{name}-epsilon" in idle[0]
+
+
 def test_a_term_of_every_fifth_update_has_its_share_of_all(
     class_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

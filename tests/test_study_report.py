@@ -267,6 +267,19 @@ def test_a_mark_chooses_columns_rows_and_whom_they_are_compared_with(plan: Any, 
         assert text.endswith("\nend\n") and text.count("text\n") == 3 and "old" not in text
 
 
+def test_a_mark_chooses_the_share_of_an_adversarys_rise(plan: Any, tmp_path: Path) -> None:
+    """A fifth of the task loss; the report itself does not have it."""
+    lines = read_lines(plan.out / "runs.jsonl")
+    for line in lines:
+        line["terms"]["pgd_rise"] = 0.1
+    write_lines(plan.out / "runs.jsonl", lines)
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN.format('columns=pgd_rise/task_loss')}\n{END}")
+    document.put_into(plan, page)
+    assert "| method | `pgd_rise/task_loss` |" in page.read_text() and "| plain lr=1 | 0.2 |" in page.read_text()
+    assert "pgd_rise" not in document.write_report(plan)[0].read_text()
+
+
 def test_marks_of_other_studies_and_words_about_marks_stay(plan: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     around = "`<!-- study:movie begin -->` and\n<!-- study:cola begin -->\nkept\n<!-- study:cola end -->\n"

@@ -35,20 +35,21 @@ def metrics_of(arms: Sequence[Arm]) -> list[str]:
     return list(dict.fromkeys(name for arm in arms for line in arm.lines.values() for name in line["metrics"]))
 
 
-def shares_of(arms: Sequence[Arm]) -> list[str]:
+def shares_of(arms: Sequence[Arm], ending: str = "_loss") -> list[str]:
     terms = {name for arm in arms for line in arm.lines.values() for name in line["terms"]}
-    return [f"{name}/task_loss" for name in sorted(terms) if name.endswith("_loss") and name != "task_loss"]
+    return [f"{name}/task_loss" for name in sorted(terms) if name.endswith(ending) and name != "task_loss"]
 
 
 def columns_of(arms: Sequence[Arm]) -> list[str]:
-    """What a table can show: "seeds", metrics, terms' shares of the task loss, seconds, "cost"."""
-    return ["seeds", *metrics_of(arms), *shares_of(arms), *SECONDS, "cost"]
+    """What a table can show: "seeds", metrics, shares of the task loss of terms and of rises, seconds, "cost"."""
+    return ["seeds", *metrics_of(arms), *shares_of(arms), *shares_of(arms, "_rise"), *SECONDS, "cost"]
 
 
 def _is_short(column: str) -> bool:
     """Whether the short table has it where no columns are named."""
     attacked = "_attack_" in column and not column.endswith("_attack_0%")
-    return column in ("seeds", "cost", *SHORT) or column.partition("_on_")[0] in METRICS or "/" in column or attacked
+    term = column.endswith("_loss/task_loss")
+    return column in ("seeds", "cost", *SHORT) or column.partition("_on_")[0] in METRICS or term or attacked
 
 
 def short_table(arms: Sequence[Arm], columns: Sequence[str] | None = None) -> str:

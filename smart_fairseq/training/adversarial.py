@@ -11,6 +11,7 @@ l2 norm, or with the norm inf along its sign, then back onto the ball. Padding i
 the same in all passes over a batch, so that they climb one function.
 """
 
+from collections.abc import Mapping
 from dataclasses import make_dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -131,10 +132,12 @@ class AdversarialCriterion(RegularizedCriterion):
         """The sum over a batch, in the unit of the radius as ``point`` is."""
         return norm(point.detach(), self.adversary).sum()
 
+    def rise(self, log: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {} if self.before is None else {self.name: log["task_loss"].detach() - self.before}
+
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
         loss, size, log = super().forward(model, sample, reduce)
         if model.training and self.adversarial and self.delta is not None:
             log[f"{self.name}_delta"] = self.delta * self.examples_of_a_row
-            if self.before is not None:
-                log[f"{self.name}_rise"] = log["task_loss"].detach() - self.before
+            log |= {f"{name}_rise": value for name, value in self.rise(log).items()}
         return loss, size, log
