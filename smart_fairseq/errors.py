@@ -124,9 +124,15 @@ def _explained(error: BaseException) -> str | None:
                 advice = "if this is a regression task, give --regression-target --num-classes 1"
             return f"{missing}: no such file; {advice}"
     if isinstance(error, ValueError) and text.startswith("--finetune-from-model "):
+        if "--reset-optimizer or" in text:
+            return "--finetune-from-model is set with a --reset flag; leave these out, as it resets all that they do"
+        if " and --restore-file (" in text:
+            return "--finetune-from-model is set with --restore-file; leave one of them out"
         return f"{text}; name an existing checkpoint"
     if isinstance(error, ImportError) and "FullyShardedDataParallel" in text:
         return NOT_SHARDED  # fairseq asks for fairscale before the criterion can say so
+    if "lr_scheduler.total_num_update=null" in text:  # hydra's, where polynomial_decay was not told
+        return "--total-num-update is not given; --lr-scheduler polynomial_decay needs it, equal to --max-update"
     causes = "\n".join(str(link) for link in chain(error))
     unfit_one = re.search(r"Cannot load model parameters from checkpoint (.+?);", text)
     if unfit_one or "loading state_dict for" in text:

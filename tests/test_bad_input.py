@@ -76,6 +76,7 @@ CASES = [
     (["--num-classes", "1"], "--num-classes is 1; it must be 2 or more"),
     (["--restore-file", "no/such/model.pt"], "--restore-file no/such/model.pt: no such file"),
     (["--best-checkpoint-metric", "mcc"], "--best-checkpoint-metric is mcc, which needs --report-mcc"),
+    (["--lr-scheduler", "polynomial_decay"], "--total-num-update is not given; --lr-scheduler polynomial_decay needs"),
     (["--best-checkpoint-metric", "acuracy"], "--best-checkpoint-metric is acuracy; it must be one of loss, nll_loss"),
 ]  # fmt: skip
 
@@ -183,6 +184,16 @@ def test_a_run_on_another_task_does_not_go_on(tmp_path: Path) -> None:
     assert len(train(command(moved, save_dir=save_dir, max_update=4))["train_inner"]) == 2
 
 
+def test_nor_does_one_on_other_classes_where_the_folders_name_no_task(tmp_path: Path) -> None:
+    data, other, save_dir = write_data(tmp_path / "data"), write_data(tmp_path / "other"), tmp_path / "run"
+    write_labels(other, "train", ["yes", "no"] * 12, last="no", words=("yes", "no"))
+    train(command(data, save_dir=save_dir, max_update=2))
+    line = library_refusal(command(other, save_dir=save_dir, max_update=4))
+    assert f"of a run on the classes 1, 0 ({data}), and this one is on the classes yes, no ({other}); give" in line
+    data.rename(tmp_path / "moved")
+    assert len(train(command(tmp_path / "moved", save_dir=save_dir, max_update=4))["train_inner"]) == 2
+
+
 def test_a_start_from_random_weights_and_a_missing_first_token_are_warned_of(class_data: Path, tmp_path: Path) -> None:
     def warned(*flags: str, first: bool = True, **more: Any) -> list[bool]:
         arguments = command(class_data, *flags, max_update=1, **more)
@@ -224,6 +235,38 @@ def test_a_folder_that_is_not_there(class_data: Path) -> None:
 def test_finetune_from_a_missing_model(class_data: Path) -> None:
     line = library_refusal(command(class_data, "--finetune-from-model", "gone.pt"))
     assert line == "--finetune-from-model gone.pt does not exist; name an existing checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--reset-optimizer"], "is set with a --reset flag; leave these out, as it resets all that they do"),
+        (["--restore-file", "other.pt"], "is set with --restore-file; leave one of them out"),
+    ],
+)
+def test_finetune_from_a_model_goes_without_other_starts(flags: list[str], line: str, class_data: Path) -> None:
+    found = library_refusal(command(class_data, "--finetune-from-model", "gone.pt", *flags))
+    assert found == f"--finetune-from-model {line}"
+
+
+def test_the_best_checkpoint_is_not_sought_at_the_wrong_end(class_data: Path) -> None:
+    metric, maximize = "--best-checkpoint-metric", "--maximize-best-checkpoint-metric"
+    line = library_refusal(command(class_data, metric, "accuracy", validate=True))
+    assert line.startswith(f"{metric} accuracy is set alone, so the worst ") and line.endswith(f"; add {maximize}")
+    line = library_refusal(command(class_data, maximize, validate=True))
+    assert line.startswith(f"{metric} loss is set with {maximize}, so the worst ")
+    for flags in ([metric, "accuracy", maximize], [metric, "nll_loss"]):
+        assert train(command(class_data, *flags, max_update=1, validate=True))["valid"]
+    assert train(command(class_data, metric, "accuracy", max_update=1))["train_inner"]  # nothing is validated
+
+
+def test_a_split_without_labels(class_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(class_data, data)
+    for path in (data / "input0").glob("valid.*"):
+        shutil.copy(path, path.with_stem("test"))
+    line = library_refusal(command(data, "--valid-subset", "test", validate=True))
+    assert line.startswith(f"{data}/label: no labels of the split test, which --train-subset or --valid-subset names;")
 
 
 @pytest.mark.parametrize("where", ["train", "valid"])
@@ -333,6 +376,9 @@ def test_resuming_with_another_precision(checkpoint: Path, class_data: Path) -> 
     optimizer = optim.build_optimizer(parse(command(class_data)).optimizer, [torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(UsageError, match="do not fit the 1 of this run"):
         optimizer.load_state_dict(torch.load(checkpoint)["last_optimizer_state"])
+    state = {"mbpp": {"teacher": [torch.zeros(2)], "updates": 1}}
+    with pytest.raises(UsageError, match=r"teacher has other shapes .*\(\[2\], here \[3\]\), .* another --save-dir"):
+        optimizer.load_state_dict(state)
     with pytest.raises(UsageError, match="holds no teacher; start anew with --reset-optimizer"):
         optimizer.load_state_dict({"state": {}, "param_groups": []})
 

@@ -217,6 +217,13 @@ class MBPP(FairseqOptimizer):
         own = state_dict["mbpp"]
         shapes = [tuple(tensor.shape) for tensor in own["teacher"] or ()]
         expected = [tuple(weight.shape) for weight in self.params]
+        if shapes and len(shapes) == len(expected) and shapes != expected:
+            there, here = next((list(old), list(new)) for old, new in zip(shapes, expected) if old != new)
+            raise UsageError(
+                f"--optimizer mbpp: the checkpoint's teacher has other shapes than this run ({there}, here {here}), as "
+                "with another number of classes; give another --save-dir, and to start from those weights "
+                "--finetune-from-model"
+            )
         if shapes and shapes != expected:
             raise UsageError(
                 f"--optimizer mbpp: the checkpoint's teacher has {len(shapes)} tensors that do not fit the "

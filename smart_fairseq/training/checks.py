@@ -15,6 +15,7 @@ import torch.distributed as dist
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..data.binarize import read_manifest
+from ..data.lines import read_lines
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from ..patches import trained_on
@@ -37,6 +38,8 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
         _check_restore_file(cfg.smart_restore_file, last)
     elif before is not None:
         names = [_task_of(folder) for folder in (before, task.data)]
+        if None in names:
+            names = [_classes_of(folder) for folder in (before, task.data)]
         if None not in names and names[0] != names[1]:
             raise UsageError(
                 f"--save-dir holds {last}, of a run on {names[0]} ({before}), and this one is on {names[1]} "
@@ -79,8 +82,32 @@ def _task_of(folder: str) -> str | None:
         return None
 
 
+def _classes_of(folder: str) -> str | None:
+    """The labels of a data folder in their order; None where it has no such dictionary."""
+    try:
+        words = [line.rpartition(" ")[0] for _, line in read_lines(Path(folder) / "label" / "dict.txt")]
+    except UsageError:
+        return None
+    return f"the classes {', '.join(word for word in words if not word.startswith('madeupword'))}"
+
+
 def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:
-    """fairseq looks the metric up after the first epoch, and dies of a bare KeyError."""
+    """fairseq looks the metric up after the first epoch, and dies of a bare KeyError.
+
+    And it keeps the worst checkpoint without a word where the metric is sought at its wrong end.
+    """
+    _check_known(cfg, metric, objectives)
+    lowest = metric.endswith(("loss", "calibration_error"))
+    if cfg.smart_disable_validation or lowest != bool(cfg.smart_maximize_best):
+        return
+    maximize = "--maximize-best-checkpoint-metric"
+    given, advice = (f"is set with {maximize}", "leave that out") if lowest else ("is set alone", f"add {maximize}")
+    raise UsageError(
+        f"--best-checkpoint-metric {metric} {given}, so the worst checkpoint would be kept as the best; {advice}"
+    )
+
+
+def _check_known(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:
     if objectives[0].name:
         known = ["average", "loss", "nll_loss"]
         train = cfg.smart_train_subset
@@ -116,7 +143,13 @@ def check_labels(cfg: RegularizedConfig, task: Any, regression: bool) -> None:
             continue
         labels = parts.get("target")
         if labels is None:
-            file = os.path.join(folder, f"{split}.label" if regression else f"{split}.bin")
+            files = [os.path.join(folder, f"{split}.{kind}") for kind in ("bin", "label")]
+            if not any(map(os.path.isfile, files)):
+                raise UsageError(
+                    f"{folder}: no labels of the split {split}, which --train-subset or --valid-subset names; name "
+                    "splits that have labels"
+                )
+            file = files[regression]
             other = "without --regression-target" if regression else "with --regression-target --num-classes 1"
             raise UsageError(f"{file}: no such file; if this folder is for the other kind of task, train {other}")
         values = torch.stack([torch.as_tensor(labels[i]).reshape(-1)[0] for i in range(len(labels))])

@@ -135,6 +135,8 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_finetune_from: Any = II("checkpoint.finetune_from_model")
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
+    smart_maximize_best: Any = II("checkpoint.maximize_best_checkpoint_metric")  # Any: see smart_amp
+    smart_disable_validation: Any = II("dataset.disable_validation")
     smart_train_subset: str = II("dataset.train_subset")
     smart_update_freq: Any = II("optimization.update_freq")
     smart_save_dir: str = II("checkpoint.save_dir")
