@@ -139,6 +139,9 @@ class Model:
             return ()
         classes = label_order(self.folder, outputs)
         if not (trained_on / "label" / "dict.txt").is_file():
+            if trained_on != Path():  # the checkpoint names one
+                what = f"its classes were not compared with those of {self.folder}"
+                print(f"{self._path}: trained on {trained_on}, which is gone: {what}", flush=True)
             return classes
         # the head's own order, where it can be known, is right even if this folder has another
         order = label_order(trained_on, outputs)
@@ -175,6 +178,8 @@ class Model:
             labels = [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
         else:
             labels = [self.classes[place] for place in scores.argmax(1)]
+            if len(set(labels)) == 1 < len(labels):
+                print(f"{self.task.name} {split}: all {len(labels)} rows are predicted as {labels[0]}", flush=True)
         return Predictions(self.task, split, ids, labels, scores, self.classes, logits)
 
     def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,21 @@ def test_preprocess_and_its_errors(tmp_path, capsys):
     capsys.readouterr()
     assert main(["preprocess", "--task", "RTF", *flags]) == 2
     assert capsys.readouterr().err.startswith("preprocess: error: --task is 'RTF'")
+
+
+def test_a_reader_of_the_output_may_go(tmp_path):
+    """As ``head`` does when it has its lines: the work is done all the same, and nothing is said."""
+    make_pairs(tmp_path / "RTE", ("entailment", "not_entailment"))
+    flags = ["--data-dir", str(tmp_path), "--bpe-dir", str(make_gpt2_bpe(tmp_path / "bpe")), "--workers", "1"]
+    program = [sys.executable, "-m", "smart_fairseq.commands", "preprocess", "--task", "RTE", *flags]
+    read, output = os.pipe()
+    os.close(read)
+    with open(output, "wb") as nobody:
+        done = subprocess.run(
+            [*program, "--out", str(tmp_path / "bin")], stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads((tmp_path / "bin" / "preprocess.json").read_text())["rows"]["test"] == 15
 
 
 @pytest.mark.parametrize("task", [["--task", "ANLI"], ["--task=anli"]])

@@ -53,7 +53,7 @@ CONTENT = {
     "empty label": ([HEADER, "0\ta\tb\t"], r"train.tsv:2: label '' is not one of"),
     "label of another task": ([HEADER, GOOD, "1\ta\tb\tneutral"], r"train.tsv:3: label 'neutral'"),
     "header alone": ([HEADER], r"train.tsv: holds no rows"),
-    "blank lines alone": ([HEADER, "", " "], r"train.tsv: holds no rows"),
+    "blank lines alone": ([HEADER, "", " "], r"train.tsv: holds no rows but 2 that were left out; the first: blank"),
     "web page": (["<!DOCTYPE html>", "<html>404</html>"], r"train.tsv: is a web page"),
     "Git LFS pointer": (["version https://git-lfs.github.com/spec/v1", "oid sha256:0"], r"train.tsv: is a Git LFS"),
 }

@@ -181,6 +181,9 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys):
     assert "names RTE twice" in refused(predict.main, capsys, *twice, *bins, *out)
     line = refused(predict.main, capsys, "--checkpoint", f"QNLI={model}", *bins, *out)
     assert "--checkpoint names QNLI, and --data-dir has" in line
+    for data in (bins, ["--data-dir", str(place / "bins" / "RTE-bin")]):
+        line = refused(predict.main, capsys, "--checkpoint", f"RTF={model}", *data, *out)
+        assert re.search(r"--checkpoint names 'RTF', which is no task; --data-dir has (.*, )?RTE", line)
     both = ["--checkpoint", f"RTE={model}", f"MRPC={checkpoint(place, 'MRPC')}"]
     assert "MRPC-bin: has no test split of MRPC" in refused(predict.main, capsys, *both, *bins, *out)
     assert not (tmp_path / "out").exists()  # found before RTE was predicted
@@ -382,6 +385,21 @@ def test_repeated_ids_of_a_training_part(place, tmp_path, capsys):
     line = refused(predict.main, capsys, *flags, "--out", str(tmp_path / "out"))
     assert "ids/train.tsv: holds an id twice, and predictions are found by their ids; predict another split" in line
     assert [path.name for path in tmp_path.iterdir()] == ["RTE-bin"]
+
+
+def test_a_model_of_one_answer_and_a_training_folder_that_is_gone_are_said(place, tmp_path, capsys):
+    state = torch.load(checkpoint(place, "RTE"))
+    state["model"]["classification_heads.sentence_classification_head.out_proj.bias"][0] += 1e6
+    state["cfg"]["task"]["data"] = "gone-bin"
+    torch.save(state, tmp_path / "one.pt")
+    data = str(place / "bins" / "RTE-bin")
+    gone = f"trained on gone-bin, which is gone: its classes were not compared with those of {data}\n"
+    for main, more in ((predict.main, ["--split", "valid", "--out", str(tmp_path / "out")]), (evaluate.main, [])):
+        for model, expected in ((str(tmp_path / "one.pt"), True), (checkpoint(place, "RTE"), False)):
+            capsys.readouterr()
+            assert main(["--data-dir", data, "--checkpoint", model, "--cpu", *more]) == 0
+            said = capsys.readouterr().out
+            assert (gone in said) == ("RTE valid: all 15 rows are predicted as " in said) == expected, said
 
 
 def test_a_checkpoint_that_diverged(place, tmp_path, capsys):

@@ -211,6 +211,9 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path):
     rows, reports = read("RTE", tmp_path, skip_bad_rows=True)
     assert len(rows["train"]) == 1
     assert sum(reports["train"].left_out.values()) == 2
+    columns(path, header, ("1", "a", "b", "maybe"), ("2", "a"))
+    with pytest.raises(UsageError, match=r"holds no rows but 2 that were left out; the first: .*tsv:2: label 'maybe'"):
+        read("RTE", tmp_path, skip_bad_rows=True)
 
 
 def test_ids_and_votes_are_read_where_they_are(tmp_path):

@@ -113,7 +113,10 @@ def named_checkpoints(texts: Sequence[str], folders: dict[str, Path]) -> dict[st
     found: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if not equals or name not in (*TASKS, "ANLI"):
+        if not equals or name not in (*TASKS, "ANLI", *folders):
+            if equals and Path(name).name == name and not Path(text).exists():
+                known = ", ".join(folders)
+                raise UsageError(f"--checkpoint names {shown(name)}, which is no task; --data-dir has {known}")
             if len(folders) != 1:
                 raise UsageError(
                     f"--checkpoint is {shown(text)}; with {len(folders)} tasks in --data-dir it must be TASK=PATH"

@@ -1,12 +1,56 @@
-"""What the commands share: one-line errors with exit status 2, clean-up when asked to stop."""
+"""What the commands share: one-line errors with exit status 2, clean-up when asked to stop, output without a reader."""
 
+import contextlib
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ..errors import UsageError, one_line
 from ..files import tidy_on_sigterm
+
+
+class _Output:
+    """Standard output whose reader may go, as ``head`` does: then the rest is thrown away, and the work goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._thrown_away():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._thrown_away():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _thrown_away(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # where Python writes what it still holds, at the latest at its end
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _unread_output() -> Iterator[None]:
+    if sys.stdout is None:  # closed from the start
+        yield
+        return
+    output: Any = _Output(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        try:
+            yield
+        finally:
+            output.flush()
 
 
 def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
@@ -15,7 +59,7 @@ def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequen
     level = fairseq.level
     fairseq.setLevel(logging.WARNING)  # what it says while it loads is not for the reader of a table
     try:
-        with tidy_on_sigterm(), warnings.catch_warnings():
+        with tidy_on_sigterm(), _unread_output(), warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # of libraries: what we have to say is printed
             command(argv)

@@ -207,6 +207,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
     """
     report = Report()
     rows: list[Row] = []
+    first: object = None  # that is left out
     for name in source.files:
         path = source_path(folder, name)
         if path is None:
@@ -226,14 +227,18 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
                 item = _finished(task, source, path, item, len(rows))
             if isinstance(item, Row):
                 rows.append(item)
-            elif isinstance(item, Skip):
+                continue
+            first = first or item
+            if isinstance(item, Skip):
                 report.left_out[str(item)] += 1
             elif skip_bad_rows:
                 report.left_out["not in order (--skip-bad-rows)"] += 1
             else:
                 raise _not_in_order(item)
     if not rows:
-        raise located(Path(report.files[0]), 0, "holds no rows; download it again")
+        count = sum(report.left_out.values())
+        other = f"but {count} that were left out; the first: {first}" if count else "at all; download it again"
+        raise located(Path(report.files[0]), 0, f"holds no rows {other}")
     if task.ranking:
         rows = in_groups(rows, report)
         if not rows:
