@@ -56,7 +56,7 @@ class Model:
 
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
         if not checkpoint.is_file():
-            raise located(checkpoint, 0, "--checkpoint: no such file")
+            raise located(checkpoint, "--checkpoint: no such file")
         self.folder, self.task = folder, task_of(read_manifest(folder), folder)
 
         import torch  # what takes seconds to load comes after what can be said without
@@ -71,7 +71,7 @@ class Model:
             self.model.half()
 
     def _refuse(self, message: str) -> NoReturn:
-        raise located(self._path, 0, message)
+        raise located(self._path, message)
 
     def _load(self) -> Path:
         """Load the model for this data folder; the folder that it was trained on."""
@@ -193,7 +193,7 @@ class Model:
             counts |= {path: len(read_targets(path)) for path in self.folder.glob(f"label/{split}.label")}
         for path, count in sorted(counts.items()):
             if count != rows:
-                raise located(path, 0, f"does not have the {rows} rows of ids/{split}.tsv; run preprocess again")
+                raise located(path, f"does not have the {rows} rows of ids/{split}.tsv; run preprocess again")
         whole = {"whole": True} if self.task.candidates else {}
         dataset = self._fairseq_task.load_dataset(split, **whole)
         sizes = np.asarray(dataset.sizes[0])
@@ -201,7 +201,7 @@ class Model:
         if over:
             most = self.max_positions
             message = f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}"
-            raise located(self.folder, 0, message)
+            raise located(self.folder, message)
         for batch in batches(sizes, max_tokens):
             sample = dataset.collater([dataset[place] for place in batch])
             inputs = {name: value.to(self._device) for name, value in sample["net_input"].items()}

@@ -228,6 +228,9 @@ def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pyt
     ):
         path.write_text(text)
         assert said in error_line("preprocess", main, flags, capsys)
+    path.write_text("text,label\na,b,x\nc,d,y\n")
+    line = error_line("preprocess", main, [*flags, "--skip-bad-rows"], capsys)
+    assert f"{path}: holds no rows but 2 that were left out; the first: {path}:2: 3 comma-separated columns" in line
     assert "--labels must name the classes" in error_line(
         "preprocess", main, ["--task", "mine", "--test", str(path), *flags[4:]], capsys
     )

@@ -105,7 +105,7 @@ def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, .
     names = next(lines)[1].split("\t")
     places = [place for place, name in enumerate(names) if name.startswith(mark)]
     if not places or names[0] != "index":
-        raise located(path, 1, "holds no probabilities; write it with predict.py --split ... --probabilities")
+        raise located(path, "holds no probabilities; write it with predict.py --split ... --probabilities", 1)
     found: dict[str, list[float]] = {}
     for number, line in lines:
         cells = line.split("\t")
@@ -114,9 +114,9 @@ def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, .
         except IndexError:
             values = []
         if not values or not min(values) >= 0 or not abs(sum(values) - 1) < 1e-3:
-            raise located(path, number, f"{len(places)} probabilities with the sum 1 are needed")
+            raise located(path, f"{len(places)} probabilities with the sum 1 are needed", number)
         if cells[0] in found:
-            raise located(path, number, f"id {shown(cells[0])} was there already")
+            raise located(path, f"id {shown(cells[0])} was there already", number)
         found[cells[0]] = values
     return found, tuple(names[place].removeprefix(mark) for place in places)
 
@@ -125,11 +125,11 @@ def annotated_rows(task: Task, data_dir: Path, split: str) -> list[Row]:
     """The official rows of a split with the annotators' labels."""
     found = find_sources(task, data_dir)
     if split not in found:
-        raise located(data_dir, 0, f"--data-dir holds no {split} of {task.name}")
+        raise located(data_dir, f"--data-dir holds no {split} of {task.name}")
     source, folder = found[split]
     rows, _ = read_source(task, source, folder)
     if not any(row.votes for row in rows):
-        raise located(Path(rows[0].file), 0, "holds no annotators' labels; another form of the data set has them")
+        raise located(Path(rows[0].file), "holds no annotators' labels; another form of the data set has them")
     return rows
 
 
@@ -137,7 +137,7 @@ def analyse(task: Task, rows: Sequence[Row], path: Path) -> dict[str, Group]:
     """One file of probabilities against the annotators."""
     probabilities, labels = read_probabilities(path)
     if sorted(labels) != sorted(task.labels):
-        raise located(path, 1, f"has the classes {', '.join(labels)}, and {task.name} has {', '.join(task.labels)}")
+        raise located(path, f"has the classes {', '.join(labels)}, and {task.name} has {', '.join(task.labels)}", 1)
     found = in_order(path, probabilities, [row.id for row in rows], "rows, and the official file {}")
     return compare(labels, rows, np.array(found))
 

@@ -185,11 +185,11 @@ def members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
         if member.is_dir() or parts[0] == "__MACOSX" or parts[-1] in (".DS_Store", ""):
             continue
         if ".." in parts or member.filename.startswith(("/", "\\")) or ":" in parts[0]:
-            raise located(path, 0, f"member {shown(member.filename)} leads out of the folder; not unpacked")
+            raise located(path, f"member {shown(member.filename)} leads out of the folder; not unpacked")
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise located(path, 0, f"member {shown(member.filename)} is a link; not unpacked")
+            raise located(path, f"member {shown(member.filename)} is a link; not unpacked")
         if member.flag_bits & 1:
-            raise located(path, 0, f"member {shown(member.filename)} is encrypted; not unpacked")
+            raise located(path, f"member {shown(member.filename)} is encrypted; not unpacked")
         wanted.append(member)
     return wanted
 
@@ -201,7 +201,7 @@ def unpack(path: Path, folder: Path) -> list[str]:
             wanted = members(archive, path)
             size, free = sum(member.file_size for member in wanted), shutil.disk_usage(folder).free
             if size > free:
-                raise located(folder, 0, f"{path.name} needs {size} bytes, and {free} are free; make room")
+                raise located(folder, f"{path.name} needs {size} bytes, and {free} are free; make room")
             for member in wanted:
                 archive.extract(member, partial)
             for member in wanted:
@@ -209,9 +209,9 @@ def unpack(path: Path, folder: Path) -> list[str]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial / member.filename, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise located(path, 0, f"is not a complete zip file ({error}); remove it and download it again") from None
+        raise located(path, f"is not a complete zip file ({error}); remove it and download it again") from None
     except OSError as error:
-        raise located(folder, 0, f"cannot be written ({error.strerror or error}); nothing was unpacked") from None
+        raise located(folder, f"cannot be written ({error.strerror or error}); nothing was unpacked") from None
     return sorted({member.filename.split("/")[0] for member in wanted})
 
 
@@ -269,7 +269,7 @@ def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example:
         raise UsageError(f"--mirror is {shown(options.mirror)}; it must begin with http:// or https://")
     folder = Path(options.folder)
     if folder.exists() and not folder.is_dir():
-        raise located(folder, 0, "is a file, and a folder is needed")
+        raise located(folder, "is a file, and a folder is needed")
     must = f"a list of {', '.join(NAMES)}, or all"
     names = default if options.tasks == "all" else chosen("--tasks", options.tasks, NAMES, must)
     for name in names:

@@ -42,20 +42,20 @@ def read_predictions(path: Path, task: Task) -> dict[str, str]:
                 identity, label = str(entry["uid"]), str(entry["label"])
             except (ValueError, KeyError, TypeError):
                 raise located(
-                    path, number, 'each line must be an object such as {"uid": "...", "label": "e"}'
+                    path, 'each line must be an object such as {"uid": "...", "label": "e"}', number
                 ) from None
             label = words.get(label, label)
         else:
             cells = line.split("\t")
             if number == 1:
                 if cells[:2] != ["index", "prediction"]:
-                    raise located(path, 1, f"the header is {shown(line)}; it must begin with index<TAB>prediction")
+                    raise located(path, f"the header is {shown(line)}; it must begin with index<TAB>prediction", 1)
                 continue
             if len(cells) < 2:
-                raise located(path, number, f"{len(cells)} column, and 2 are needed: index<TAB>prediction")
+                raise located(path, f"{len(cells)} column, and 2 are needed: index<TAB>prediction", number)
             identity, label = cells[0], cells[1]
         if identity in found:
-            raise located(path, number, f"id {shown(identity)} was there already")
+            raise located(path, f"id {shown(identity)} was there already", number)
         found[identity] = _checked(task, label, path, number)
     return found
 
@@ -63,9 +63,9 @@ def read_predictions(path: Path, task: Task) -> dict[str, str]:
 def _checked(task: Task, label: str, path: Path, number: int) -> str:
     if task.regression:
         if not math.isfinite(as_number(label)):
-            raise located(path, number, f"prediction {shown(label)} is not a number")
+            raise located(path, f"prediction {shown(label)} is not a number", number)
     elif label not in task.labels:
-        raise located(path, number, f"prediction {shown(label)} is not one of {', '.join(task.labels)}")
+        raise located(path, f"prediction {shown(label)} is not one of {', '.join(task.labels)}", number)
     return label
 
 
@@ -102,7 +102,7 @@ def in_order(path: Path, found: Mapping[str, Found], ids: Sequence[str], holds: 
     lacking = [identity for identity in ids if identity not in found]
     if lacking or len(found) != len(ids):
         which = f"; {len(lacking)} are missing, the first for id {shown(lacking[0])}" if lacking else ""
-        raise located(path, 0, f"holds {len(found)} {holds.format(len(ids))}{which}")
+        raise located(path, f"holds {len(found)} {holds.format(len(ids))}{which}")
     return [found[identity] for identity in ids]
 
 
@@ -113,7 +113,7 @@ def _from_files(paths: Sequence[Path], task: Task, ids: Sequence[str]) -> list[s
         more = read_predictions(path, task)
         twice = next(iter(found.keys() & more.keys()), None)
         if twice is not None:
-            raise located(path, 0, f"id {shown(twice)} was in a file before it already")
+            raise located(path, f"id {shown(twice)} was in a file before it already")
         found.update(more)
     return in_order(paths[0], found, ids, "predictions, and the split has {} rows")
 
@@ -132,7 +132,7 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
     if options.task is None:
         if len(folders) != 1:
             message = f"--data-dir holds {len(folders)} data folders; name one, or say which --task"
-            raise located(Path(options.data_dir), 0, message)
+            raise located(Path(options.data_dir), message)
         return next(iter(folders.values()))
     if options.task in folders:
         return folders[options.task]
@@ -143,7 +143,7 @@ def _data_folder(options: argparse.Namespace, scratch: Path) -> Path:
 def _labelled_splits(folder: Path, options: argparse.Namespace) -> list[str]:
     splits = chosen_splits(folder, options.split, "valid")
     if not splits:
-        raise located(folder, 0, "has no valid split; name another with --split")
+        raise located(folder, "has no valid split; name another with --split")
     return splits
 
 

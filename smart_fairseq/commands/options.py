@@ -36,7 +36,7 @@ def chosen(flag: str, text: str, allowed: Iterable[str], must: str) -> list[str]
 def existing(data_dir: Path) -> None:
     """Raise `UsageError` if the folder of ``--data-dir`` is not there."""
     if not data_dir.is_dir():
-        raise located(data_dir, 0, "--data-dir: no such folder")
+        raise located(data_dir, "--data-dir: no such folder")
 
 
 def data_folders(data_dir: Path) -> dict[str, Path]:

@@ -21,7 +21,7 @@ def form_of(flag: str, path: Path) -> str:
     name = Path(path.name.removesuffix(".gz"))
     require(name.suffix in FORMS, flag, shown(str(path)), f"a file that ends in {', '.join(FORMS)}, or in .gz after it")
     if source_path(path.parent, name.name) is None:
-        raise located(path, 0, f"{flag}: no such file")
+        raise located(path, f"{flag}: no such file")
     return FORMS[name.suffix]
 
 

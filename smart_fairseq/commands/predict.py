@@ -174,7 +174,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
             splits[name] = chosen_splits(folders[name], options.split, "test")
             if not splits[name]:
                 other = "leave the task out, or name another with --split"
-                raise located(folders[name], 0, f"has no test split of {name}; {other}")
+                raise located(folders[name], f"has no test split of {name}; {other}")
             for split in splits[name]:
                 read_ids(folders[name], split, by_id=True)
         for_server = False

@@ -289,7 +289,7 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
     present = [name for name in names if find_sources(TASKS[name], data_dir)]
     if options.task == "all":
         if not present:
-            raise located(data_dir, 0, f"--data-dir holds none of {', '.join(names)}")
+            raise located(data_dir, f"--data-dir holds none of {', '.join(names)}")
     else:
         present = names  # reading what is missing says which files it needs
     for name in present:

@@ -43,7 +43,7 @@ def unpack(archive: Path, target: Path) -> None:
     """Fill ``target`` from the archive, completely or not at all. Raises `UsageError` if the archive is another one."""
     found = sha256(archive)
     if found != SHA256:
-        raise located(archive, 0, f"SHA-256 is {found}, and {SHA256} is expected; it is not vaderSentiment 2.5's")
+        raise located(archive, f"SHA-256 is {found}, and {SHA256} is expected; it is not vaderSentiment 2.5's")
     with whole_files(target, (*FILES, "LICENSE.txt")) as partial:
         try:
             with tarfile.open(archive) as outer:
@@ -52,7 +52,7 @@ def unpack(archive: Path, target: Path) -> None:
                     for name in FILES:
                         (partial / name).write_bytes(_content(inner, f"{INNER_FOLDER}/{name}", archive))
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise located(archive, 0, f"is not a complete archive ({error}); download it again") from None
+            raise located(archive, f"is not a complete archive ({error}); download it again") from None
 
 
 def _content(archive: tarfile.TarFile, name: str, path: Path) -> bytes:
@@ -60,5 +60,5 @@ def _content(archive: tarfile.TarFile, name: str, path: Path) -> bytes:
     member = next((member for member in archive if member.name == name and member.isreg()), None)
     file = None if member is None else archive.extractfile(member)
     if file is None:
-        raise located(path, 0, f"holds no file {name}")
+        raise located(path, f"holds no file {name}")
     return file.read()

@@ -29,7 +29,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise located(path, 0, unreadable(error)) from None
+        raise located(path, unreadable(error)) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
         refuse(path, "holds no model or no configuration", "a checkpoint written by fairseq-train is needed")
     return state
@@ -44,7 +44,7 @@ def as_written(path: Path) -> Iterator[None]:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         what = f"its configuration or weights are not as fairseq-train writes them ({type(error).__name__})"
-        raise located(path, 0, f"{what}; a checkpoint that nothing else has changed is needed") from error
+        raise located(path, f"{what}; a checkpoint that nothing else has changed is needed") from error
 
 
 def check_head(path: Path, weights: Iterable[str], head: str, parts: Set[str] = HEAD_PARTS) -> None:

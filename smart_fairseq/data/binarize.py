@@ -89,11 +89,11 @@ def read_ids_of(prefix: Path, symbols: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         data = np.fromfile(path, dtype=kind)
     except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror})") from None
+        raise located(path, f"cannot be read ({error.strerror})") from None
     if len(data) != whole:
-        raise located(path, 0, f"holds {len(data)} ids, and its .idx says {whole}; run preprocess again")
+        raise located(path, f"holds {len(data)} ids, and its .idx says {whole}; run preprocess again")
     if whole and not 0 <= data.min() <= data.max() < symbols:
-        raise located(path, 0, f"holds ids beyond the {symbols} of its dict.txt; run preprocess again")
+        raise located(path, f"holds ids beyond the {symbols} of its dict.txt; run preprocess again")
     return data, sizes
 
 
@@ -109,9 +109,9 @@ def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror}); run preprocess first") from None
+        raise located(path, f"cannot be read ({error.strerror}); run preprocess first") from None
     if not raw.startswith(INDEX_MAGIC) or len(raw) < 26:
-        raise located(path, 0, "is not an index of fairseq's mmap format; run preprocess again")
+        raise located(path, "is not an index of fairseq's mmap format; run preprocess again")
     code, count = raw[17], struct.unpack("<Q", raw[18:26])[0]
     if code in (3, 4, 5, 8, 9) and len(raw) == 26 + 12 * count:
         kind = {3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}[code]
@@ -119,7 +119,7 @@ def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
         starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * np.dtype(kind).itemsize
         if (sizes >= 0).all() and (np.frombuffer(raw, np.int64, count, 26 + 4 * count) == starts).all():
             return kind, sizes
-    raise located(path, 0, "is cut short or damaged; run preprocess again")
+    raise located(path, "is cut short or damaged; run preprocess again")
 
 
 def read_targets(path: Path) -> list[float]:
@@ -128,7 +128,7 @@ def read_targets(path: Path) -> list[float]:
     for number, line in read_lines(path):
         found.append(as_number(line))
         if not math.isfinite(found[-1]):
-            raise located(path, number, f"{shown(line)} is no number; run preprocess again")
+            raise located(path, f"{shown(line)} is no number; run preprocess again", number)
     return found
 
 
@@ -257,12 +257,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise located(
-            folder, 0, f"holds no {MANIFEST}; {one_of_those_in(folder) or 'make it with preprocess.py'}"
+            folder, f"holds no {MANIFEST}; {one_of_those_in(folder) or 'make it with preprocess.py'}"
         ) from None
     except (OSError, ValueError) as error:
-        raise located(path, 0, f"cannot be read ({error}); run preprocess again") from None
+        raise located(path, f"cannot be read ({error}); run preprocess again") from None
     if not _sound(manifest):
-        raise located(path, 0, "is not what preprocess.py writes; run it again")
+        raise located(path, "is not what preprocess.py writes; run it again")
     return manifest
 
 
@@ -295,7 +295,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))  # behind a link, its folder is what is replaced
     if target.exists() and not target.is_dir():
-        raise located(target, 0, "--out: a file is there; choose another name")
+        raise located(target, "--out: a file is there; choose another name")
     if target.is_dir() and not _ours(target):
         refuse(target, "--out: this folder holds other things than preprocess.py writes", "choose another or remove it")
     with whole_folder(target) as partial:

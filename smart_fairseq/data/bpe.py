@@ -67,9 +67,9 @@ def load_vocabulary(path: Path) -> Vocabulary:
         if overwrite:
             symbol, _, count = symbol.rpartition(" ")
         if not symbol or not count.lstrip("-").isdigit():
-            raise located(path, number, f"{shown(line)} is not `symbol count`; a fairseq dict.txt is needed")
+            raise located(path, f"{shown(line)} is not `symbol count`; a fairseq dict.txt is needed", number)
         if symbol in vocabulary and not overwrite:
-            raise located(path, number, f"symbol {shown(symbol)} was there already; a fairseq dict.txt is needed")
+            raise located(path, f"symbol {shown(symbol)} was there already; a fairseq dict.txt is needed", number)
         vocabulary[symbol] = len(SPECIAL_SYMBOLS) + len(lines)
         lines.append(line.rstrip() + "\n")
     vocabulary.size, vocabulary.lines = len(SPECIAL_SYMBOLS) + len(lines), "".join(lines)
@@ -80,14 +80,14 @@ def _text(path: Path, otherwise: str) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
-        raise located(path, 0, otherwise) from None
+        raise located(path, otherwise) from None
 
 
 def _json_file(path: Path) -> Any:
     try:
         return parse_json(read_bytes(path).decode("utf-8"))
     except ValueError as error:
-        raise located(path, getattr(error, "lineno", 0), f"not JSON ({error})") from None
+        raise located(path, f"not JSON ({error})", getattr(error, "lineno", 0)) from None
 
 
 def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
@@ -96,26 +96,24 @@ def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
         require(kind in KINDS, "--bpe", shown(kind), f"one of {', '.join(KINDS)}")
     if not folder.is_dir():
         without = "without the flag it is gpt2_bpe in --data-dir, and download.py --tasks gpt2_bpe fetches RoBERTa's"
-        raise located(
-            folder, 0, f"--bpe-dir: no such folder; it must hold dict.txt and the encoder's files ({without})"
-        )
+        raise located(folder, f"--bpe-dir: no such folder; it must hold dict.txt and the encoder's files ({without})")
     settings, lowercase = folder / "bpe.json", True
     if settings.is_file():
         said = _json_file(settings)
         if not isinstance(said, dict) or said.get("bpe") not in KINDS:
-            raise located(settings, 0, f'it must be an object such as {{"bpe": "bert"}}, one of {KINDS}')
+            raise located(settings, f'it must be an object such as {{"bpe": "bert"}}, one of {KINDS}')
         if kind is not None and said["bpe"] != kind:
-            raise located(settings, 0, f"says {said['bpe']}, and --bpe says {kind}; leave --bpe out")
+            raise located(settings, f"says {said['bpe']}, and --bpe says {kind}; leave --bpe out")
         kind, lowercase = said["bpe"], said.get("lowercase", True)
         if not isinstance(lowercase, bool):
-            raise located(settings, 0, f"lowercase is {lowercase!r}; it must be true or false")
+            raise located(settings, f"lowercase is {lowercase!r}; it must be true or false")
     kind = kind or "gpt2"
     for name in NEEDED[kind]:
         if not (folder / name).is_file():
             needs = f"--bpe {kind} needs {', '.join(NEEDED[kind])} in --bpe-dir"
             if (folder / "config.json").is_file():
                 needs = "this folder is of the Hugging Face format; import it first (docs/encoders.md)"
-            raise located(folder / name, 0, f"is missing; {needs} (examples/glue/README.md says where they come from)")
+            raise located(folder / name, f"is missing; {needs} (examples/glue/README.md says where they come from)")
     if kind == "sentencepiece":
         _sentencepiece_model(folder)
     return BpeFiles(kind, str(folder), lowercase)
@@ -125,7 +123,7 @@ def _sentencepiece_model(folder: Path) -> Path:
     models = sorted(folder.glob("*.model"))
     if len(models) != 1:
         found = ", ".join(path.name for path in models) or "none"
-        raise located(folder, 0, f"--bpe sentencepiece needs exactly one file *.model in --bpe-dir, found {found}")
+        raise located(folder, f"--bpe sentencepiece needs exactly one file *.model in --bpe-dir, found {found}")
     return models[0]
 
 
@@ -144,11 +142,11 @@ def _gpt2_encoder(folder: Path) -> Encoder:
     encoder, merges = folder / "encoder.json", folder / "vocab.bpe"
     table = _json_file(encoder)
     if not isinstance(table, dict) or not all(isinstance(value, int) for value in table.values()):
-        raise located(encoder, 0, "is not the GPT-2 encoder.json: an object from byte strings to ids")
+        raise located(encoder, "is not the GPT-2 encoder.json: an object from byte strings to ids")
     lines = read_bytes(merges).decode("utf-8", "replace").split("\n")[1:-1]
     for number, line in enumerate(lines, start=2):
         if len(line.split()) != 2:
-            raise located(merges, number, f"{shown(line)} is not a merge of two symbols; GPT-2's vocab.bpe is needed")
+            raise located(merges, f"{shown(line)} is not a merge of two symbols; GPT-2's vocab.bpe is needed", number)
     fairseq = importlib.util.find_spec("fairseq")
     if fairseq is None or fairseq.origin is None:
         raise UsageError("--bpe gpt2 needs fairseq; install it (README, Installation)")
@@ -157,7 +155,7 @@ def _gpt2_encoder(folder: Path) -> Encoder:
     bpe = module["get_encoder"](str(encoder), str(merges))
     missing = [mark for mark in bpe.byte_encoder.values() if mark not in table]
     if missing:
-        raise located(encoder, 0, f"has no entry for {len(missing)} of the 256 bytes; GPT-2's is needed")
+        raise located(encoder, f"has no entry for {len(missing)} of the 256 bytes; GPT-2's is needed")
 
     @functools.cache
     def split(word: str) -> list[str]:
@@ -165,7 +163,7 @@ def _gpt2_encoder(folder: Path) -> Encoder:
             return [str(number) for number in bpe.encode(word)]
         except KeyError as error:
             message = f"has no entry for {error}, which vocab.bpe makes; the two must come from the same place"
-            raise located(encoder, 0, message) from None
+            raise located(encoder, message) from None
 
     return lambda text: [symbol for word in bpe.pat.findall(text) for symbol in split(word)]
 
@@ -178,7 +176,7 @@ def _sentencepieces(folder: Path) -> Encoder:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise located(path, 0, "is not a sentencepiece model") from None
+        raise located(path, "is not a sentencepiece model") from None
     return functools.partial(processor.encode, out_type=str)
 
 
@@ -189,6 +187,6 @@ def _word_pieces(folder: Path, lowercase: bool) -> Encoder:
     path = folder / "vocab.txt"
     words = _text(path, "is not UTF-8, so it is not a BERT vocabulary").split("\n")
     if "[UNK]" not in {word.strip() for word in words}:
-        raise located(path, 0, "has no [UNK], so it is not a BERT vocabulary: one symbol a line")
+        raise located(path, "has no [UNK], so it is not a BERT vocabulary: one symbol a line")
     tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).tokens)

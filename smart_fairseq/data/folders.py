@@ -22,7 +22,7 @@ def task_of(manifest: dict[str, Any], folder: Path) -> Task:
         metrics, texts = ("accuracy",) if labels else CORRELATIONS, 2 if (folder / "input1").is_dir() else 1
         return Task(str(name), (), {}, texts, labels, manifest["divisor"], metrics)
     if name not in TASKS:
-        raise located(folder / MANIFEST, 0, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
+        raise located(folder / MANIFEST, f"task {shown(str(name))} is not one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -33,11 +33,11 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
     data folder, or is prepared with another dictionary than the first.
     """
     if not data.is_dir():
-        raise located(data, 0, "no such folder; name the folder of the data folders that preprocess.py wrote")
+        raise located(data, "no such folder; name the folder of the data folders that preprocess.py wrote")
     if names is None:
         places = [data] if (data / MANIFEST).is_file() else data_folders_in(data)
         if not places:
-            raise located(data, 0, f"holds no data folder; make some with preprocess.py, or name them by {flag}")
+            raise located(data, f"holds no data folder; make some with preprocess.py, or name them by {flag}")
     else:
         places = [_named(data, name.strip()) for name in names if name.strip()]
         if not places:
@@ -46,14 +46,14 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
     for place in places:
         if not place.is_dir():
             inside = ", ".join(folder.name for folder in data_folders_in(data)) or "none"
-            raise located(place, 0, f"no such folder; {flag} names data folders in {data}, which holds {inside}")
+            raise located(place, f"no such folder; {flag} names data folders in {data}, which holds {inside}")
         task = task_of(read_manifest(place), place)
         if task.name in found:
             refuse(place, f"holds {task.name}, as {found[task.name][1]} does", f"choose one of the two by {flag}")
         first = next(iter(found.values()), (task, place))[1]
         if _dictionary(place) != _dictionary(first):
             other = f"that of {first}, and all tasks share one encoder; preprocess both with the same --bpe-dir"
-            raise located(place / "input0" / "dict.txt", 0, f"is not {other}")
+            raise located(place / "input0" / "dict.txt", f"is not {other}")
         found[task.name] = (task, place)
     return found
 
@@ -71,7 +71,7 @@ def _dictionary(folder: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror}); run preprocess again") from None
+        raise located(path, f"cannot be read ({error.strerror}); run preprocess again") from None
 
 
 def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
@@ -82,14 +82,14 @@ def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
     """
     path = folder / "ids" / f"{split}.tsv"
     if not path.is_file():
-        raise located(path, 0, f"is missing, so {folder} has no split {split}; run preprocess again")
+        raise located(path, f"is missing, so {folder} has no split {split}; run preprocess again")
     ids = [line.split("\t")[0] for _, line in read_lines(path)][1:]
     rows = len(read_index(folder / "input0" / split)[1])
     if len(ids) != rows:
-        raise located(path, 0, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
+        raise located(path, f"holds {len(ids)} ids, and input0/{split} {rows} rows; run preprocess again")
     if len(set(ids)) != rows and (by_id or not split.startswith("train")):
         advice = "predict another split" if split.startswith("train") else "run preprocess again"
-        raise located(path, 0, f"holds an id twice, and predictions are found by their ids; {advice}")
+        raise located(path, f"holds an id twice, and predictions are found by their ids; {advice}")
     return ids
 
 
@@ -106,19 +106,19 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
     """
     rows = read_manifest(folder)["rows"].get(split)
     if rows is None:
-        raise located(folder, 0, f"has no split {split}; preprocess a folder that holds it")
+        raise located(folder, f"has no split {split}; preprocess a folder that holds it")
     if not rows:
-        raise located(folder, 0, f"has no rows in its split {split}")
+        raise located(folder, f"has no rows in its split {split}")
     texts = ["input0", "input1"] if (folder / "input1").is_dir() else ["input0"]
     files = {folder / text / f"{split}.bin": len(read_ids_of(folder / text / split, symbols)[1]) for text in texts}
     labels = folder / "label" / f"{split}.{'label' if task.regression else 'bin'}"
     if not labels.is_file():
-        raise located(labels, 0, f"is missing, so {split} has no labels; run preprocess again")
+        raise located(labels, f"is missing, so {split} has no labels; run preprocess again")
     if task.regression:
         lines = list(read_lines(labels))
         for number, line in lines:
             if not abs(as_number(line)) < float("inf"):
-                raise located(labels, number, f"the target is {shown(line)}; it must be a number")
+                raise located(labels, f"the target is {shown(line)}; it must be a number", number)
         files[labels] = len(lines)
     else:
         known = sum(1 for _ in read_lines(folder / "label" / "dict.txt")) + len(SPECIAL_SYMBOLS)
@@ -128,7 +128,7 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
         for group, part in enumerate(parts(read_groups(folder, split, rows)), start=1):
             if not any(numbers[part]):
                 path = folder / "groups" / f"{split}.sizes"
-                raise located(path, group, "no candidate of this group is right; run preprocess again")
+                raise located(path, "no candidate of this group is right; run preprocess again", group)
     for path, count in files.items():
         if count != rows:
-            raise located(path, 0, f"holds {count} rows, and {MANIFEST} says {rows}; run preprocess again")
+            raise located(path, f"holds {count} rows, and {MANIFEST} says {rows}; run preprocess again")

@@ -34,7 +34,7 @@ class Report:
     left_out: "Counter[str]" = field(default_factory=Counter)  # reason to count
 
 
-def located(path: Path, line: int, message: str) -> UsageError:
+def located(path: Path, message: str, line: int = 0) -> UsageError:
     """An error at a place: ``FILE:LINE: message``; line 0 stands for the file as a whole."""
     return UsageError(f"{path}:{line}: {message}" if line else f"{path}: {message}")
 
@@ -62,25 +62,25 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise located(path, 0, f"not a complete gzip file ({error}); download it again") from None
+        raise located(path, f"not a complete gzip file ({error}); download it again") from None
     except IsADirectoryError:
-        raise located(path, 0, "is a folder, and a file is needed") from None
+        raise located(path, "is a folder, and a file is needed") from None
     except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror})") from None
+        raise located(path, f"cannot be read ({error.strerror})") from None
     if not data.strip():
-        raise located(path, 0, "is empty; download it again")
+        raise located(path, "is empty; download it again")
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
-        raise located(path, 0, "is a web page, not data: the download went wrong; download it again")
+        raise located(path, "is a web page, not data: the download went wrong; download it again")
     if start.startswith(b"version https://git-lfs"):
-        raise located(path, 0, "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
+        raise located(path, "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise located(path, 0, "is UTF-16 text, and UTF-8 is needed; convert it with `iconv -f UTF-16 -t UTF-8`")
+        raise located(path, "is UTF-16 text, and UTF-8 is needed; convert it with `iconv -f UTF-16 -t UTF-8`")
     if data[:2] == b"PK" or data[:2] == b"\x1f\x8b":
-        raise located(path, 0, "is an archive; unpack it first")
+        raise located(path, "is an archive; unpack it first")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise located(path, line, "holds a zero byte: this is a binary file, and text is needed")
+        raise located(path, "holds a zero byte: this is a binary file, and text is needed", line)
     return data
 
 
@@ -94,7 +94,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             byte = line[error.start]
             message = f"byte 0x{byte:02x} at position {error.start + 1} is not UTF-8; convert the file to UTF-8"
-            raise located(path, number, message) from None
+            raise located(path, message, number) from None
 
 
 class Skip(Exception):

@@ -66,11 +66,11 @@ def read_groups(folder: Path, split: str, rows: int) -> list[int]:
     """The sizes of a split's groups. Raises `UsageError` where they do not make up its ``rows``."""
     path = folder / "groups" / f"{split}.sizes"
     if not path.is_file():
-        raise located(path, 0, "is missing; run preprocess again")
+        raise located(path, "is missing; run preprocess again")
     sizes = []
     for number, line in read_lines(path):
         if not line.isdecimal() or int(line) == 0:
-            raise located(path, number, f"{shown(line)} is no number of rows; run preprocess again")
+            raise located(path, f"{shown(line)} is no number of rows; run preprocess again", number)
         sizes.append(int(line))
     if sum(sizes) != rows:
         refuse(path, f"has groups of {sum(sizes)} rows together, and {split} has {rows}", "run preprocess again")

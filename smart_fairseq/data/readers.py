@@ -28,7 +28,7 @@ def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> 
                 f"the header has no column {shown(str(column))}, only {shown(', '.join(header), 120)}; "
                 "this is not the task's file, or not in a form in which it is distributed"
             )
-            raise located(path, 1, message)
+            raise located(path, message, 1)
     return {column: places[str(column).lower()] for column in columns}
 
 
@@ -39,10 +39,10 @@ def _label(task: Task, source: Source, path: Path, line: int, word: str) -> str 
         return None
     if task.regression:
         if not 0.0 <= as_number(word) <= task.divisor:
-            raise located(path, line, f"score {shown(word)} is not a number from 0 to {task.divisor:g}")
+            raise located(path, f"score {shown(word)} is not a number from 0 to {task.divisor:g}", line)
     elif word not in task.labels:
         allowed = ", ".join(dict.fromkeys([*source.label_words, *task.labels, *source.no_labels]))
-        raise located(path, line, f"label {shown(word)} is not one of {task.name}'s: {allowed}")
+        raise located(path, f"label {shown(word)} is not one of {task.name}'s: {allowed}", line)
     return word
 
 
@@ -57,7 +57,7 @@ def _cells(form: str, path: Path) -> Iterator[tuple[int, list[str]]]:
         for cells in table:
             yield table.line_num, cells
     except csv.Error as error:
-        raise located(path, table.line_num, f"no comma-separated row ({error})") from None
+        raise located(path, f"no comma-separated row ({error})", table.line_num) from None
 
 
 def columns_of(form: str, path: Path) -> list[str]:
@@ -79,7 +79,13 @@ def labels_of(source: Source, path: Path, skip_bad_rows: bool) -> "Counter[str]"
     bad = next((row for row in rows if not isinstance(row, Row | Skip)), None)
     if bad is not None and not skip_bad_rows:
         raise _not_in_order(bad)
+    if rows and not any(isinstance(row, Row) for row in rows):
+        raise _all_left_out(path, len(rows), rows[0])
     return Counter(row.label for row in rows if isinstance(row, Row) and row.label)
+
+
+def _all_left_out(path: Path, count: int, first: object) -> UsageError:
+    return located(path, f"holds no rows but {count} that were left out; the first: {first}")
 
 
 def _not_in_order(error: object) -> UsageError:
@@ -113,7 +119,7 @@ def _table_rows(source: Source, path: Path) -> Iterator[object]:
             if source.loose:
                 yield Skip(f"{'fewer' if len(cells) < width[0] else 'more'} than {expected} columns")
             else:
-                yield located(path, number, f"{len(cells)} {kind}-separated columns, and {expected} are needed")
+                yield located(path, f"{len(cells)} {kind}-separated columns, and {expected} are needed", number)
             continue
         name = "" if identity is None else cells[identity]
         word = None if label is None else cells[label]
@@ -133,9 +139,9 @@ def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
     try:
         entry = parse_json(line)
     except ValueError as error:
-        raise located(path, number, f"not JSON ({error}); each line must be one object") from None
+        raise located(path, f"not JSON ({error}); each line must be one object", number) from None
     if not isinstance(entry, dict):
-        raise located(path, number, f"a JSON {type(entry).__name__}, and an object is needed")
+        raise located(path, f"a JSON {type(entry).__name__}, and an object is needed", number)
     for key in (source.label, source.id) if source.numbers else ():
         if isinstance(entry.get(key), int | float) and not isinstance(entry[key], bool):
             entry[key] = f"{entry[key]}"
@@ -145,18 +151,18 @@ def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
         wrong.remove(source.label)
     if wrong:
         found = type(entry[wrong[0]]).__name__ if wrong[0] in entry else "nothing"
-        raise located(path, number, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed")
+        raise located(path, f"key {shown(str(wrong[0]))} holds {found}, and a string is needed", number)
     votes: list[str] = []
     for key in source.votes:
         value = entry.get(key, [])
         if not isinstance(value, list):
-            raise located(path, number, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed")
+            raise located(path, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed", number)
         votes += [str(vote) for vote in value if vote]
     word = None if source.label is None else entry.get(source.label) or ""
     identity = "" if source.id is None else str(entry.get(source.id, ""))
     texts = [entry[key] for key in source.texts]
     if any("\0" in text for text in (identity, *texts)):
-        raise located(path, number, "holds a zero byte, and text is needed")
+        raise located(path, "holds a zero byte, and text is needed", number)
     return _raw_row(identity, texts, word, votes, path, number)
 
 
@@ -175,7 +181,7 @@ def read_dev_ids(path: Path) -> set[tuple[str, str]]:
     for number, line in read_lines(path):
         cells = line.split("\t")
         if len(cells) != 2:
-            raise located(path, number, f"{len(cells)} tab-separated columns, and 2 are needed: a pair of ids")
+            raise located(path, f"{len(cells)} tab-separated columns, and 2 are needed: a pair of ids", number)
         pairs.add((cells[0].strip(), cells[1].strip()))
     return pairs
 
@@ -211,7 +217,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
     for name in source.files:
         path = source_path(folder, name)
         if path is None:
-            raise located(folder / name, 0, "is missing; download the data again")
+            raise located(folder / name, "is missing; download the data again")
         report.files.append(str(path))
         readers: dict[str, Callable[[Source, Path], Iterator[object]]] = {
             "jsonl": _object_rows,
@@ -235,15 +241,15 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
                 report.left_out["not in order (--skip-bad-rows)"] += 1
             else:
                 raise _not_in_order(item)
+    if not rows and first is not None:
+        raise _all_left_out(Path(report.files[0]), report.left_out.total(), first)
     if not rows:
-        count = sum(report.left_out.values())
-        other = f"but {count} that were left out; the first: {first}" if count else "at all; download it again"
-        raise located(Path(report.files[0]), 0, f"holds no rows {other}")
+        raise located(Path(report.files[0]), "holds no rows; download it again")
     if task.ranking:
         rows = in_groups(rows, report)
         if not rows:
             what = f"no {source.texts[0]} of it has both a right and a wrong candidate"
-            raise located(Path(report.files[0]), 0, f"holds no group to rank: {what}")
+            raise located(Path(report.files[0]), f"holds no group to rank: {what}")
     report.rows = len(rows)
     return rows, report
 
@@ -298,12 +304,12 @@ def read_task(
     found = find_sources(task, data_dir)
     if not found:
         if not data_dir.is_dir():
-            raise located(data_dir, 0, "--data-dir: no such folder")
+            raise located(data_dir, "--data-dir: no such folder")
         forms = [source for sources in task.splits.values() for source in sources]
         names = sorted({name for source in forms for name in (*source.files, source.ratings) if name})
         expected = ", ".join(names[:6]) + (" ..." if names[6:] else "")
         message = f"--data-dir holds no files of {task.name}; expected {expected} in {' or '.join(task.folders)}"
-        raise located(data_dir / task.folders[0], 0, message)
+        raise located(data_dir / task.folders[0], message)
     rows: dict[str, list[Row]] = {}
     reports: dict[str, Report] = {}
     for split, (source, folder) in found.items():
@@ -320,4 +326,4 @@ def check_unique(rows: Sequence[Row]) -> None:
         first = seen.setdefault(row.id, row)
         if first is not row:
             message = f"id {shown(row.id)} was on line {first.line} already; ids of a part to predict must differ"
-            raise located(Path(row.file), row.line, message)
+            raise located(Path(row.file), message, row.line)

@@ -63,12 +63,12 @@ def _ratings(path: Path) -> dict[str, tuple[int, ...] | UsageError]:
             values = None
         right = isinstance(values, list) and values and all(type(v) is int and abs(v) <= EXTREME for v in values)
         if cells[0] in found:
-            found[cells[0]] = located(path, number, f"id {shown(cells[0])} was there already")
+            found[cells[0]] = located(path, f"id {shown(cells[0])} was there already", number)
         elif right:
             found[cells[0]] = tuple(values)
         else:
             allowed = f"a list of whole numbers from -{EXTREME} to {EXTREME}, in column 4 of 4"
-            found[cells[0]] = located(path, number, f"{shown(cells[-1])} is not {allowed}")
+            found[cells[0]] = located(path, f"{shown(cells[-1])} is not {allowed}", number)
     return found
 
 
@@ -85,12 +85,12 @@ def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, _Rated 
     """The split and the row of each line of the file of texts."""
     beside = source_path(path.parent, source.ratings)
     if beside is None:
-        raise located(path.parent / source.ratings, 0, "is missing; download the data again")
+        raise located(path.parent / source.ratings, "is missing; download the data again")
     ratings = _ratings(beside)
     for number, line in read_lines(path):
         cells = line.split("\t")
         if len(cells) != 3:
-            yield "train", located(path, number, f"{len(cells)} tab-separated columns, and 3 are needed")
+            yield "train", located(path, f"{len(cells)} tab-separated columns, and 3 are needed", number)
             continue
         text = html.unescape(html.unescape(cells[2])).strip()  # some news are escaped twice
         split = split_of(source.files[0], cells[0], text)
@@ -98,12 +98,12 @@ def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, _Rated 
         if isinstance(given, UsageError):
             yield split, given
         elif given is None:
-            yield split, located(path, number, f"id {shown(cells[0])} has no ratings in {beside.name}")
+            yield split, located(path, f"id {shown(cells[0])} has no ratings in {beside.name}", number)
         elif not abs(mean) <= EXTREME:
             message = f"mean {shown(cells[1])} is not a number from -{EXTREME} to {EXTREME}"
-            yield split, located(path, number, message)
+            yield split, located(path, message, number)
         elif not text:
-            yield split, located(path, number, "the text is empty")
+            yield split, located(path, "the text is empty", number)
         else:
             row = Row(cells[0], (text,), _label(task, given), tuple(map(str, given)), str(path), number)
             consistent = abs(mean - sum(given) / len(given)) < 1e-6

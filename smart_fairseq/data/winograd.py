@@ -128,7 +128,7 @@ def aligned_row(row: Row) -> Row | UsageError:
     found = align(*row.texts)
     if found is None:
         message = f"sentence2 {shown(row.texts[1])} is no clause of sentence1 with its pronoun replaced"
-        return located(Path(row.file), row.line, message)
+        return located(Path(row.file), message, row.line)
     return row._replace(texts=found.texts(row.texts[0]))
 
 
@@ -147,7 +147,7 @@ def wsc_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
             yield error
         except (ValueError, LookupError, TypeError, AttributeError):
             needed = "an object with text, target (span1_text, span2_index, span2_text), idx and, but in test, label"
-            yield located(path, number, f"is not {needed}")
+            yield located(path, f"is not {needed}", number)
 
 
 def _wsc_row(path: Path, number: int, entry: Mapping[str, Any]) -> Row:
@@ -158,11 +158,11 @@ def _wsc_row(path: Path, number: int, entry: Mapping[str, Any]) -> Row:
     begun = start >= 0 and index < len(words) and pronoun.split(" ")[0] in words[index]
     if not (begun and pronoun and candidate):
         wrong = f"span2_text {shown(pronoun)} does not stand at word {index}, span2_index, of {shown(text)}"
-        raise located(path, number, wrong if candidate else "span1_text is empty")
+        raise located(path, wrong if candidate else "span1_text is empty", number)
     found = Aligned(start, start + len(pronoun), _as_in(text, candidate, pronoun[0]))
     label = entry.get("label")
     if label not in (None, True, False):
-        raise located(path, number, f"label {shown(str(label))} is not true or false")
+        raise located(path, f"label {shown(str(label))} is not true or false", number)
     return Row(str(entry["idx"]), found.texts(text), None if label is None else str(int(label)), (), str(path), number)
 
 

@@ -77,10 +77,10 @@ def evaluate_model(
         model = checkpoint if isinstance(checkpoint, Model) else Model(checkpoint, folder, cpu=True)
         model = model.on(folder)
         if model.task.ranking or model.task.candidates:
-            raise located(folder, 0, f"--full knows classes and regressions, and {model.task.name} ranks: leave it out")
+            raise located(folder, f"--full knows classes and regressions, and {model.task.name} ranks: leave it out")
         task, labels = model.task, gold_labels(folder, split, model.task)
         if len(labels) < 2:
-            raise located(folder, 0, f"{split} has {len(labels)} rows, and 2 are needed")
+            raise located(folder, f"{split} has {len(labels)} rows, and 2 are needed")
         shares = None if task.regression else annotator_shares(folder, split, model.classes)
         if typos is not None:
             shared_vocabulary(folder, typos)  # before the work

@@ -15,16 +15,16 @@ def gold_labels(folder: Path, split: str, task: Task) -> list[str]:
     """The labels of a split, in the order of its rows; scores as in the official file. Raises without labels."""
     path = folder / "label" / f"{split}.{'label' if task.regression else 'idx'}"
     if not path.is_file():
-        raise located(path, 0, f"is missing: {split} has no labels; choose another --split")
+        raise located(path, f"is missing: {split} has no labels; choose another --split")
     if task.regression:
         return [str(target * task.divisor) for target in read_targets(path)]
     order = label_order(folder, len(task.labels))
     if sorted(order) != sorted(task.labels):
         what = f"holds the labels {', '.join(order)}, and {task.name} has {', '.join(task.labels)}"
-        raise located(folder / "label" / "dict.txt", 0, f"{what}; run preprocess again")
+        raise located(folder / "label" / "dict.txt", f"{what}; run preprocess again")
     numbers = read_classes(folder / "label" / split)
     if not all(0 <= number < len(order) for number in numbers):
-        raise located(folder / "label" / f"{split}.bin", 0, "holds labels beyond dict.txt; run preprocess again")
+        raise located(folder / "label" / f"{split}.bin", "holds labels beyond dict.txt; run preprocess again")
     return [order[number] for number in numbers]
 
 
@@ -35,7 +35,7 @@ def vote_shares(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
         strange = next((vote for vote in row.votes if vote not in labels), None)
         if strange is not None:
             message = f"annotator's label {shown(strange)} is not one of {', '.join(labels)}"
-            raise located(Path(row.file), row.line, message)
+            raise located(Path(row.file), message, row.line)
         shares[place] = [row.votes.count(label) / max(len(row.votes), 1) for label in labels]
     return shares
 
@@ -61,17 +61,17 @@ def annotator_shares(folder: Path, split: str, classes: Sequence[str]) -> np.nda
     (_, first), *lines = read_lines(path)
     header, ids = first.split("\t"), read_ids(folder, split)
     if not set(classes) <= set(header):
-        raise located(path, 1, f"the header is {shown(first)}; it must name {', '.join(classes)}")
+        raise located(path, f"the header is {shown(first)}; it must name {', '.join(classes)}", 1)
     if len(lines) != len(ids):
-        raise located(path, 0, f"holds {len(lines)} rows, and {split} has {len(ids)}")
+        raise located(path, f"holds {len(lines)} rows, and {split} has {len(ids)}")
     shares = np.zeros((len(ids), len(classes)))
     for row, identity, (number, line) in zip(shares, ids, lines):
         cells = dict(zip(header, line.split("\t")))
         if cells.get("id", identity) != identity:
             raise located(
-                path, number, f"is about the row {shown(cells['id'])}, and {split} has {shown(identity)} here"
+                path, f"is about the row {shown(cells['id'])}, and {split} has {shown(identity)} here", number
             )
         row[:] = [as_number(cells.get(name, "")) for name in classes]
         if not (row >= 0).all() or min(abs(row.sum() - 1), row.sum()) > 1e-3:
-            raise located(path, number, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}")
+            raise located(path, f"{len(classes)} shares with the sum 1 are needed, not {shown(line)}", number)
     return shares

@@ -31,7 +31,7 @@ def write_report(plan: Plan, against: str | None = None) -> list[Path]:
     """
     tasks = {name: arms for name, arms in arms_of(plan, against).items() if arms}
     if not tasks:
-        raise located(plan.out / "runs.jsonl", 0, "holds no run of this plan; run the study first")
+        raise located(plan.out / "runs.jsonl", "holds no run of this plan; run the study first")
     baseline, suffix = against or next(iter(plan.methods)), f"-against-{against}" if against else ""
     wanted, there = len(plan.runs()), sum(len(arm.lines) for arms in tasks.values() for arm in arms)
     attacks = any("_attack_" in column for arms in tasks.values() for column in columns_of(arms))
@@ -104,12 +104,12 @@ def put_into(plan: Plan, document: Path, against: str | None = None) -> list[str
     try:
         text = document.read_text(encoding="utf-8")
     except OSError as error:
-        raise located(document, 0, f"--into: cannot be read ({error.strerror})") from None
+        raise located(document, f"--into: cannot be read ({error.strerror})") from None
     tasks = [name for name, arms in arms_of(plan).items() if arms]
     marks = list(_marks(document, text, tasks))
     if not marks:
         names = ", ".join(task.name for task in plan.tasks)
-        raise located(document, 0, f"--into: has no marks <!-- study:TASK begin --> for a task with runs ({names})")
+        raise located(document, f"--into: has no marks <!-- study:TASK begin --> for a task with runs ({names})")
     for mark in reversed(marks):  # from the end, so that the places before stay
         text = f"{text[: mark.start]}\n{_marked(plan, document, mark, against)}\n{text[mark.stop :]}"
     replace_file(document, text)
@@ -127,7 +127,7 @@ def _marks(document: Path, text: str, tasks: Sequence[str]) -> Iterator[_Mark]:
             what = f"ends a table, and <!-- study:{match[1]} begin --> must come before it"
             if begins:
                 what = f"begins a table, and <!-- study:{match[1]} end --> must come next"
-            raise located(document, line, f"--into: this mark {what}")
+            raise located(document, f"--into: this mark {what}", line)
         if begins:
             options = _options(document, line, match[2].split())
             yield _Mark(match[1], options, line, match.end(), partner.start())
@@ -139,7 +139,7 @@ def _options(document: Path, line: int, words: Sequence[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if name not in OPTIONS or not value or name in found:
             allowed = "columns=A,B rows=METHOD,METHOD against=METHOD, each once and without spaces"
-            raise located(document, line, f"--into: {shown(word)} in the mark; it may have {allowed}")
+            raise located(document, f"--into: {shown(word)} in the mark; it may have {allowed}", line)
         found[name] = value
     return found
 
@@ -153,11 +153,11 @@ def _marked(plan: Plan, document: Path, mark: _Mark, against: str | None) -> str
         unknown = [name for name in names if name not in known]
         if unknown:
             what = f"--into: {option} has {shown(unknown[0])}; known are {', '.join(known)}"
-            raise located(document, mark.line, what)
+            raise located(document, what, mark.line)
         return names
 
     if against is not None and against not in plan.methods:
-        raise located(document, mark.line, f"--into: against is {shown(against)}; known are {', '.join(plan.methods)}")
+        raise located(document, f"--into: against is {shown(against)}; known are {', '.join(plan.methods)}", mark.line)
     arms = arms_of(plan, against)[mark.task]
     columns = chosen("columns", columns_of(arms)) if "columns" in mark.options else None
     if "rows" in mark.options:

@@ -40,11 +40,11 @@ def read_lines(path: Path) -> list[Line]:
             line = _sound(parse_json(text.decode("utf-8"), once=True))
         except ValueError as error:
             what = f"is not the line of a run ({getattr(error, 'msg', error)}); remove it, and its run is repeated"
-            raise located(path, number, what) from None
+            raise located(path, what, number) from None
         first = places.setdefault(line["key"], number)
         if first != number:
             what = f"is about the run {shown(line['key'])} of line {first} again; remove one of the two"
-            raise located(path, number, what)
+            raise located(path, what, number)
         found.append(line)
     return found
 

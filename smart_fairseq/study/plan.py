@@ -244,7 +244,7 @@ def _flags(path: Path, where: str, value: Any) -> dict[str, Flag]:
     found = mapping(path, where, value)
     for name, setting in found.items():
         if name in OURS:
-            raise located(path, 0, f"{where}: {name} cannot be set; {OURS[name]}")
+            raise located(path, f"{where}: {name} cannot be set; {OURS[name]}")
         must_be(path, not isinstance(setting, dict | list), f"{where}: {name}", setting, "one value (lists: grid)")
     return found
 
@@ -285,7 +285,7 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
             if getattr(there, what) != getattr(source, what):
                 words = {"inputs": "texts in a row", "words_in_order": "dictionary"}.get(what, what)
                 raise located(
-                    path, 0, f"{where}: transfer: {other}: {there.folder} has other {words} than {source.folder}"
+                    path, f"{where}: transfer: {other}: {there.folder} has other {words} than {source.folder}"
                 )
     return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags, transfer)
 

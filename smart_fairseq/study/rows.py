@@ -46,11 +46,11 @@ class Source:
     def check(self, train: bool = True) -> None:
         """Raise `UsageError` where it is none, or has no labels: for training, or with ``train`` False at all."""
         if not (self.folder / "input0" / "dict.txt").is_file():
-            raise located(self.folder, 0, "holds no input0/dict.txt; name a folder that preprocess wrote")
+            raise located(self.folder, "holds no input0/dict.txt; name a folder that preprocess wrote")
         if train and "train" not in self.splits:
-            raise located(self.folder, 0, "has no labelled train split (input0/train.idx with label/train)")
+            raise located(self.folder, "has no labelled train split (input0/train.idx with label/train)")
         if not self.splits:
-            raise located(self.folder, 0, "has no labelled split")
+            raise located(self.folder, "has no labelled split")
 
     @property
     def regression(self) -> bool:
@@ -153,7 +153,7 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
         kept = np.random.default_rng([seed, 2]).permutation(len(left))[: draw.evaluate]
         left = [left[place] for place in sorted(kept)]
     if not left:
-        raise located(source.folder, 0, "no labelled row is left to evaluate on; draw fewer rows")
+        raise located(source.folder, "no labelled row is left to evaluate on; draw fewer rows")
     flip = (draw.flip, seed) if draw.flip else None
     parts = {"train": [("train", int(place)) for place in train], "valid": left}
     _write(source, target, labels, parts, words, flip)

@@ -52,10 +52,10 @@ def check_flags(plan: Plan) -> None:
                     tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
             except SystemExit:
                 reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-                raise located(plan.path, 0, f"{arm}: fairseq-train says: {reason}") from None
+                raise located(plan.path, f"{arm}: fairseq-train says: {reason}") from None
             except Exception as error:  # whatever a flag's value leads fairseq to
                 reason = explain(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise located(plan.path, 0, f"{arm}: {reason}") from None
+                raise located(plan.path, f"{arm}: {reason}") from None
     finally:
         logging.disable(level)
 
@@ -136,7 +136,7 @@ class Study:
                 more |= scores_elsewhere(name, stored, task.metrics, task.source.classes, asked.seed)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             what = f"the logits of {asked.name} cannot be read; remove its line and run again"
-            raise located(path, 0, what) from None
+            raise located(path, what) from None
         return {**all_scores(logits, labels, task.metrics, task.source.classes, asked.seed), **more}
 
     def line(self, asked: Asked, result: Result, about: dict[str, str]) -> Line:

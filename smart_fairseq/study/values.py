@@ -16,17 +16,17 @@ def load(path: Path) -> Any:
         # this loader refuses a key that stands twice, and reads 1e-4 as a number
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
-        raise located(path, 0, f"cannot be read ({error.strerror}); name a study's plan") from None
+        raise located(path, f"cannot be read ({error.strerror}); name a study's plan") from None
     except Exception as error:  # the YAML loader's own, which say where, and omegaconf's
         mark = getattr(error, "problem_mark", None)
         said = str(getattr(error, "problem", None) or str(error).splitlines()[0])
-        raise located(path, mark.line + 1 if mark else 0, f"is not a plan in YAML: {said}") from None
+        raise located(path, f"is not a plan in YAML: {said}", mark.line + 1 if mark else 0) from None
 
 
 def must_be(path: Path, condition: Any, key: str, value: Any, allowed: str) -> None:
     """Raise `UsageError` with the key, its value and what is allowed where the condition does not hold."""
     if not condition:
-        raise located(path, 0, f"{key} is {shown(str(value))}; it must be {allowed}")
+        raise located(path, f"{key} is {shown(str(value))}; it must be {allowed}")
 
 
 def mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) -> 
     for key in value:
         must_be(path, isinstance(key, str), f"{where}: key", key, "a word")
         if allowed and key not in allowed:
-            raise located(path, 0, f"{where}: unknown key {shown(key)}; known are {', '.join(allowed)}")
+            raise located(path, f"{where}: unknown key {shown(key)}; known are {', '.join(allowed)}")
     return dict(value)
 
 

@@ -22,7 +22,7 @@ def cut_checkpoint(checkpoint: Path, source: Source, target: Path) -> None:
     size = len(SPECIAL_SYMBOLS) + len((source.folder / "input0" / "dict.txt").read_bytes().splitlines()) + 1
     if EMBEDDINGS not in model or len(model[EMBEDDINGS]) != size:
         there = len(model[EMBEDDINGS]) if EMBEDDINGS in model else "no"
-        raise located(checkpoint, 0, f"has {there} embeddings, and the dictionary of {source.folder} {size} symbols")
+        raise located(checkpoint, f"has {there} embeddings, and the dictionary of {source.folder} {size} symbols")
     rows = torch.from_numpy(np.append(words, size - 1))
     for name in (EMBEDDINGS, LM_HEAD, "encoder.lm_head.bias"):
         if name in model:

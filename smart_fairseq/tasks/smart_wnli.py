@@ -92,9 +92,9 @@ class SmartWnli(SentencePredictionTask):
         task = task_of(manifest, folder)
         if not task.candidates:
             other = "--task smart_wnli needs what preprocess --task WNLI-ranking or --task WSC writes"
-            raise located(folder, 0, f"holds {task.name}; {other}")
+            raise located(folder, f"holds {task.name}; {other}")
         if cfg.wnli_hnn and not (folder / "input3").is_dir():
-            raise located(folder, 0, "holds no pronouns, which --wnli-hnn needs; run preprocess again")
+            raise located(folder, "holds no pronouns, which --wnli-hnn needs; run preprocess again")
         separators = 1 if manifest.get("bpe") == "bert" else 2
         return cls(
             cfg,
@@ -116,20 +116,18 @@ class SmartWnli(SentencePredictionTask):
                     f"training uses {len(used)} of {len(groups)} pronouns: the others lack a right or a wrong candidate"
                 )
             if not used:
-                raise located(
-                    folder, 0, "no pronoun of train has a right and a wrong candidate; there is nothing to rank"
-                )
+                raise located(folder, "no pronoun of train has a right and a wrong candidate; there is nothing to rank")
             groups = used
         else:
             alone = sum(len(rows) for group in groups if len(group.labels) == 1 for rows in group.rows.values())
             if alone:
                 logger.warning(f"{alone} rows of {split} have no other candidate, so that their own is the best")
         if not groups:
-            raise located(folder, 0, f"its split {split} has no rows; preprocess a file that has some, or remove it")
+            raise located(folder, f"its split {split} has no rows; preprocess a file that has some, or remove it")
         longest = max(group.longest(self._separators) for group in groups)
         if longest > self.cfg.max_positions:
             raise located(
-                folder, 0, f"{split} has rows of {longest} tokens, above --max-positions {self.cfg.max_positions}"
+                folder, f"{split} has rows of {longest} tokens, above --max-positions {self.cfg.max_positions}"
             )
         shuffle = split == "train" and not self.cfg.no_shuffle
         dataset = CandidateDataset(groups, self.source_dictionary, self.cfg.seed if shuffle else None, self._separators)

@@ -58,14 +58,14 @@ def _candidates(folder: Path, split: str) -> list[tuple[Tokens, Tokens, Tokens, 
     texts, starts, ends = (read_indexed(folder / f"input{place}" / split) for place in range(3))
     pronouns = read_indexed(folder / "input3" / split) if (folder / "input3").is_dir() else starts
     if not len(texts) == len(starts) == len(ends) == len(pronouns):
-        raise located(folder, 0, f"the texts of its split {split} have different numbers of rows; run preprocess again")
+        raise located(folder, f"the texts of its split {split} have different numbers of rows; run preprocess again")
     found = []
     for number, rows in enumerate(zip(texts, starts, ends, pronouns), start=1):
         text, before, until, pronoun = (tuple(row.tolist())[:-1] for row in rows)
         begun = all(longer[: len(before)] == before for longer in (text, pronoun))
         if not begun or text[: len(until)] != until or len(until) <= len(before):
             message = f"row {number} of {split} does not hold its candidate as tokens of its own; run preprocess again"
-            raise located(folder, 0, message)
+            raise located(folder, message)
         found.append((before, until[len(before) :], text[len(until) :], pronoun[len(before) :]))
     return found
 
@@ -78,15 +78,15 @@ def read_groups(folder: Path, split: str) -> list[Group]:
     """
     splits = read_manifest(folder)["rows"]
     if split not in splits:
-        raise located(folder, 0, f"has no split {split}; preprocess a folder that holds it")
+        raise located(folder, f"has no split {split}; preprocess a folder that holds it")
     rows = _candidates(folder, split)
     labels = [UNKNOWN] * len(rows)
     if (folder / "label" / f"{split}.idx").is_file():
         labels = read_classes(folder / "label" / split)
     elif split == "train":
-        raise located(folder / "label" / "train.bin", 0, "is missing, and training needs labels; run preprocess again")
+        raise located(folder / "label" / "train.bin", "is missing, and training needs labels; run preprocess again")
     if len(labels) != len(rows):
-        raise located(folder / "label" / f"{split}.bin", 0, f"does not have the {len(rows)} rows of its texts")
+        raise located(folder / "label" / f"{split}.bin", f"does not have the {len(rows)} rows of its texts")
     groups: dict[tuple[Tokens, Tokens], Group] = {}
     for number, ((before, candidate, after, pronoun), label) in enumerate(zip(rows, labels)):
         group = groups.setdefault((before, after), Group(before, pronoun, after))
