@@ -13,13 +13,13 @@ import torch
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
+from smart_fairseq.config.flags import AdversaryFlags, RegularizedConfig
 from smart_fairseq.encoder import Encoder, Forward
 from smart_fairseq.method.adversary import Adversary, norm, normalize
 from smart_fairseq.method.dropout import RandomState
 from smart_fairseq.method.noise import example_noise
 from smart_fairseq.terms import Term, TermValue
 from smart_fairseq.training.criterion import RegularizedCriterion
-from smart_fairseq.training.flags import AdversaryFlags, RegularizedConfig
 
 NAME = "k_passes_sentence_prediction"
 L2 = Adversary(norm="l2")

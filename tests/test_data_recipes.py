@@ -21,12 +21,12 @@ from toolkit import USER_DIR, capture_log, command, write_data, write_labels
 from toolkit import train as run_training
 
 from smart_fairseq.commands.preprocess import glue_main
+from smart_fairseq.config.recipes import RECIPES as SMART_RECIPES
 from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePredictionConfig
 from smart_fairseq.data.tasks import ANLI, GLUE, TASKS
 from smart_fairseq.errors import explain
 from smart_fairseq.import_hf import import_hf
 from smart_fairseq.optim.mbpp import MBPPConfig
-from smart_fairseq.training.recipes import RECIPES as SMART_RECIPES
 
 RECIPES = sorted((ROOT / "examples").glob("*/config/*.yaml"))
 LABELLED_ROWS = {"SNLI": 549367, "anli": sum(TASKS[name].rows["train"] for name in ANLI)}

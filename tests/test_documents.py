@@ -12,6 +12,8 @@ from fairseq.optim.adam import FairseqAdamConfig
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig as SentencePredictionTaskConfig
 from toolkit import ROOT, parse
 
+from smart_fairseq.config.flags import RegularizedConfig
+from smart_fairseq.config.recipes import RECIPES, RECIPES_OF
 from smart_fairseq.criterions.freeat_sentence_prediction import FreeATConfig
 from smart_fairseq.criterions.freelb_sentence_prediction import FreeLBConfig
 from smart_fairseq.criterions.pgd_sentence_prediction import PGDConfig
@@ -21,8 +23,6 @@ from smart_fairseq.criterions.smart_sentence_prediction import SmartSentencePred
 from smart_fairseq.optim.mbpp import MBPPConfig
 from smart_fairseq.tasks.smart_multitask import MultitaskConfig
 from smart_fairseq.tasks.smart_wnli import WnliConfig
-from smart_fairseq.training.flags import RegularizedConfig
-from smart_fairseq.training.recipes import RECIPES, RECIPES_OF
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

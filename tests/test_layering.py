@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,34 @@ def test_data_imports_no_part_that_imports_it(path: Path) -> None:
     assert {name for name in imports(path) if name.startswith("..")} <= {"..errors", "..files"}
 
 
+def loaded_with(path: Path) -> set[str]:
+    """The package's parts, folders or modules beside them, that a file imports when it is loaded."""
+    inside, found = path.relative_to(PACKAGE).parts[:-1], set()
+    todo: list[ast.stmt] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            start = inside[: len(inside) - node.level + 1]
+            parts = [*start, *(node.module or "").split(".")] if node.module else list(start)
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smart_fairseq."):
+            found.add((node.module or "").split(".")[1])
+    return found - {*inside[:1], path.stem}
+
+
+def test_no_two_parts_import_each_other() -> None:
+    """Nor by way of others: there is an order in which each part can be read after those that it needs."""
+    needs: dict[str, set[str]] = {}
+    for path in FILES:
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        needs.setdefault(part, set()).update(loaded_with(path))
+    assert {"terms", "training", "optim"} <= needs.keys() and "config" in needs["optim"]
+    order = list(TopologicalSorter(needs).static_order())
+    assert order.index("method") < order.index("terms") < order.index("training") < order.index("criterions")
+
+
 @pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_no_test_file_imports_another(path: Path) -> None:
     """What two of them need stands in a file that is no test's."""
@@ -87,7 +116,7 @@ def test_an_encoders_insides_are_known_in_one_place(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if name_of(p).startswith(("training/", "terms/", "criterions/"))], ids=name_of
+    "path", [p for p in FILES if name_of(p).startswith(("config/", "training/", "terms/", "criterions/"))], ids=name_of
 )
 def test_configurations_have_types(path: Path) -> None:
     assert not re.search(r"\b(cfg|config|flags|settings): Any\b", code_of(path))

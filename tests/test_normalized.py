@@ -26,10 +26,10 @@ from toolkit import (
 )
 from torch import Tensor
 
+from smart_fairseq.config.recipes import RECIPES
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError
 from smart_fairseq.terms.precision import measure_place
-from smart_fairseq.training.recipes import RECIPES
 
 # for the own LayerNorm, which divides padding's zeros by its root
 NEXT_TO_NOTHING = 1e-12

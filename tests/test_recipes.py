@@ -7,8 +7,8 @@ import pytest
 import torch
 from toolkit import NO_DROPOUT, assert_equal, batch, command, set_up, step, train
 
+from smart_fairseq.config.recipes import RECIPES
 from smart_fairseq.training.acting import Acting
-from smart_fairseq.training.recipes import RECIPES
 
 
 def taken(data: Path, *flags: str) -> Any:

@@ -10,7 +10,7 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from toolkit import HEAD, NO_DROPOUT, assert_close, assert_equal, assert_same_gradients, batch, command, set_up, step
 from toolkit import train as run
 
-from smart_fairseq.training.recipes import RECIPES_OF
+from smart_fairseq.config.recipes import RECIPES_OF
 
 # as the lines of the launch scripts have them: --adv-lr, --adv-steps, --rand-init-mag, --max-norm
 LINES = {

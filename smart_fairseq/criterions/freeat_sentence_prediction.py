@@ -13,11 +13,11 @@ from typing import Any
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
+from ..config.flags import RegularizedConfig
 from ..encoder import Forward
 from ..method.adversary import ascent_step
 from ..training.adversarial import AdversarialCriterion, Start, ball_config
 from ..training.batches import TASK
-from ..training.flags import RegularizedConfig
 from ..training.repeat import repeat_batches
 
 FreeATConfig = ball_config(

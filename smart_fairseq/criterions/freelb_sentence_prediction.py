@@ -13,11 +13,11 @@ import torch
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
+from ..config.flags import RegularizedConfig
 from ..encoder import Forward
 from ..method.adversary import ascent_step
 from ..method.dropout import RandomState
 from ..training.adversarial import AdversarialCriterion, ball_config
-from ..training.flags import RegularizedConfig
 from ..training.link import Result
 
 FreeLBConfig = ball_config(

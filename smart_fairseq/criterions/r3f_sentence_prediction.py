@@ -16,6 +16,7 @@ from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
+from ..config.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 from ..encoder import Encoder, Forward
 from ..errors import require
 from ..method.adversary import Adversary, norm
@@ -25,7 +26,6 @@ from ..terms import TermValue
 from ..terms.start import drawn
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 
 NOISE = {"normal": example_noise, "uniform": uniform_noise}
 

@@ -15,11 +15,11 @@ import torch
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
+from ..config.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 from ..encoder import Encoder, Forward
 from ..terms import TermValue
 from ..training.checks import check_model, check_weight
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 
 logger = logging.getLogger(__name__)
 

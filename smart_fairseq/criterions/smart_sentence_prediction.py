@@ -13,6 +13,7 @@ from typing import Any, Dict, List
 from fairseq.criterions import register_criterion
 from fairseq.logging import metrics
 
+from ..config.flags import AdversaryFlags, ByRecipe, RegularizedConfig, flag, with_recipe
 from ..encoder import Encoder, Forward
 from ..errors import require
 from ..method.adversary import Adversary
@@ -23,7 +24,6 @@ from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, work
 from ..terms.smoothness import Settings, smoothness
 from ..training.checks import check_adversary, check_model, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import AdversaryFlags, ByRecipe, RegularizedConfig, flag, with_recipe
 from ..training.objective import Objective
 
 # of the training set, at which the form of the term is chosen

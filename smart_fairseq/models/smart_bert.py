@@ -34,7 +34,6 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
-from smart_fairseq.convert.checkpoint import POOLER
 from smart_fairseq.errors import require
 
 logger = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ class SmartBertModel(RobertaModel):
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
         start = f"{name}." if name else ""
-        pooler = f"{start}{POOLER}."
+        pooler = f"{start}pooler."
         keys = [key for key in state_dict if key.startswith(pooler)]
         self.pooler = {key.removeprefix(pooler): state_dict.pop(key) for key in keys} or self.pooler
         for head in self.classification_heads:

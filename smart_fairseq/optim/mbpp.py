@@ -19,10 +19,10 @@ from omegaconf import II
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..config.flags import flag
+from ..config.recipes import LEAST_MEMORY, MEMORY, MOMENTUM
 from ..errors import UsageError, require
 from ..method.teacher import average_, momentum_at, momentum_for
-from ..training.flags import flag
-from ..training.recipes import LEAST_MEMORY, MEMORY, MOMENTUM
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.sentence_prediction import SHORTEN_METHOD_CHOICES, SentencePredictionConfig, SentencePredictionTask
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
+from ..config.flags import flag
 from ..convert.checkpoint import HEAD_PARTS, check_head
 from ..convert.single_task import head_of
 from ..data.binarize import read_manifest
@@ -33,7 +34,6 @@ from ..method.answer import StochasticAnswer
 from ..training.batches import GroupedDataset, MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
-from ..training.flags import flag
 from ..training.objective import Objective, common, log_by_task
 
 logger = logging.getLogger(__name__)

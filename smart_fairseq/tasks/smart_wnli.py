@@ -19,6 +19,7 @@ from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
+from ..config.flags import flag
 from ..data.binarize import read_manifest
 from ..data.folders import task_of
 from ..data.lines import located
@@ -35,7 +36,6 @@ from ..training.candidates import (
     judge_hybrid,
     read_groups,
 )
-from ..training.flags import flag
 from ..training.metrics import REPORTED
 from ..training.objective import Objective
 

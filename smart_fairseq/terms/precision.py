@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from fairseq.utils import apply_to_sample
 
+from ..config.flags import AdversaryFlags
 from ..encoder import Encoder
 from ..errors import UsageError
-from ..training.flags import AdversaryFlags
 
 logger = logging.getLogger(__name__)
 

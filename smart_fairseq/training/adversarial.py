@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Optional
 from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
+from ..config.flags import RegularizedConfig, flag, recipe_choices, with_recipe
 from ..encoder import Encoder, Forward
 from ..errors import require
 from ..method.adversary import Adversary, norm
@@ -26,7 +27,6 @@ from ..method.relative import noise_in_units
 from ..terms.start import drawn
 from .checks import check_model
 from .criterion import RegularizedCriterion
-from .flags import RegularizedConfig, flag, recipe_choices, with_recipe
 from .link import Result
 
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
+from ..config.flags import AdversaryFlags, RegularizedConfig
 from ..data.binarize import read_manifest
 from ..data.lines import read_lines
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from ..patches import trained_on
-from .flags import AdversaryFlags, RegularizedConfig
 from .metrics import REPORTED
 from .objective import Objective
 

@@ -29,6 +29,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig, Sen
 from fairseq.optim.adam import FairseqAdamConfig
 from torch import Tensor, nn
 
+from ..config.flags import RegularizedConfig
 from ..encoder import Encoder, Forward, encoder_of
 from ..method.divergence import Divergence, squared_error, symmetric_kl
 from ..method.loss import task_loss
@@ -41,7 +42,6 @@ from ..terms.precision import working_precision
 from . import checks
 from .acting import Acting
 from .batches import GROUPS, TASK
-from .flags import RegularizedConfig
 from .link import Result, TrainingLink
 from .metrics import log_calibration, log_glue_metrics, log_terms, place_confidence, place_predictions
 from .objective import Objective, judge_ranking, objectives_of, place_outputs, spread

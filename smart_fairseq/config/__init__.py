@@ -1,0 +1,1 @@
+"""The flags of criteria, and recipes for their values."""
