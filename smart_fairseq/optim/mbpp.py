@@ -176,10 +176,10 @@ class MBPP(FairseqOptimizer):
         gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
         if len(gradients) < 2 or any(gradient.dtype != torch.float32 for gradient in gradients):
             return super().clip_grad_norm(max_norm, aggregate_norm_fn)  # type: ignore[no-any-return]
-        total = get_total_norm(gradients)
+        total = get_total_norm(gradients, foreach=True)
         total = total if aggregate_norm_fn is None else aggregate_norm_fn(total)
         if max_norm > 0:
-            clip_grads_with_norm_(list(self.params), max_norm, total)
+            clip_grads_with_norm_(list(self.params), max_norm, total, foreach=True)
         return total
 
     @torch.no_grad()
