@@ -58,13 +58,15 @@ def chosen_splits(folder: Path, text: str | None, kind: str) -> list[str]:
     return splits
 
 
-def add_encoder_options(parser: argparse.ArgumentParser, when: str = "") -> None:
-    """The options of all commands that read official files; ``when`` begins their help."""
+def add_encoder_options(parser: argparse.ArgumentParser, when: str = "", official: bool = True) -> None:
+    """The options of all commands that read ``official`` files, or one's own; ``when`` begins their help."""
     kinds = "gpt2 (RoBERTa), sentencepiece or bert; default: what --bpe-dir says, else gpt2"
     files = "dict.txt and encoder.json, vocab.bpe (gpt2), *.model (sentencepiece) or vocab.txt (bert)"
     workers = str(min(8, os.cpu_count() or 1))
     parser.add_argument("--bpe", help=f"{when}{kinds}")
-    parser.add_argument("--bpe-dir", help=f"{when}folder with {files}; default: gpt2_bpe in --data-dir")
+    parser.add_argument(
+        "--bpe-dir", help=f"{when}folder with {files}" + ("; default: gpt2_bpe in --data-dir" if official else "")
+    )
     parser.add_argument("--workers", default=workers, help=f"{when}processes that encode (%(default)s)")
 
 

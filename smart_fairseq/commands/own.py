@@ -88,8 +88,8 @@ def _own(argv: Sequence[str] | None, prog: str) -> None:
     )
     add = parser.add_argument
     add("--task", required=True, metavar="NAME", help="a name for it, which stands in the data folder")
-    for split in SPLITS:
-        add(f"--{split}", metavar="FILE")
+    for split, purpose in zip(SPLITS, ("train on", "choose the checkpoint by", "predict; labels may be missing")):
+        add(f"--{split}", metavar="FILE", help=f"rows to {purpose}")
     add("--text", required=True, metavar="COLUMN[,COLUMN]", help="of the text, or of the two texts of a pair")
     add("--label", default="label", metavar="COLUMN", help="of the class or the score (%(default)s)")
     add("--id", metavar="COLUMN", help="names rows in predictions; default: their position from 0")

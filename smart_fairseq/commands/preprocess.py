@@ -223,7 +223,7 @@ def add_shared_options(parser: argparse.ArgumentParser, official: bool = True) -
     """The options that the commands share, for ``official`` files or one's own."""
     if official:
         parser.add_argument("--data-dir", required=True, help="the folder that holds the official files")
-    add_encoder_options(parser)
+    add_encoder_options(parser, official=official)
     parser.add_argument("--max-tokens", help="shorten longer rows, the longer text first; all added symbols count")
     parser.add_argument("--subsample", help="fractions of the training part, as in 0.001,0.01,0.1,1; nested subsets")
     parser.add_argument("--hold-out", metavar="SHARE", help="of the training rows, to validate on where no file is")
