@@ -21,13 +21,20 @@ def register() -> None:
     )
     from .models import smart_bert  # noqa: F401
     from .optim import mbpp  # noqa: F401
-    from .patches import allow_fairseq_checkpoints, copy_at_once, copy_checkpoints_whole, read_checkpoints_with_care
+    from .patches import (
+        allow_fairseq_checkpoints,
+        copy_at_once,
+        copy_checkpoints_whole,
+        read_checkpoints_with_care,
+        remember_data,
+    )
     from .tasks import smart_multitask, smart_wnli  # noqa: F401
 
     allow_fairseq_checkpoints()
     copy_at_once()
     copy_checkpoints_whole()
     read_checkpoints_with_care()
+    remember_data()
 
 
 install_excepthook()

@@ -15,6 +15,7 @@ from .data.lines import located
 from .data.ranking import parts, read_groups
 from .data.tasks import RIGHT, Task
 from .errors import UsageError, unfit
+from .patches import data_of
 from .progress import Progress
 
 # a task without a training part, and the one whose model predicts it
@@ -63,6 +64,7 @@ class Model:
 
         register()  # what a checkpoint's configuration names
         self._torch, self._path = torch, checkpoint
+        self._was: dict[str, Any] = {}  # in the data folder that the checkpoint is of, see `what_is_in`
         trained_on = self._load()
         self.classes = self._checked_classes(trained_on)
         self._device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
@@ -84,11 +86,13 @@ class Model:
         try:
             state = checkpoint_utils.load_checkpoint_to_cpu(path)
             trained_on = str(_setting(state, "data") or "")
+            self._was = data_of(state)
             overrides = {"data": str(self.folder), "no_shuffle": True}
             given = None  # instead of the file
             if of_several_tasks(state):
                 name = STAND_INS.get(self.task.name, self.task.name)
                 trained_on = str(folder_of(state, name) or self.folder)
+                self._was = self._was.get(name, {})
                 given = state = single_task(self._path, state, name, self.folder)
                 state["cfg"]["task"]["no_shuffle"] = True
             elif self.task.candidates != scores_candidates(state):
@@ -135,16 +139,27 @@ class Model:
         outputs = self.model.classification_heads[self.head].out_proj.out_features
         if outputs != self.task.num_classes:
             self._refuse(f"gives {outputs} outputs, and {self.task.name} has {self.task.num_classes}: another task's")
+        divisor = self._was.get("divisor", self.task.divisor)
+        if self.task.regression and divisor != self.task.divisor:
+            self._refuse(
+                f"was trained on scores from 0 to {divisor:g}, and those of {self.folder} go to {self.task.divisor:g}; "
+                "prepare it on the same scale"
+            )
         if self.task.num_classes == 1:
             return ()
         classes = label_order(self.folder, outputs)
+        if "labels" in self._was:
+            return self._in_order(tuple(self._was["labels"]), classes, trained_on)
         if not (trained_on / "label" / "dict.txt").is_file():
             if trained_on != Path():  # the checkpoint names one
                 what = f"its classes were not compared with those of {self.folder}"
                 print(f"{self._path}: trained on {trained_on}, which is gone: {what}", flush=True)
             return classes
         # the head's own order, where it can be known, is right even if this folder has another
-        order = label_order(trained_on, outputs)
+        return self._in_order(label_order(trained_on, outputs), classes, trained_on)
+
+    def _in_order(self, order: tuple[str, ...], classes: tuple[str, ...], trained_on: Path) -> tuple[str, ...]:
+        """The head's order, if its classes are those of the data."""
         if set(order) != set(classes):
             what = f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
             self._refuse(f"{what}{', '.join(classes)}: another task's")

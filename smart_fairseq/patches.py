@@ -14,6 +14,7 @@
   batches of 16 (`cover_validation_sets`).
 - Its FP16Optimizer copies gradients and weights between two precisions tensor by tensor, 800 launches on a GPU for an
   update of RoBERTa-large (`copy_at_once`).
+- A checkpoint names its data folder, and not what was in it: with it goes `data.folders.what_is_in` (`remember_data`).
 - Criterion and optimizer meet in ``task.train_step`` alone (`smart_fairseq.training.link`).
 """
 
@@ -120,12 +121,37 @@ def _pairs(optimizer: Any, of_gradients: bool) -> list[tuple[Any, Any]]:
     return [(part(ours), piece.view_as(ours)) for ours, piece in zip(half, pieces)]
 
 
-_TRAINED_ON: dict[str, str] = {}  # by the path of a checkpoint that fairseq has loaded, the data folder
+# in a task's state, which a checkpoint holds
+DATA = "smart_data"
+# by the path of a checkpoint that fairseq has loaded, the data folder and what was in it
+_TRAINED_ON: dict[str, tuple[str, dict[str, Any]]] = {}
 
 
-def trained_on(path: str) -> str | None:
-    """The data folder of a checkpoint that fairseq has loaded in this process; None for any other."""
+def trained_on(path: str) -> tuple[str, dict[str, Any]] | None:
+    """The data folder of a checkpoint that fairseq has loaded in this process, and what was in it; None for others."""
     return _TRAINED_ON.get(os.path.abspath(path))
+
+
+def data_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What was in the data folder of a checkpoint; empty for one that does not say it."""
+    found = (state.get("task_state") or {}).get(DATA)
+    return found if isinstance(found, dict) else {}
+
+
+def remember_data() -> None:
+    """Let `sentence_prediction` keep in its state what is in its data folder when training begins."""
+    from fairseq.tasks.sentence_prediction import SentencePredictionTask
+
+    from .data.folders import what_is_in
+
+    build = SentencePredictionTask.__init__
+
+    @functools.wraps(build)
+    def build_and_remember(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, cfg, *args, **kwargs)
+        self.state.merge_state_dict({DATA: what_is_in(Path(str(cfg.data)))})
+
+    SentencePredictionTask.__init__ = build_and_remember
 
 
 def read_checkpoints_with_care() -> None:
@@ -145,7 +171,7 @@ def read_checkpoints_with_care() -> None:
             raise UsageError(f"{path}: {unreadable(error)}") from error
         _forget_removed_flags(state.get("cfg"))
         with contextlib.suppress(AttributeError, LookupError, TypeError):  # a configuration of another form
-            _TRAINED_ON[os.path.abspath(path)] = str(state["cfg"]["task"].get("data") or "")
+            _TRAINED_ON[os.path.abspath(path)] = (str(state["cfg"]["task"].get("data") or ""), data_of(state))
         if arg_overrides is not None:  # training, which may begin without a head, overrides nothing
             _demand_head(path, state)
         return state

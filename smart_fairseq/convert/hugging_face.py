@@ -15,6 +15,7 @@ for RoBERTa, where positions begin behind a padding index of 1 on both sides.
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..data.folders import label_order
 from ..errors import refuse
 from ..files import whole_folder
 from ..models.smart_bert import SmartBertModel
+from ..patches import data_of
 from .checkpoint import check_head, plain
 from .config import ACTIVATIONS, FAIRSEQ_LAYER_NORM_EPS, FAIRSEQ_SPECIALS, Config, Sizes, config_json
 from .exporting import kind_of
@@ -94,11 +96,11 @@ def read_architecture(path: Path, config: dict[str, Any], bpe: BpeFiles) -> tupl
     return Config(path, family, sizes, settings.activation_fn, eps, padding, True), settings
 
 
-def labels_json(path: Path, config: dict[str, Any], data: Path, count: int) -> dict[str, Any]:
-    """config.json's entries about the outputs of the head, ``count`` of them."""
+def labels_json(path: Path, config: dict[str, Any], known: Sequence[str], data: Path, count: int) -> dict[str, Any]:
+    """config.json's entries about the outputs of the head, ``count`` of them; ``known``: their labels, if they are."""
     if config["task"].get("regression_target"):
         return {"problem_type": "regression", "id2label": {str(place): f"LABEL_{place}" for place in range(count)}}
-    labels = label_order(data, count)
+    labels = known or label_order(data, count)
     if len(labels) < count:
         refuse(data / "label" / "dict.txt", f"holds {len(labels)} labels", f"the head of {path} has {count} outputs")
     return {
@@ -145,7 +147,7 @@ def write_hugging_face(
     about = {
         "architectures": [f"{ {'bert': 'Bert', 'roberta': 'Roberta'}[family] }ForSequenceClassification"],
         **config_json(architecture),
-        **labels_json(path, config, data, len(output)),
+        **labels_json(path, config, data_of(state).get("labels", ()), data, len(output)),
         "hidden_dropout_prob": settings.dropout,
         "attention_probs_dropout_prob": settings.attention_dropout,
         "classifier_dropout": settings.pooler_dropout,

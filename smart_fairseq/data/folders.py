@@ -1,5 +1,6 @@
 """Data folders that preprocess wrote: their task, ids and labels, where several stand, whether a split is whole."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,25 @@ def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
     return ids
 
 
-def label_order(folder: Path, count: int) -> tuple[str, ...]:
+def label_order(folder: Path, count: int | None = None) -> tuple[str, ...]:
     """The labels of the classes, in the order of a head that was trained on this folder."""
     lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
     return tuple(lines[:count])
+
+
+def what_is_in(folder: Path) -> dict[str, Any]:
+    """What a checkpoint remembers of the data folder that it is trained on, which may be written anew or go.
+
+    ``labels`` in the order of the head's outputs, ``divisor`` of scores, number of ``rows`` to train on; what the
+    folder does not tell is left out.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.suppress(UsageError):
+        found["labels"] = [label for label in label_order(folder) if not label.startswith("madeupword")]
+    with contextlib.suppress(UsageError):
+        manifest = read_manifest(folder)
+        found |= {"divisor": float(manifest.get("divisor", 1)), "rows": manifest["rows"].get("train", 0)}
+    return found
 
 
 def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:

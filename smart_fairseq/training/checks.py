@@ -16,6 +16,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..config.flags import AdversaryFlags, RegularizedConfig
 from ..data.binarize import read_manifest
+from ..data.folders import what_is_in
 from ..data.lines import read_lines
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
@@ -37,13 +38,22 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
     if cfg.smart_restore_file != DEFAULT_RESTORE_FILE:
         _check_restore_file(cfg.smart_restore_file, last)
     elif before is not None:
-        names = [_task_of(folder) for folder in (before, task.data)]
+        folder, was = before
+        names = [_task_of(folder), _task_of(task.data)]
         if None in names:
-            names = [_classes_of(folder) for folder in (before, task.data)]
+            names = [_classes_of(folder), _classes_of(task.data)]
+        now = what_is_in(Path(task.data))
+        if was.get("labels", now.get("labels")) != now.get("labels"):
+            names = [f"the classes {', '.join(found.get('labels', []))}" for found in (was, now)]
         if None not in names and names[0] != names[1]:
             raise UsageError(
-                f"--save-dir holds {last}, of a run on {names[0]} ({before}), and this one is on {names[1]} "
+                f"--save-dir holds {last}, of a run on {names[0]} ({folder}), and this one is on {names[1]} "
                 f"({task.data}); give another --save-dir, and to start from those weights --finetune-from-model"
+            )
+        if was.get("rows", now.get("rows")) != now.get("rows"):
+            logger.warning(
+                f"--save-dir holds {last}, of a run on {was['rows']} training rows, and {task.data} has "
+                f"{now.get('rows')}: this run goes on from there; to train anew on these rows give another --save-dir"
             )
     elif not cfg.smart_finetune_from and not os.path.isfile(last):  # which one worker alone may have read
         logger.warning(
