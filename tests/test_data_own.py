@@ -82,14 +82,36 @@ def test_numbers_sort_as_numbers_and_scores_are_a_regression(
     tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "n.jsonl"
-    path.write_text("".join(json.dumps({"text": f"a {n}", "label": n, "id": n}) + "\n" for n in (10, 9, 2, 9.5)))
+    path.write_text("".join(json.dumps({"text": f"a {n}", "label": n, "id": n}) + "\n" for n in (10, 9.0, 2, 9.5)))
     flags = ["--task", "mine", "--train", str(path), "--text", "text", *bpe, "--out", str(tmp_path / "out")]
     assert main(flags) == 0
-    assert "classes 0 2, 1 9, 2 9.5, 3 10" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes 0 2, 1 9, 2 9.5, 3 10" in said
+    assert "labels are numbers, and each is a class; --scores MAX makes a regression of them" in said
+    assert "nothing to validate on: the result is checkpoint_last.pt; --hold-out 0.1 sets" in said
     assert main([*flags, "--scores", "10"]) == 0
     assert "--regression-target --report-pearson-and-spearman" in capsys.readouterr().out
     assert (tmp_path / "out" / "label" / "train.label").read_text().split() == ["1", "0.9", "0.2", "0.95"]
     assert "score '10' is not a number from 0 to 9" in error_line("preprocess", main, [*flags, "--scores", "9"], capsys)
+
+
+def test_rows_to_predict_may_lack_labels(tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Some of them, all, or the column, which is said: it might be misspelled."""
+    flags = ["--task", "mine", "--text", "text", "--labels", "x,y", *bpe, "--out", str(tmp_path / "out")]
+    for text, labelled in (("a,x\nb,\n", False), ("a,\nb,\n", False), ("a,x\nb,y\n", True)):
+        (tmp_path / "t.csv").write_text(f"text,label\n{text}")
+        assert main([*flags, "--test", str(tmp_path / "t.csv")]) == 0
+        assert (tmp_path / "out" / "label" / "test.bin").is_file() is labelled
+    assert main([*flags, "--test", str(tmp_path / "t.csv"), "--label", "Klass"]) == 0
+    assert "test: no column Klass, so its rows have no labels" in capsys.readouterr().out
+
+
+def test_fractions_are_written_again(tmp_path: Path, bpe: list[str]) -> None:
+    file = write(tmp_path / "t.csv", rows_of(12))
+    flags = ["--task", "mine", "--train", str(file), "--text", "first", "--label", "kind", *bpe]
+    for more in (["--subsample", "0.5,1"], ["--subsample", "0.25"], []):
+        assert main([*flags, "--out", str(tmp_path / "out"), *more]) == 0
+    assert (tmp_path / "out" / "preprocess.json").is_file()
 
 
 def test_a_share_is_held_out_class_by_class(tmp_path: Path, bpe: list[str]) -> None:
@@ -231,6 +253,16 @@ def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pyt
     path.write_text("text,label\na,b,x\nc,d,y\n")
     line = error_line("preprocess", main, [*flags, "--skip-bad-rows"], capsys)
     assert f"{path}: holds no rows but 2 that were left out; the first: {path}:2: 3 comma-separated columns" in line
+    for name, text, said in (
+        ("t.csv", "text;label\na;x\n", "t.csv:1: columns are separated by semicolons, and commas are needed"),
+        ("t.jsonl", '[{"text": "a"}]', "t.jsonl:1: a JSON list; each line must be one object"),
+        ("t.jsonl", '{"text": "a", "label": "x, y"}\n{"text": "b", "label": "z"}', "a label holds a comma"),
+    ):
+        (tmp_path / name).write_text(text)
+        given = ["--task", "mine", "--train", str(tmp_path / name), *flags[4:]]
+        assert said in error_line("preprocess", main, given, capsys)
+    assert "no file is given" in error_line("preprocess", main, ["--task", "mine", *flags[4:]], capsys)
+    path.write_text("text,label\na,x\nb,y\n")
     assert "--labels must name the classes" in error_line(
         "preprocess", main, ["--task", "mine", "--test", str(path), *flags[4:]], capsys
     )

@@ -33,12 +33,17 @@ def _sources(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, S
     found = {}
     for split, path in files.items():
         form = form_of(f"--{split}", path)
-        there = columns_of(form, path)
+        named = columns_of(form, path)
+        there = [name.lower() for name in named]
         label = options.label if split != "test" or options.label.lower() in there else None
         for flag, column in (*(("--text", text) for text in texts), ("--label", label), ("--id", options.id)):
             known = column is None or column.lower() in there
-            require(known, flag, shown(str(column)), f"a column of {path}, which has {', '.join(there)}")
-        found[split] = Source((path.name.removesuffix(".gz"),), texts, label, options.id, form, numbers=True)
+            require(known, flag, shown(str(column)), f"a column of {path}, which has {', '.join(named)}")
+        if label is None:
+            print(f"{split}: no column {options.label}, so its rows have no labels")
+        hidden = ("",) if split == "test" else ()
+        name = path.name.removesuffix(".gz")
+        found[split] = Source((name,), texts, label, options.id, form, hidden_labels=hidden, numbers=True)
     return found
 
 
@@ -59,6 +64,10 @@ def _classes(options: argparse.Namespace, sources: dict[str, Source], files: dic
     if len(found) < 2:
         one = f"all rows have {shown(next(iter(found)))}" if found else "no row has a label"
         refuse(files["train"], f"--label {options.label}: {one}", "two classes are needed")
+    if any("," in label for label in found):
+        refuse(files["train"], f"--label {options.label}: a label holds a comma", "which --labels separates; rename it")
+    if numbers and len(found) > 2:
+        print("labels are numbers, and each is a class; --scores MAX makes a regression of them")
     return tuple(sorted(found, key=as_number if numbers else str))
 
 
@@ -93,7 +102,7 @@ def _own(argv: Sequence[str] | None, prog: str) -> None:
     add("--text", required=True, metavar="COLUMN[,COLUMN]", help="of the text, or of the two texts of a pair")
     add("--label", default="label", metavar="COLUMN", help="of the class or the score (%(default)s)")
     add("--id", metavar="COLUMN", help="names rows in predictions; default: their position from 0")
-    add("--labels", metavar="A,B", help="the classes in their order; default: those of --train, by name")
+    add("--labels", metavar="A,B", help="the classes in their order; default: those of --train, by name or size")
     add("--scores", metavar="MAX", help="labels are numbers from 0 to MAX: a regression")
     add("--out", metavar="FOLDER", help="the folder to write (NAME-bin)")
     add_shared_options(parser, official=False)
@@ -103,6 +112,8 @@ def _own(argv: Sequence[str] | None, prog: str) -> None:
             "--bpe-dir is not given; it names the folder of the encoder's dictionary and byte pairs, which import-hf "
             "wrote, or RoBERTa's (download --tasks gpt2_bpe)"
         )
+    if not (options.train or options.valid or options.test):
+        raise UsageError("no file is given; name one or more by --train, --valid and --test")
     files = {split: Path(path) for split in SPLITS if (path := getattr(options, split))}
     bpe = check_shared_options(options)
     sources = _sources(options, files)

@@ -284,7 +284,10 @@ def _sound(manifest: Any) -> bool:
 def _ours(path: Path) -> bool:
     """Is it safe to replace: a folder that preprocess, or fairseq's recipe, wrote?"""
     names = {entry.name for entry in path.iterdir()}
-    return not names or MANIFEST in names or ({"input0", "label"} <= names <= {"input0", "input1", "label"})
+    if not names or MANIFEST in names or ({"input0", "label"} <= names <= {"input0", "input1", "label"}):
+        return True
+    # of --subsample, whose fractions are folders in it
+    return all((entry / MANIFEST).is_file() and 0 < as_number(entry.name) <= 1 for entry in path.iterdir())
 
 
 @contextlib.contextmanager

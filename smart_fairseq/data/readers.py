@@ -5,7 +5,6 @@ return inside it), a carriage return before it belongs to the line end, a byte-o
 ordinary characters. Every row that is left out is counted with its reason in `Report`.
 """
 
-import contextlib
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -61,14 +60,21 @@ def _cells(form: str, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def columns_of(form: str, path: Path) -> list[str]:
-    """The names in the header of a table, or the keys of the first object, in small letters."""
+    """The names in the header of a table, or the keys of the first object."""
     path = source_path(path.parent, path.name.removesuffix(".gz")) or path
     if form == "jsonl":
         line = next((line for _, line in read_lines(path) if line.strip()), "")
-        with contextlib.suppress(ValueError, AttributeError):  # which its reader says better
-            return [str(key).lower() for key in parse_json(line)]
-        return []
-    return [name.strip().lower() for name in next(_cells(form, path))[1]]
+        try:
+            first = parse_json(line)
+        except ValueError as error:
+            raise located(path, f"not JSON ({error}); each line must be one object", 1) from None
+        if not isinstance(first, dict):
+            raise located(path, f"a JSON {type(first).__name__}; each line must be one object", 1)
+        return list(first)
+    names = [name.strip() for name in next(_cells(form, path))[1]]
+    if form == "csv" and len(names) == 1 and ";" in names[0]:
+        raise located(path, "columns are separated by semicolons, and commas are needed", 1)
+    return names
 
 
 def labels_of(source: Source, path: Path, skip_bad_rows: bool) -> "Counter[str]":
@@ -144,7 +150,8 @@ def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
         raise located(path, f"a JSON {type(entry).__name__}, and an object is needed", number)
     for key in (source.label, source.id) if source.numbers else ():
         if isinstance(entry.get(key), int | float) and not isinstance(entry[key], bool):
-            entry[key] = f"{entry[key]}"
+            whole = isinstance(entry[key], float) and entry[key].is_integer()
+            entry[key] = str(int(entry[key]) if whole else entry[key])
     keys = [key for key in (*source.texts, source.label) if key is not None]
     wrong = [key for key in keys if not isinstance(entry.get(key), str)]
     if source.label in wrong and entry.get(source.label) is None and "" in source.hidden_labels:
