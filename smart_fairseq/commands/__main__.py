@@ -7,7 +7,7 @@ from importlib import import_module
 PROGRAM = "python -m smart_fairseq.commands"
 COMMANDS = {  # name to module, which is imported on demand, and what it does
     "download": (".download", "fetch the official files, checked and resumable"),
-    "preprocess": (".preprocess", "official files to the data folders of fairseq-train"),
+    "preprocess": (".preprocess", "official files, or your own, to the data folders of fairseq-train"),
     "predict": (".predict", "predictions of checkpoints, as files for the GLUE server or by id"),
     "evaluate": (".evaluate", "official metrics of checkpoints or prediction files"),
     "agreement": (".agreement", "accuracy and cross entropy by the annotators' agreement"),
