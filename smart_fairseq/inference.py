@@ -10,12 +10,11 @@ import numpy as np
 
 from . import register
 from .data.binarize import read_ids_of, read_manifest, read_targets
-from .data.folders import label_order, read_ids, task_of
+from .data.folders import data_of, label_order, read_ids, task_of
 from .data.lines import located
 from .data.ranking import parts, read_groups
 from .data.tasks import RIGHT, Task
 from .errors import UsageError, unfit
-from .patches import data_of
 from .progress import Progress
 
 # a task without a training part, and the one whose model predicts it

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .data.folders import DATA, data_of, what_is_in
 from .errors import UsageError, unreadable
 from .files import whole_file
 
@@ -121,8 +122,6 @@ def _pairs(optimizer: Any, of_gradients: bool) -> list[tuple[Any, Any]]:
     return [(part(ours), piece.view_as(ours)) for ours, piece in zip(half, pieces)]
 
 
-# in a task's state, which a checkpoint holds
-DATA = "smart_data"
 # by the path of a checkpoint that fairseq has loaded, the data folder and what was in it
 _TRAINED_ON: dict[str, tuple[str, dict[str, Any]]] = {}
 
@@ -132,17 +131,9 @@ def trained_on(path: str) -> tuple[str, dict[str, Any]] | None:
     return _TRAINED_ON.get(os.path.abspath(path))
 
 
-def data_of(state: dict[str, Any]) -> dict[str, Any]:
-    """What was in the data folder of a checkpoint; empty for one that does not say it."""
-    found = (state.get("task_state") or {}).get(DATA)
-    return found if isinstance(found, dict) else {}
-
-
 def remember_data() -> None:
     """Let `sentence_prediction` keep in its state what is in its data folder when training begins."""
     from fairseq.tasks.sentence_prediction import SentencePredictionTask
-
-    from .data.folders import what_is_in
 
     build = SentencePredictionTask.__init__
 

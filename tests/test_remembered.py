@@ -11,8 +11,8 @@ from toolkit import USER_DIR, capture_log, error_line, refused, saving, train
 
 from smart_fairseq.commands import evaluate
 from smart_fairseq.commands.preprocess import main
+from smart_fairseq.data.folders import DATA
 from smart_fairseq.inference import Model
-from smart_fairseq.patches import DATA
 
 KINDS = ("good", "bad", "fair")
 

@@ -24,11 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..data.bpe import BpeFiles, find_bpe, load_vocabulary
-from ..data.folders import label_order
+from ..data.folders import data_of, label_order
 from ..errors import refuse
 from ..files import whole_folder
 from ..models.smart_bert import SmartBertModel
-from ..patches import data_of
 from .checkpoint import check_head, plain
 from .config import ACTIVATIONS, FAIRSEQ_LAYER_NORM_EPS, FAIRSEQ_SPECIALS, Config, Sizes, config_json
 from .exporting import kind_of

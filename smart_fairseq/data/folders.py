@@ -12,6 +12,9 @@ from .lines import as_number, located, read_lines, shown
 from .ranking import parts, read_groups
 from .tasks import ANLI_JOINED, CORRELATIONS, TASKS, Task
 
+# in the state of fairseq's task, which a checkpoint holds: `what_is_in` its data folder
+DATA = "smart_data"
+
 
 def task_of(manifest: dict[str, Any], folder: Path) -> Task:
     """The task of a data folder; ANLI's joined rounds count as one."""
@@ -98,6 +101,12 @@ def label_order(folder: Path, count: int | None = None) -> tuple[str, ...]:
     """The labels of the classes, in the order of a head that was trained on this folder."""
     lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
     return tuple(lines[:count])
+
+
+def data_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What was in the data folder of a checkpoint, see `what_is_in`; empty for one that does not say it."""
+    found = (state.get("task_state") or {}).get(DATA)
+    return found if isinstance(found, dict) else {}
 
 
 def what_is_in(folder: Path) -> dict[str, Any]:

@@ -25,13 +25,12 @@ from ..config.flags import flag
 from ..convert.checkpoint import HEAD_PARTS, check_head
 from ..convert.single_task import head_of
 from ..data.binarize import read_manifest
-from ..data.folders import check_split, find_tasks, what_is_in
+from ..data.folders import DATA, check_split, find_tasks, what_is_in
 from ..data.lines import as_number, shown
 from ..data.ranking import read_groups
 from ..data.tasks import Task
 from ..errors import UsageError, require
 from ..method.answer import StochasticAnswer
-from ..patches import DATA
 from ..training.batches import GroupedDataset, MultitaskDataset
 from ..training.checks import check_for_several_tasks
 from ..training.criterion import RegularizedCriterion
