@@ -18,9 +18,10 @@ from hf_samples import write_hf
 from processes import FORKS, join
 from toolkit import error_line, saving, train
 
-from smart_fairseq.commands.preprocess import anli_main, glue_main, nested_order, subset
+from smart_fairseq.commands.preprocess import anli_main, glue_main
 from smart_fairseq.data import binarize
 from smart_fairseq.data.binarize import read_indexed, read_manifest
+from smart_fairseq.data.draw import nested_order, subset
 from smart_fairseq.data.readers import Row
 from smart_fairseq.import_hf import import_hf
 

@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import itertools
-import random
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
+from ..data.draw import held_out, nested_order, subset
 from ..data.lines import Report, Row, as_number, located, shown
 from ..data.pool import Pool
 from ..data.ranking import in_words, sizes_of
@@ -50,28 +49,6 @@ def fractions(text: str) -> list[float]:
     if len(set(values)) != len(values):
         raise UsageError(f"--subsample is {shown(text)}; each fraction must stand there once")
     return values
-
-
-def nested_order(rows: Sequence[Row], seed: int, classes: bool = True) -> list[int]:
-    """Positions of the rows so that the first n are the subset of size n, for every n.
-
-    Class by class in turn, each class shuffled: a subset holds equally many rows of each class for as long as the
-    smallest class lasts. Without ``classes`` (regression) a plain shuffle.
-    """
-    generator = random.Random(seed)
-    by_class: dict[str | None, list[int]] = {}
-    for place, row in enumerate(rows):
-        by_class.setdefault(row.label if classes else None, []).append(place)
-    piles = [by_class[key] for key in sorted(by_class, key=str)]
-    for pile in piles:
-        generator.shuffle(pile)
-    return [place for turn in itertools.zip_longest(*piles) for place in turn if place is not None]
-
-
-def subset(rows: Sequence[Row], fraction: float, order: Sequence[int]) -> list[Row]:
-    """The rows of this fraction (at least one), in the order of the file."""
-    count = max(1, round(fraction * len(rows)))
-    return [rows[place] for place in sorted(order[:count])]
 
 
 def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
@@ -191,7 +168,9 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     if parts and "train" not in data.rows:
         raise UsageError(f"--subsample needs the training part of {data.task.name}, and --data-dir does not hold it")
     if options.hold_out is not None:
-        hold_out(data, options.hold_out, options.seed)
+        data.rows = held_out(data.task, data.rows, options.hold_out, options.seed)
+        data.task = replace(data.task, rows={})  # whose official numbers these are not
+        check_unique(data.rows["valid"])
     with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
         facts = {"max_tokens": options.max_tokens}
         if not parts:
@@ -251,28 +230,6 @@ def check_shared_options(options: argparse.Namespace) -> BpeFiles:
     if "data_dir" in options:
         existing(Path(options.data_dir))
     return encoder_files(options)
-
-
-def hold_out(data: Data, share: float, seed: int) -> None:
-    """Move a share of the training rows, every class by its own, to a valid split. Raises `UsageError`."""
-    name, train = data.task.name, data.rows.get("train", [])
-    if "valid" in data.rows:
-        raise UsageError(f"--hold-out is given, and {name} has a valid split of its own; leave it out")
-    if data.task.ranking or data.task.candidates:
-        raise UsageError(f"--hold-out takes rows, and those of {name} belong together; leave it out")
-    by_class: dict[str | None, list[int]] = {}
-    for place, row in enumerate(train):
-        by_class.setdefault(None if data.task.regression else row.label, []).append(place)
-    held: set[int] = set()
-    for label in sorted(by_class, key=str):
-        held.update(random.Random(f"{seed} {label}").sample(by_class[label], round(share * len(by_class[label]))))
-    parts = {"train": [row for place, row in enumerate(train) if place not in held]}
-    parts["valid"] = [train[place] for place in sorted(held)]
-    if not all(parts.values()):
-        raise UsageError(f"--hold-out {share:g} of {len(train)} training rows leaves one of the two parts empty")
-    data.rows |= parts
-    data.task = replace(data.task, rows={})  # whose official numbers these are not
-    check_unique(data.rows["valid"])
 
 
 def _glue(argv: Sequence[str] | None, prog: str) -> None:

@@ -146,7 +146,7 @@ def write_hugging_face(
     about = {
         "architectures": [f"{ {'bert': 'Bert', 'roberta': 'Roberta'}[family] }ForSequenceClassification"],
         **config_json(architecture),
-        **labels_json(path, config, data_of(state).get("labels", ()), data, len(output)),
+        **labels_json(path, config, () if data_dir else data_of(state).get("labels", ()), data, len(output)),
         "hidden_dropout_prob": settings.dropout,
         "attention_probs_dropout_prob": settings.attention_dropout,
         "classifier_dropout": settings.pooler_dropout,
