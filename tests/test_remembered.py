@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,16 @@ def test_scores_on_another_scale_are_refused(prepare, tmp_path, capsys) -> None:
     checkpoint = str(tmp_path / "run" / "checkpoint_last.pt")
     line = error_line("evaluate", evaluate.main, ["--data-dir", str(data), "--checkpoint", checkpoint, "--cpu"], capsys)
     assert "was trained on scores from 0 to 4" in line and "go to 8" in line
+
+
+def test_fairseq_validate_takes_the_checkpoints_classes_alone(prepare, tmp_path) -> None:
+    """In another order they are others, and would be counted as they come."""
+    data, checkpoint = prepare(), tmp_path / "run" / "checkpoint_last.pt"
+    train(command(data, tmp_path / "run"))
+    given = ["--task", "sentence_prediction", "--num-classes", "3", "--init-token", "0", "--user-dir", USER_DIR]
+    given += ["--criterion", "smart_sentence_prediction", "--path", str(checkpoint), "--batch-size", "4", "--cpu"]
+    program = [str(Path(sys.executable).parent / "fairseq-validate"), str(data), *given, "--num-workers", "0"]
+    assert subprocess.run(program, capture_output=True).returncode == 0
+    prepare("--labels", "good,bad,fair")
+    failed = subprocess.run(program, capture_output=True, text=True)
+    assert failed.returncode != 0 and "trained with the classes bad, fair, good, and" in failed.stderr.splitlines()[-1]

@@ -16,7 +16,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..config.flags import AdversaryFlags, RegularizedConfig
 from ..data.binarize import read_manifest
-from ..data.folders import what_is_in
+from ..data.folders import DATA, what_is_in
 from ..data.lines import read_lines
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
@@ -63,6 +63,17 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
         logger.warning(
             "--init-token is not set: the classification head reads the first word of a row in the place of the token "
             "that the encoder was pretrained with there; RoBERTa and BERT need --init-token 0"
+        )
+
+
+def check_classes(task: Any) -> None:
+    """A checkpoint is evaluated on its own classes, in their order: fairseq-validate looks at their number alone."""
+    was = task.state.state_dict.get(DATA, {}).get("labels")  # the checkpoint's, once it is loaded
+    now = what_is_in(Path(str(task.cfg.data))).get("labels")
+    if was and now and was != now:
+        raise UsageError(
+            f"the checkpoint was trained with the classes {', '.join(was)}, and {task.cfg.data} has {', '.join(now)}; "
+            "validate on the data of its own task"
         )
 
 
