@@ -15,8 +15,12 @@ import pytest
 from data_samples import Sentence, with_ratings
 from toolkit import ROOT
 
+from smart_fairseq.commands.preprocess import Data
+from smart_fairseq.data.binarize import read_indexed, read_manifest
+from smart_fairseq.data.lines import Row
+from smart_fairseq.data.tasks import TASKS
 from smart_fairseq.errors import UsageError
-from smart_fairseq.study import runs
+from smart_fairseq.study import recipe, runs
 
 DEMO = ROOT / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
@@ -338,6 +342,17 @@ def tiny_encoder(folder: Path) -> Path:
     save_file(weights, str(source / "model.safetensors"))
     import_hf(source, folder / "imported")
     return folder / "imported"
+
+
+def test_the_data_folder_of_a_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of some rows, by the encoder's own pieces, without a word."""
+    imported = tiny_encoder(tmp_path)
+    rows = [Row(name, (text,), "positive") for name, text, _ in sentences("movie")[:4]]
+    capsys.readouterr()
+    recipe.prepare(Data(TASKS["movie"], {"train": rows}), tmp_path / "bin", imported, max_tokens=8)
+    assert read_manifest(tmp_path / "bin")["rows"] == {"train": 4}
+    assert max(map(len, read_indexed(tmp_path / "bin" / "input0" / "train"))) <= 8
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from ..data.lines import Report, Row, as_number, located, shown, source_path
 from ..data.readers import check_unique, columns_of, labels_of, read_source
 from ..data.tasks import CORRELATIONS, TASKS, Source, Task
 from ..errors import UsageError, refuse, require
-from .preprocess import Data, add_shared_options, check_shared_options, process
+from .preprocess import Data, add_shared_options, check_shared_options, process, set_aside
 from .run import run
 
 SPLITS = ("train", "valid", "test")
@@ -126,7 +126,8 @@ def _own(argv: Sequence[str] | None, prog: str) -> None:
             check_unique(rows[split])
     if not task.regression:
         print(f"{task.name}: classes {', '.join(f'{number} {label}' for number, label in enumerate(task.labels))}")
-    process(Data(task, rows, reports), Path(options.out or f"{task.name}-bin"), bpe, options)
+    target = Path(options.out or f"{task.name}-bin")
+    process(set_aside(Data(task, rows, reports), options), target, bpe, options)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:

@@ -160,6 +160,15 @@ def _check_known(folder: Folder, bpe: BpeFiles) -> None:
         refuse(bpe.dictionary, what, "it belongs to another BPE")
 
 
+def set_aside(data: Data, options: argparse.Namespace) -> Data:
+    """The data with the share of ``--hold-out`` as their valid split, if it is given."""
+    if options.hold_out is None:
+        return data
+    rows = held_out(data.task, data.rows, options.hold_out, options.seed)
+    check_unique(rows["valid"])
+    return replace(data, rows=rows, task=replace(data.task, rows={}))  # whose official numbers these are not
+
+
 def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace) -> None:
     """Write one task's folder, or with ``--subsample`` one folder per fraction in it, and say what was written."""
     parts = fractions(options.subsample) if options.subsample else []
@@ -167,10 +176,6 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
         raise UsageError(f"--subsample takes rows, and {data.task.name} has groups of them; leave it out")
     if parts and "train" not in data.rows:
         raise UsageError(f"--subsample needs the training part of {data.task.name}, and --data-dir does not hold it")
-    if options.hold_out is not None:
-        data.rows = held_out(data.task, data.rows, options.hold_out, options.seed)
-        data.task = replace(data.task, rows={})  # whose official numbers these are not
-        check_unique(data.rows["valid"])
     with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
         facts = {"max_tokens": options.max_tokens}
         if not parts:
@@ -262,7 +267,7 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
                 raise UsageError(f"{flag} is given with --task {name}, whose rows belong together; leave it out")
             print(add_noun_rows(rows))
         target = Path(options.out or ".") / f"{name}-bin" if len(names) > 1 else Path(options.out or f"{name}-bin")
-        process(Data(TASKS[name], rows, reports), target, bpe, options)
+        process(set_aside(Data(TASKS[name], rows, reports), options), target, bpe, options)
     skipped = [name for name in names if name not in present]
     if skipped:
         print(f"skipped, not in {data_dir}: {', '.join(skipped)}")
@@ -333,7 +338,7 @@ def _anli(argv: Sequence[str] | None, prog: str) -> None:
             dropped = reports[name][split].left_out
             notes = "".join(f"; {number} left out ({reason})" for reason, number in dropped.items())
             print(f"read {name} {split}: {len(rows)} rows{notes}")
-    process(join(parts, extra, times), Path(options.out), bpe, options)
+    process(set_aside(join(parts, extra, times), options), Path(options.out), bpe, options)
 
 
 def glue_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
