@@ -347,7 +347,7 @@ def tiny_encoder(folder: Path) -> Path:
 def test_the_data_folder_of_a_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of some rows, by the encoder's own pieces, without a word."""
     imported = tiny_encoder(tmp_path)
-    rows = [Row(name, (text,), "positive") for name, text, _ in sentences("movie")[:4]]
+    rows = [Row(name, (text,), "positive", ("2", "3")) for name, text, _ in sentences("movie")[:4]]
     capsys.readouterr()
     recipe.prepare(Data(TASKS["movie"], {"train": rows}), tmp_path / "bin", imported, max_tokens=8)
     assert read_manifest(tmp_path / "bin")["rows"] == {"train": 4}
