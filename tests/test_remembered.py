@@ -98,4 +98,4 @@ def test_fairseq_validate_takes_the_checkpoints_classes_alone(prepare, tmp_path)
     assert subprocess.run(program, capture_output=True).returncode == 0
     prepare("--labels", "good,bad,fair")
     failed = subprocess.run(program, capture_output=True, text=True)
-    assert failed.returncode != 0 and "trained with the classes bad, fair, good, and" in failed.stderr.splitlines()[-1]
+    assert failed.returncode == 1 and "trained with the classes bad, fair, good, and" in failed.stderr.splitlines()[-1]

@@ -69,6 +69,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         adversarial: bool = False,
     ) -> None:
         super().__init__(cfg, task)
+        checks.check_classes(task)
         self.cfg = cfg
         self.adversarial = adversarial
         self.weights = {**weights, "bregman": checks.bregman_weight(cfg)}
@@ -80,7 +81,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.judge_by(self.objectives[0])
         checks.check_surroundings(cfg, self.objective, self.regularized)
         self._encoder: Encoder | None = None
-        self._checked = self._compared = self._warned = False
+        self._checked = self._warned = False
         self.link = TrainingLink(on_epoch=self._check_before_training)
         self.link.listen(task)
         warmup = int(getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0)
@@ -188,9 +189,6 @@ class RegularizedCriterion(SentencePredictionCriterion):
         return result
 
     def _evaluate(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
-        if not model.training and not self._compared:
-            checks.check_classes(self.task)
-            self._compared = True
         several = TASK in sample
         with contextlib.ExitStack() as around:
             watched = not model.training and (several or self.cfg.smart_report_calibration)
