@@ -68,9 +68,7 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
 
 def check_classes(task: Any) -> None:
     """A checkpoint is evaluated on its own classes, in their order: fairseq-validate looks at their number alone."""
-    was = task.state.state_dict.get(DATA, {}).get(
-        "labels"
-    )  # in fairseq-validate the checkpoint's
+    was = task.state.state_dict.get(DATA, {}).get("labels")  # in fairseq-validate the checkpoint's
     now = what_is_in(Path(str(task.cfg.data))).get("labels")
     if was and now and was != now:
         raise UsageError(
