@@ -17,7 +17,6 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 from ..config.flags import AdversaryFlags, RegularizedConfig
 from ..data.binarize import read_manifest
 from ..data.folders import DATA, what_is_in
-from ..data.lines import read_lines
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from ..patches import trained_on
@@ -105,11 +104,8 @@ def _task_of(folder: str) -> str | None:
 
 def _classes_of(folder: str) -> str | None:
     """The labels of a data folder in their order; None where it has no such dictionary."""
-    try:
-        words = [line.rpartition(" ")[0] for _, line in read_lines(Path(folder) / "label" / "dict.txt")]
-    except UsageError:
-        return None
-    return f"the classes {', '.join(word for word in words if not word.startswith('madeupword'))}"
+    labels = what_is_in(Path(folder)).get("labels")
+    return None if labels is None else f"the classes {', '.join(labels)}"
 
 
 def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:
