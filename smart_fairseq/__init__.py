@@ -25,6 +25,7 @@ def register() -> None:
         allow_fairseq_checkpoints,
         copy_at_once,
         copy_checkpoints_whole,
+        mend_amp,
         read_checkpoints_with_care,
         remember_data,
     )
@@ -33,6 +34,7 @@ def register() -> None:
     allow_fairseq_checkpoints()
     copy_at_once()
     copy_checkpoints_whole()
+    mend_amp()
     read_checkpoints_with_care()
     remember_data()
 

@@ -14,6 +14,8 @@
   batches of 16 (`cover_validation_sets`).
 - Its FP16Optimizer copies gradients and weights between two precisions tensor by tensor, 800 launches on a GPU for an
   update of RoBERTa-large (`copy_at_once`).
+- Its AMPOptimizer divides the gradients by the loss scale twice, and saves the state of the innermost optimizer, which
+  knows no teacher (`mend_amp`).
 - A checkpoint names its data folder, and not what was in it: with it goes `data.folders.what_is_in` (`remember_data`).
 - Criterion and optimizer meet in ``task.train_step`` alone (`smart_fairseq.training.link`).
 """
@@ -120,6 +122,25 @@ def _pairs(optimizer: Any, of_gradients: bool) -> list[tuple[Any, Any]]:
     (flat,) = optimizer.fp32_params.values()
     pieces = part(flat).split([parameter.numel() for parameter in half])
     return [(part(ours), piece.view_as(ours)) for ours, piece in zip(half, pieces)]
+
+
+def mend_amp() -> None:
+    """Let fairseq's AMPOptimizer unscale gradients once, and hold the state of the optimizer that it wraps."""
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+
+    clip = AMPOptimizer.clip_grad_norm
+
+    @functools.wraps(clip)
+    def clip_and_remember(self: Any, *args: Any, **kwargs: Any) -> Any:
+        norm = clip(self, *args, **kwargs)  # unscales for torch's optimizer; `step` names fairseq's around it
+        if self.scaler.is_enabled():  # on a CPU it is not
+            states = self.scaler._per_optimizer_states
+            states[id(self.fp32_optimizer)] = states[id(self.optimizer)]
+        return norm
+
+    AMPOptimizer.clip_grad_norm = clip_and_remember
+    AMPOptimizer.state_dict = lambda self: self.fp32_optimizer.state_dict()
+    AMPOptimizer.load_state_dict = lambda self, *args, **kwargs: self.fp32_optimizer.load_state_dict(*args, **kwargs)
 
 
 # by the path of a checkpoint that fairseq has loaded, the data folder and what was in it

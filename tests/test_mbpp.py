@@ -280,6 +280,39 @@ def test_the_teacher_by_name_in_every_precision(precision: list[str], class_data
     assert [weight.data_ptr() for weight in moved.values()] == places, "into the same memory"
 
 
+def test_amp_unscales_once_and_keeps_the_teacher(class_data: Path) -> None:
+    """fairseq's AMPOptimizer, its scaler on the CPU: the step gets the loss's own gradient, none after an overflow."""
+    flags, given = ["--amp", "--fp16-init-scale", "128", "--optimizer", "mbpp"], torch.tensor([1.0, 2.0, 3.0])
+
+    def build_one(weight: torch.nn.Parameter) -> optim.AMPOptimizer:
+        optimizer = optim.AMPOptimizer.build_optimizer(parse(command(class_data, *flags)), [weight])
+        optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128)
+        return optimizer
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_one(weight)
+    optimizer.backward((weight * given).sum())
+    assert_equal(weight.grad, 128 * given)
+    assert float(optimizer.clip_grad_norm(0.0)) == pytest.approx(14**0.5)
+    optimizer.step()
+    assert_equal(weight.grad, given)
+    after = weight.detach().clone()
+    assert optimizer.fp32_optimizer.updates == 1 and bool((after < 1).all())
+
+    optimizer.zero_grad()
+    optimizer.backward((weight * torch.inf).sum())
+    optimizer.clip_grad_norm(0.0)
+    optimizer.step()
+    assert_equal(weight.detach(), after)
+    assert optimizer.fp32_optimizer.updates == 1 and optimizer.scaler.get_scale() == 64
+
+    other = build_one(torch.nn.Parameter(after))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.fp32_optimizer.updates == 1
+    assert_equal(other.fp32_optimizer.teacher[0], optimizer.fp32_optimizer.teacher[0])
+    assert not torch.equal(other.fp32_optimizer.teacher[0], after)
+
+
 def test_one_flat_tensor_is_cut_in_the_order_of_the_parameters(class_data: Path) -> None:
     """As with --fp16 on a GPU, where FP16Optimizer hands over a single tensor."""
     cfg, _, model, _ = build(command(class_data, "--mbpp-momentum", "1"))

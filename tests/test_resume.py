@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig, open_dict
@@ -13,9 +14,10 @@ from toolkit import BOLD, HEAD, ROOT, assert_equal, assert_same_state, batch, co
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
 
 
-def test_three_and_three_equal_six_with_another_base(class_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [["--mbpp-base", "radam"], ["--amp"]], ids=" ".join)
+def test_three_and_three_equal_six(more: list[str], class_data: Path, tmp_path: Path) -> None:
     """As test_every_criterion.py has it for adam; the checkpoint says what the teacher is."""
-    flags = [*BOLD, "--mbpp-base", "radam", "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
+    flags = [*BOLD, *more, "--mbpp-warmup-ratio", "0.5", "--save-interval-updates", "3"]
     train(command(class_data, *flags, save_dir=tmp_path / "run"))
     last = tmp_path / "run" / "checkpoint_last.pt"
     last.rename(tmp_path / "straight.pt")
