@@ -64,7 +64,8 @@ def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor, module: Any) -> Ten
 def _layer_norm_change(
     value: Tensor, change: Tensor, weight: Tensor, bias: Tensor, module: Any
 ) -> tuple[Tensor, Tensor]:
-    wide, moved = _widened(value, change)
+    # in rows, as torch's own result is: on a GPU dropout's masks, the head's too, depend on what lies where in memory
+    wide, moved = _widened(value.contiguous(), change.contiguous())
     variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
     scale = torch.rsqrt(variance + module.eps)
     normal = (wide - mean) * scale
