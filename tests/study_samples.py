@@ -23,6 +23,11 @@ seeds: [1, 2]
 MODEL = ", ".join(f"{name.removeprefix('--')}: {value}" for name, value in zip(TINY_MODEL[::2], TINY_MODEL[1::2]))
 
 
+def without_plain(text: str) -> str:
+    """A plan of the other method alone."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith("  plain:"))
+
+
 def write_plan(folder: Path, data: Path, text: str = PLAN) -> Path:
     """plan.yaml in ``folder``, for the data folder ``data``."""
     path = folder / "plan.yaml"

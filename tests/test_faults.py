@@ -279,7 +279,7 @@ def test_a_dying_worker_stops_the_other(dying: int, class_data: Path, tmp_path: 
     assert torch.load(tmp_path / "run" / "checkpoint_last.pt")["last_optimizer_state"]["mbpp"]["updates"] >= 2
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_workers_keeps_the_teacher(before: int, after: int, class_data: Path, tmp_path: Path) -> None:
     """Three updates with some workers and three with others equal six with one."""
 

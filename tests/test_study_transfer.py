@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_samples import PLAN, keys, write_plan
+from study_samples import PLAN, keys, without_plain, write_plan
 from toolkit import error_line, write_data
 
 from smart_fairseq.study import studying
@@ -36,7 +36,7 @@ def test_the_same_weights_predict_the_other_folder(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     other = write_data(tmp_path / "other", train=10, valid=7, wrong=0.5)
     plan = with_transfer(tmp_path / "a", data, other)
-    plan.write_text(f"keep: true\n{plan.read_text()}".replace("[1, 2]", "[1]"))
+    plan.write_text(without_plain(f"keep: true\n{plan.read_text()}".replace("[1, 2]", "[1]")))
     assert main([str(plan), "--jobs", "1"]) == 0
     study = studying.Study(read_plan(plan))
     asked = study.plan.runs()[0]
