@@ -16,7 +16,8 @@ from torch import Tensor
 from ..config.flags import RegularizedConfig
 from ..encoder import Forward
 from ..method.adversary import ascent_step
-from ..training.adversarial import AdversarialCriterion, Start, ball_config
+from ..terms.start import Drawn
+from ..training.adversarial import AdversarialCriterion, ball_config
 from ..training.batches import TASK
 from ..training.repeat import repeat_batches
 
@@ -29,7 +30,7 @@ FreeATConfig = ball_config(
 class _Held:
     """The perturbation of a batch that is not yet through."""
 
-    start: Start
+    start: Drawn
     entering: Tensor  # a leaf, whose gradient an update's backward leaves
     update: int
     taken: int = 1  # updates
@@ -53,7 +54,7 @@ class FreeATSentencePrediction(AdversarialCriterion):
         if held is None or held.taken == self.ball.steps:
             self.held = {k: other for k, other in self.held.items() if other.update == update}
             start = self.start(forward, sample)
-            entering = (start.point * start.unit).detach().requires_grad_()
+            entering = (start.noise * start.unit).detach().requires_grad_()
             held = self.held[key] = _Held(start, entering, update)
         else:
             point, gradient = held.entering.detach() / held.start.unit, held.entering.grad

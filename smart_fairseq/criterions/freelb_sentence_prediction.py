@@ -41,7 +41,7 @@ class FreeLBSentencePrediction(AdversarialCriterion):
             yield self.forward(model, sample)
             return
         start = self.start(self.forward_of(model, sample), sample)
-        point, masks, total = start.point, RandomState(start.mask.device), torch.zeros(())
+        point, masks, total = start.noise, RandomState(start.mask.device), torch.zeros(())
         self.before = None
         for number in range(self.num_passes):
             self.entering, self.delta = (point * start.unit).detach().requires_grad_(), self.norms(point)

@@ -37,6 +37,6 @@ class PGDSentencePrediction(AdversarialCriterion):
             seen.append(losses.detach().sum())
             return losses
 
-        point = ascend(gradient_of(logits_fn, loss), start.point, start.mask, self.adversary)
+        point = ascend(gradient_of(logits_fn, loss), start.noise, start.mask, self.adversary)
         self.delta, self.before = self.norms(point), seen[0]
         return point * start.unit

@@ -24,7 +24,7 @@ from ..errors import require
 from ..method.adversary import Adversary, norm
 from ..method.noise import uniform_noise
 from ..method.relative import noise_in_units
-from ..terms.start import drawn
+from ..terms.start import Drawn, drawn
 from .checks import check_model
 from .criterion import RegularizedCriterion
 from .link import Result
@@ -71,19 +71,6 @@ def ball_config(name: str, prefix: str, module: str, steps: str) -> Any:
     return config
 
 
-class Start(NamedTuple):
-    """Where the ascent of one batch begins.
-
-    point: [B, T, C] float32 or wider, in the unit.
-    unit: what a point is multiplied with to become a perturbation, as `Drawn` has it.
-    mask: [B, T, 1], 1 at real tokens.
-    """
-
-    point: Tensor
-    unit: Tensor
-    mask: Tensor
-
-
 class AdversarialCriterion(RegularizedCriterion):
     """What the adversarial criteria share; a subclass has `perturbation`, which sets ``delta`` and ``before``.
 
@@ -121,12 +108,12 @@ class AdversarialCriterion(RegularizedCriterion):
         where = "a perturbed point" if self.adversarial else "the embeddings"
         return f"{self.name}: the task loss is taken at {where}, "
 
-    def start(self, forward: Forward, sample: dict[str, Any]) -> Start:
-        """A random point of the ball, which belongs to the example and the update."""
+    def start(self, forward: Forward, sample: dict[str, Any]) -> Drawn:
+        """The noise where the ascent begins: a random point of the ball in its unit, 0 at padding."""
         relative = self.ball.epsilon_unit == "relative"
         noise, unit, mask = drawn(forward, sample, uniform_noise, self.adversary, relative)
         # Zhu et al. (2020), algorithm 1, line 4: over the root of the number of entries in the norm l2
-        return Start(self.ball.start * noise_in_units(noise, mask, self.adversary) * mask, unit, mask)
+        return Drawn(self.ball.start * noise_in_units(noise, mask, self.adversary) * mask, unit, mask)
 
     def norms(self, point: Tensor) -> Tensor:
         """The sum over a batch, in the unit of the radius as ``point`` is."""
