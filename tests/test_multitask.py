@@ -140,7 +140,7 @@ def test_a_batch_is_of_one_task() -> None:
     """Its data set's own batches, by length here, in its own numbering; empty batches stay so."""
     data = MultitaskDataset({0: Rows(5, 3, 4, 1, 2), 3: Rows(9, 7, 8)})
     assert len(data) == 8 and data.can_reuse_epoch_itr_across_epochs
-    assert data.sizes[0].tolist() == [5, 3, 4, 1, 2, 9, 7, 8]
+    assert data.sizes.tolist() == [5, 3, 4, 1, 2, 9, 7, 8]
     assert [data.num_tokens(index) for index in range(8)] == [data.size(index) for index in range(8)]
     batches = data.batch_by_size(data.ordered_indices(), max_sentences=2)
     assert [batch.tolist() for batch in batches] == [[3, 4], [1, 2], [0], [6, 7], [5]]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from fairseq.data import FairseqDataset, data_utils
+from fairseq.data import ConcatDataset, FairseqDataset, data_utils
 
 from ..method.ranking import group_places
 
@@ -94,7 +94,7 @@ class GroupedDataset(Groups):
         return {**self.rows.collater(rows), GROUPS: group_places([len(group) for group in samples])}
 
 
-class MultitaskDataset(FairseqDataset):
+class MultitaskDataset(ConcatDataset):
     """The rows of several data sets, one set after the other.
 
     Args:
@@ -104,44 +104,26 @@ class MultitaskDataset(FairseqDataset):
     """
 
     def __init__(self, datasets: Mapping[int, FairseqDataset], exponent: float = 1.0, seed: int = 1) -> None:
-        super().__init__()
-        self.datasets, self.exponent, self.seed, self.epoch = dict(datasets), exponent, seed, 1
-        self.starts = np.cumsum([0, *(len(dataset) for dataset in self.datasets.values())])
+        super().__init__(datasets.values())
+        self.numbers, self.exponent, self.seed, self.epoch = list(datasets), exponent, seed, 1
 
     def _parts(self) -> Iterator[tuple[int, int, FairseqDataset]]:
-        for (number, dataset), start in zip(self.datasets.items(), self.starts):
-            yield number, int(start), dataset
-
-    def _place(self, index: int) -> tuple[int, FairseqDataset, int]:
-        place = int(np.searchsorted(self.starts, index, side="right")) - 1
-        number, start, dataset = list(self._parts())[place]
-        return number, dataset, int(index) - start
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+        return zip(self.numbers, [0, *self.cumulative_sizes], self.datasets)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        number, dataset, place = self._place(index)
-        return number, dataset[place]
+        place, _ = self._get_dataset_and_sample_index(index)
+        return place, super().__getitem__(index)
 
     def collater(self, samples: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         """The batch as its own data set makes it, ids included, with the number of its task under ``TASK``."""
         if not samples:
             return {}
-        (number,) = {number for number, _ in samples}
-        return {**self.datasets[number].collater([sample for _, sample in samples]), TASK: number}
-
-    @property
-    def sizes(self) -> list[np.ndarray]:
-        return [np.concatenate([np.asarray(dataset.sizes[0]) for dataset in self.datasets.values()])]
-
-    def size(self, index: int) -> Any:
-        _, dataset, place = self._place(index)
-        return dataset.size(place)
+        (place,) = {place for place, _ in samples}
+        return {**self.datasets[place].collater([sample for _, sample in samples]), TASK: self.numbers[place]}
 
     def num_tokens(self, index: int) -> int:
-        _, dataset, place = self._place(index)
-        return int(dataset.num_tokens(place))
+        place, row = self._get_dataset_and_sample_index(index)
+        return int(self.datasets[place].num_tokens(row))
 
     def ordered_indices(self) -> np.ndarray:
         return np.concatenate([dataset.ordered_indices() + start for _, start, dataset in self._parts()])
@@ -168,5 +150,3 @@ class MultitaskDataset(FairseqDataset):
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         self.epoch = epoch
-        for dataset in self.datasets.values():
-            dataset.set_epoch(epoch)
