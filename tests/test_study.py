@@ -120,8 +120,8 @@ def test_a_cut_vocabulary_says_the_same_in_fewer_rows(tmp_path: Path) -> None:
                 add(array("H", row.tolist()), [len(row)])
     cut_checkpoint(tmp_path / "whole.pt", source, tmp_path / "cut.pt")
     assert torch.equal(torch.load(tmp_path / "cut.pt")["model"][EMBEDDINGS], old)
-    for name, words in (("whole", None), ("cut", source.words())):
-        cut_out(source, tmp_path / name, Draw(rows=9), 3, words)
+    for name in ("whole", "cut"):
+        cut_out(source, tmp_path / name, Draw(rows=9, vocabulary=name), 3)
     assert (tmp_path / "cut" / "input0" / "dict.txt").read_text() == lines
     for split in ("train", "valid"):
         whole, cut = texts(tmp_path / "whole", split), texts(tmp_path / "cut", split)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..data.binarize import MANIFEST, indexed_writer, read_classes, read_indexed, read_manifest, write_classes
 from ..data.bpe import SPECIAL_SYMBOLS
+from ..data.folders import label_order
 from ..data.lines import located
 from ..data.pool import integer_typecode
 from ..files import whole_folder
@@ -61,9 +62,7 @@ class Source:
         """Labels in the order of the class numbers; none for regression."""
         if self.regression:
             return []
-        lines = (self.folder / "label" / "dict.txt").read_text(encoding="utf-8").splitlines()
-        names = [line.rpartition(" ")[0] for line in lines]
-        return [name for name in names if not name.startswith("madeupword")]
+        return [name for name in label_order(self.folder) if not name.startswith("madeupword")]
 
     @property
     def splits(self) -> list[str]:
@@ -139,11 +138,8 @@ def flipped(labels: np.ndarray, classes: int, share: float, seed: int) -> np.nda
     return labels
 
 
-def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarray | None = None) -> None:
-    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest.
-
-    words: the ids that keep a place in the dictionary, in order, the specials first; None for all.
-    """
+def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
+    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest."""
     labels = {split: source.labels(split) for split in source.splits}
     train = drawn(labels["train"], draw, seed)
     # (split, position) of every row that is left
@@ -154,9 +150,10 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int, words: np.ndarr
         left = [left[place] for place in sorted(kept)]
     if not left:
         raise located(source.folder, "no labelled row is left to evaluate on; draw fewer rows")
-    flip = (draw.flip, seed) if draw.flip else None
+    if draw.flip:
+        labels["train"][train] = flipped(labels["train"][train], len(source.classes), draw.flip, seed)
     parts = {"train": [("train", int(place)) for place in train], "valid": left}
-    _write(source, target, labels, parts, words, flip)
+    _write(source, target, labels, parts, source.words() if draw.vocabulary == "cut" else None)
 
 
 def take_all(source: Source, target: Path) -> None:
@@ -167,17 +164,12 @@ def take_all(source: Source, target: Path) -> None:
 
 
 def _write(
-    source: Source,
-    target: Path,
-    labels: dict[str, np.ndarray],
-    parts: Parts,
-    words: np.ndarray | None = None,
-    flip: tuple[float, int] | None = None,
+    source: Source, target: Path, labels: dict[str, np.ndarray], parts: Parts, words: np.ndarray | None = None
 ) -> None:
     """A data folder of some rows.
 
-    labels: of the source, by split.
-    flip: share of the training labels, and the seed.
+    labels: of the source's rows, by split.
+    words: the ids that keep a place in the dictionary, in order, the specials first; None for all.
     """
     with whole_folder(target) as folder:
         for name in source.inputs:
@@ -189,8 +181,6 @@ def _write(
         ids = {split: source.ids(split, len(found)) for split, found in labels.items()}
         for part, rows in parts.items():
             found = np.array([labels[split][place] for split, place in rows])
-            if part == "train" and flip:
-                found = flipped(found, len(source.classes), *flip)
             if source.regression:
                 lines = "".join(f"{label}\n" for label in found)
                 (folder / "label" / f"{part}.label").write_text(lines, encoding="utf-8")

@@ -88,10 +88,9 @@ class Study:
     def run(self, asked: Asked) -> Run:
         """The process of a run; its data are cut out if they are not there."""
         folder, source, checkpoint = self.folder(asked), asked.task.source, asked.start
-        cut = asked.task.draw.vocabulary == "cut"
         if not folder.is_dir():
-            cut_out(source, folder, asked.task.draw, asked.seed, source.words() if cut else None)
-        if cut and checkpoint is not None:
+            cut_out(source, folder, asked.task.draw, asked.seed)
+        if asked.task.draw.vocabulary == "cut" and checkpoint is not None:
             known_by = _short([self.data[asked.task.name], self.encoders[checkpoint]])
             target = self.plan.work / "vocabulary" / f"{known_by}.pt"
             if not target.is_file():
