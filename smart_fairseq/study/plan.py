@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..commands.options import imported_flags, plugin_flags
 from ..data.lines import located, shown
-from ..data.tasks import TASKS
+from ..data.tasks import CORRELATIONS, TASKS
 from ..errors import UsageError
 from ..evaluation.metrics import METRICS
 from . import recipe
@@ -44,8 +44,8 @@ class Task:
     source: Source
     draw: Draw
     metrics: tuple[str, ...]
-    train: Mapping[str, Flag] = field(default_factory=dict)
-    transfer: Mapping[str, Source] = field(default_factory=dict)
+    train: Mapping[str, Flag]
+    transfer: Mapping[str, Source]
 
     @property
     def train_rows(self) -> int:
@@ -72,8 +72,8 @@ class Asked:
     flags: Mapping[str, Flag]
     epochs: float
     warmup: float
-    attack: Attack | None = None
-    start: Path | None = None
+    attack: Attack | None
+    start: Path | None
 
     @property
     def arm(self) -> str:
@@ -120,7 +120,7 @@ class Plan:
     encoder_flags: the architecture's.
     bpe: of the encoder, where its folder says it.
     axes: the grid.
-    attacks: by method and seed, what the run's weights are put under at its end.
+    attacks: by method and seed, what the run's weights are put under at its end; not of those that have none.
     """
 
     path: Path
@@ -135,8 +135,8 @@ class Plan:
     seeds: Sequence[int]
     axes: Sequence[Block]
     keep: bool
-    attacks: Callable[[str, int], Attack | None] = lambda method, seed: None
-    starts: Mapping[str, Path] = field(default_factory=dict)
+    attacks: Mapping[tuple[str, int], Attack]
+    starts: Mapping[str, Path]
 
     def runs(self) -> list[Asked]:
         """Every run; all with the first seed come first."""
@@ -167,7 +167,7 @@ class Plan:
         number(self.path, where + "batch-size", flags["batch-size"], 1)
         for name in ("criterion", "optimizer"):
             must_be(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
-        attack, start = self.attacks(method, seed), self.starts.get(method, self.checkpoint)
+        attack, start = self.attacks.get((method, seed)), self.starts.get(method, self.checkpoint)
         return Asked(task, method, variant, seed, flags, epochs, warmup, attack, start)
 
     def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
@@ -266,7 +266,7 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
         evaluate=whole(path, f"{where}: evaluate", given.get("evaluate")),
     )
     flags = _flags(path, f"{where}.train", given.get("train") or {})
-    others = named(path, {"transfer": {}, **given}, "transfer", where)
+    others = named(path, given, "transfer", where)
     transfer = {other: Source(Path(str(folder))) for other, folder in others.items()}
     if not files:
         return Task(name, source, draw, (), flags, transfer)
@@ -290,12 +290,10 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags, transfer)
 
 
-def _attacks(
-    path: Path, given: Any, methods: Sequence[str], seeds: Sequence[int]
-) -> Callable[[str, int], Attack | None]:
-    """Which runs are attacked: all that the key ``attack`` does not leave out."""
+def _attacks(path: Path, given: Any, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Attack]:
+    """By method and seed the runs that are attacked: all that the key ``attack`` does not leave out."""
     if given is None:
-        return lambda method, seed: None
+        return {}
     found = mapping(path, "attack", given, ("radii", "rows", "methods", "seeds"))
     radii, rows = found.get("radii"), whole(path, "attack: rows", found.get("rows", 256))
     right = isinstance(radii, list) and bool(radii) and all(type(r) in (float, int) and 0 < r <= 1 for r in radii)
@@ -304,13 +302,12 @@ def _attacks(
     attacked_methods = some_of(path, "attack: methods", found.get("methods", list(methods)), methods)
     attacked_seeds = some_of(path, "attack: seeds", found.get("seeds", list(seeds)), seeds)
     asked = Attack(list(map(float, radii or [])), rows or 0)
-    return lambda method, seed: asked if method in attacked_methods and seed in attacked_seeds else None
+    return dict.fromkeys(itertools.product(attacked_methods, attacked_seeds), asked)
 
 
 def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:
     """Those that the plan names; else those of the task that the folder was made from."""
-    numbers = ("pearson", "spearman", "pearson_and_spearman")
-    allowed = [name for name in METRICS if (name in numbers) == source.regression]
+    allowed = [name for name in METRICS if (name in CORRELATIONS) == source.regression]
     if given is None:
         known = TASKS.get(str(source.manifest.get("task")))
         return known.metrics if known else (("pearson",) if source.regression else ("accuracy",))

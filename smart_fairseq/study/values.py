@@ -40,9 +40,9 @@ def mapping(path: Path, where: str, value: Any, allowed: Sequence[str] = ()) -> 
 
 
 def named(path: Path, given: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
-    """What stands under a key: a mapping from names."""
+    """What stands under a key: a mapping from names; empty without the key."""
     place = f"{where}: {key}" if where else key
-    found = mapping(path, place, given[key])
+    found = mapping(path, place, given.get(key, {}))
     for name in found:
         right = name.replace("-", "").replace("_", "").isalnum()
         must_be(path, right, f"{place}: name", name, "of letters, digits, - and _")
