@@ -78,7 +78,7 @@ def test_the_worst_point_seen_counts():
     def damage(outputs: Tensor, _: Tensor) -> Tensor:
         return -(outputs[:, 0] - 0.05).square()
 
-    point, _ = worst_point(outputs_fn, clean, damage, start, mask, radius=0.1, steps=10)
+    point, _ = worst_point(outputs_fn, clean, damage, start, mask, radius=0.1)
     torch.testing.assert_close(point, torch.full_like(point, 0.05))
 
 

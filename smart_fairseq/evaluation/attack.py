@@ -51,7 +51,6 @@ def worst_point(
     start: Tensor,
     mask: Tensor,
     radius: float,
-    steps: int = STEPS,
 ) -> tuple[Tensor, Tensor]:
     """The point with the largest damage on the way of the ascent.
 
@@ -61,7 +60,7 @@ def worst_point(
         damage: of outputs and clean ones, one number per example.
         start: [B, T, C] within the ball, where the way begins.
         mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
-        radius: of the ball of norm inf around 0; a step is 2.5 radius / steps, so the far side can be reached.
+        radius: of the ball of norm inf around 0; a step is 2.5 radius / `STEPS`, so the far side can be reached.
     Returns:
         u [B, T, C] and the outputs there [B, K], detached.
     """
@@ -75,7 +74,7 @@ def worst_point(
         seen[:] = [torch.where(better.view(-1, *[1] * (n.dim() - 1)), n, b) for n, b in zip(here, before)]
         return outputs
 
-    adversary = Adversary(radius=radius, step_size=2.5 * radius / steps, steps=steps, signed=True)
+    adversary = Adversary(radius=radius, step_size=2.5 * radius / STEPS, steps=STEPS, signed=True)
     last = ascend(gradient_of(noted, away_from(clean, damage)), start, mask, adversary)
     with torch.no_grad():
         noted(last)
@@ -89,7 +88,6 @@ def attack(
     gold: Tensor,
     radii: Sequence[float],
     temperature: float = 1.0,
-    steps: int = STEPS,
     seed: int = 1,
     kinds: Sequence[str] = ("loss", "divergence"),
 ) -> Attacked:
@@ -127,7 +125,7 @@ def attack(
             continue
         point = radii[0] * torch.erf(noise / math.sqrt(2))  # uniform in the first ball
         for radius in radii:
-            point, reached = worst_point(outputs_fn, clean, damage, point, mask, radius, steps)
+            point, reached = worst_point(outputs_fn, clean, damage, point, mask, radius)
             outputs.append(reached)
     with torch.no_grad():
         found.random.extend(outputs_fn(radius * noise.sign()) for radius in radii)
