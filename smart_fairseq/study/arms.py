@@ -17,10 +17,10 @@ SECONDS = ("seconds_per_update", "cpu_seconds_per_update")
 
 
 class Difference(NamedTuple):
-    """Of two arms over the seeds that both have: the mean, half of its 95 % t interval (nan below three seeds)."""
+    """Of two arms over the seeds that both have: the mean, half of its 95 % t interval (None below three seeds)."""
 
     mean: float
-    half: float
+    half: float | None
     pairs: int
 
 
@@ -87,7 +87,7 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Di
     """Paired by seed; a pair with a number that is not finite is left out."""
     gains = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     gains = [gain for gain in gains if math.isfinite(gain)]
-    half = half_width(gains) if len(gains) > 2 else math.nan  # of two, 13 times their standard error
+    half = half_width(gains) if len(gains) > 2 else None  # of two, 13 times their standard error
     return Difference(fmean(gains), half, len(gains)) if gains else None
 
 

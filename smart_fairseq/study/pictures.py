@@ -49,8 +49,7 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
         for place, arm in enumerate(compared):
             found = arm.difference(name)
             if found is not None:
-                half = None if math.isnan(found.half) else found.half
-                axis.errorbar(found.mean, place, xerr=half, fmt="o", color="C0", markersize=4, capsize=2)
+                axis.errorbar(found.mean, place, xerr=found.half, fmt="o", color="C0", markersize=4, capsize=2)
         axis.set_title(name.replace("_", " "), fontsize="medium")
         axis.set_yticks(range(len(compared)), [arm.name for arm in compared], fontsize="small")
         axis.set_ylim(len(compared) - 0.5, -0.5)
@@ -75,8 +74,7 @@ def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
         axis.axhline(0, color="grey", linewidth=0.8)
         found = [(arm.name, arm.cost(), gain) for arm in compared if (gain := arm.difference(name)) is not None]
         for label, cost, gain in found:
-            half = None if math.isnan(gain.half) else gain.half
-            axis.errorbar(cost, gain.mean, yerr=half, fmt="o", color="C0", ecolor="C7", elinewidth=0.6, markersize=4)
+            axis.errorbar(cost, gain.mean, gain.half, fmt="o", color="C0", ecolor="C7", elinewidth=0.6, markersize=4)
             # a label stands on the side where the next dot is farther
             nearest = min((there - cost for other, there, _ in found if other != label), key=abs, default=0.0)
             side = {"ha": "right", "xytext": (-4, 3)} if nearest > 0 else {"xytext": (4, 3)}

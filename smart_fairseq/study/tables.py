@@ -19,7 +19,7 @@ def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
     values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if percent else 4
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     gain = "" if found is None else f"{found.mean:+.{digits}f}"
-    if found is not None and not math.isnan(found.half):
+    if found is not None and found.half is not None:
         low, high = found.mean - found.half, found.mean + found.half
         gain += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{median(values):.{digits}f}", f"{fmean(values):.{digits}f}{spread}", gain
@@ -103,6 +103,6 @@ def as_csv(tasks: Mapping[str, Sequence[Arm]]) -> str:
                 found = arm.difference(name)
                 if found is not None and arm.baseline is not None:
                     row += [arm.baseline.name, found.pairs, found.mean]
-                    row += ["", ""] if math.isnan(found.half) else [found.mean - found.half, found.mean + found.half]
+                    row += ["", ""] if found.half is None else [found.mean - found.half, found.mean + found.half]
                 table.writerow([*row, *[""] * (12 - len(row))])
     return text.getvalue()
