@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Optional
 from fairseq import models
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
-from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SHORTEN_METHOD_CHOICES, SentencePredictionConfig, SentencePredictionTask
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
@@ -165,7 +165,7 @@ class SmartMultitask(SentencePredictionTask):
                 "smart_sentence_prediction (with --smart-weight 0 without its term)"
             )
         check_for_several_tasks(cfg)
-        return FairseqTask.build_criterion(self, cfg, from_checkpoint)
+        return super().build_criterion(cfg, from_checkpoint)
 
     def reduce_metrics(self, logging_outputs: Sequence[Dict[str, Any]], criterion: Any) -> None:
         """What all tasks have in common as the criterion logs it, and under each task's name what it alone has."""

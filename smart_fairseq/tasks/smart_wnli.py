@@ -15,7 +15,7 @@ from typing import Any
 
 from fairseq import models
 from fairseq.dataclass import FairseqDataclass
-from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
@@ -65,9 +65,7 @@ class SmartWnli(SentencePredictionTask):
     separators: of HNN's rows, as `CandidateDataset` has it; None without HNN.
     """
 
-    def __init__(
-        self, cfg: WnliConfig, data_dictionary: Any, label_dictionary: Any, separators: int | None = None
-    ) -> None:
+    def __init__(self, cfg: WnliConfig, data_dictionary: Any, label_dictionary: Any, separators: int | None) -> None:
         for name in ("wnli_alpha", "wnli_beta", "wnli_hnn_beta"):
             require(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')}", getattr(cfg, name), "0 or above")
         require(cfg.wnli_hnn_gamma > 0, "--wnli-hnn-gamma", cfg.wnli_hnn_gamma, "above 0")
@@ -144,7 +142,9 @@ class SmartWnli(SentencePredictionTask):
             head = HybridHead(encoder.lm_head, padding_idx, encoder.table.shape[1], self.cfg.wnli_hnn_gamma)
         else:
             head = CandidateHead(encoder.lm_head, padding_idx)
-        head.attach(model)
+        model.classification_heads[head.name] = head
+        # a bound method goes along where a model is copied
+        model.register_forward_pre_hook(head.note, with_kwargs=True)
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -156,7 +156,7 @@ class SmartWnli(SentencePredictionTask):
         for name in ("regression_target", "smart_report_calibration", *REPORTED):
             if getattr(cfg, name):
                 raise UsageError(f"--{name.replace('_', '-')} is set with --task smart_wnli, which ranks; leave it out")
-        return FairseqTask.build_criterion(self, cfg, from_checkpoint)
+        return super().build_criterion(cfg, from_checkpoint)
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)

@@ -47,7 +47,7 @@ class Group:
     labels: dict[Tokens, int] = field(default_factory=dict)
     rows: dict[Tokens, list[int]] = field(default_factory=dict)
 
-    def longest(self, separators: int | None = None) -> int:
+    def longest(self, separators: int | None) -> int:
         """Tokens of its longest row, those around the texts included; ``separators`` as `CandidateDataset` has it."""
         pair = 0 if separators is None else len(self.pronoun) + separators
         return len(self.before) + len(self.after) + max(map(len, self.labels)) + 2 + pair
@@ -107,7 +107,7 @@ class CandidateDataset(Groups):
     """
 
     def __init__(
-        self, groups: Sequence[Group], dictionary: Dictionary, seed: int | None = None, separators: int | None = None
+        self, groups: Sequence[Group], dictionary: Dictionary, seed: int | None, separators: int | None
     ) -> None:
         longest, rows = [group.longest(separators) for group in groups], 1 if separators is None else 2
         super().__init__(np.array(longest), np.array([rows * len(group.labels) for group in groups]), seed)
@@ -159,7 +159,7 @@ class CandidateDataset(Groups):
 class CandidateHead(nn.Module):
     """In a classification head's place: from the features of a batch's rows to the scores, by the model's LM head.
 
-    It has no parameters of its own, but trains those that are ``borrowed``; `attach` puts it into a model.
+    It has no parameters of its own, but trains those that are ``borrowed``.
     """
 
     name = HEAD
@@ -186,12 +186,6 @@ class CandidateHead(nn.Module):
     def note(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         """For ``register_forward_pre_hook`` of the model: ``candidates`` of its batch."""
         self.candidates = inputs.get("candidates")
-
-    def attach(self, model: Any) -> None:
-        """Make this a head of the model, which from now on takes ``candidates`` [G, K, T] too."""
-        model.classification_heads[self.name] = self
-        # a bound method goes along where a model is copied
-        model.register_forward_pre_hook(self.note, with_kwargs=True)
 
 
 class Matrix(nn.Module):
