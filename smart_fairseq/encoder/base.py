@@ -338,9 +338,7 @@ class Forward:
             [B, K], [B, K], and a function from [B, K] to [B, T, C]; dtypes of the model.
         """
         leaf: list[Tensor] = []
-        with contextlib.ExitStack() as block:
-            block.enter_context(torch.enable_grad())
-            change = block.enter_context(self.encoder.changed(direction, self.place, leaf))
+        with torch.enable_grad(), self.encoder.changed(direction, self.place, leaf) as change:
             logits = self(weights)
 
         def pull_back(cotangent: Tensor) -> Tensor:
