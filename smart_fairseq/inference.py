@@ -78,13 +78,14 @@ class Model:
         """Load the model for this data folder; the folder that it was trained on."""
         from fairseq import checkpoint_utils
 
-        from .convert.checkpoint import as_written, check_head, scores_candidates
+        from .convert.checkpoint import as_written, check_head, scores_candidates, task_settings
         from .convert.single_task import folder_of, of_several_tasks, single_task
 
         path = str(self._path)
         try:
             state = checkpoint_utils.load_checkpoint_to_cpu(path)
-            trained_on = str(_setting(state, "data") or "")
+            settings = task_settings(state)
+            trained_on, kind = str(settings.get("data") or ""), settings.get("_name")
             self._was = data_of(state)
             overrides = {"data": str(self.folder), "no_shuffle": True}
             given = None  # instead of the file
@@ -96,23 +97,20 @@ class Model:
                 state["cfg"]["task"]["no_shuffle"] = True
             elif self.task.candidates != scores_candidates(state):
                 needed = "smart_wnli" if self.task.candidates else "sentence_prediction"
+                self._refuse(f"was trained for the task {kind}, not {needed}, as {self.task.name} needs")
+            elif kind not in (None, "sentence_prediction", "smart_wnli"):
                 self._refuse(
-                    f"was trained for the task {_setting(state, '_name')}, not {needed}, as {self.task.name} needs"
-                )
-            elif _setting(state, "_name") not in (None, "sentence_prediction", "smart_wnli"):
-                of = _setting(state, "_name")
-                self._refuse(
-                    f"is of the task {of}, such as an encoder that is not fine-tuned; give a checkpoint that "
+                    f"is of the task {kind}, such as an encoder that is not fine-tuned; give a checkpoint that "
                     f"fairseq-train wrote on {self.folder}"
                 )
-            regression = _setting(state, "regression_target")
+            regression = settings.get("regression_target")
             scored = self.task.candidates or self.task.ranking  # by one output, which is no regression's
             if given is None and not scored and regression not in (None, self.task.regression):
                 kinds = (
                     ("classifies", "is a regression") if self.task.regression else ("is a regression", "has classes")
                 )
                 self._refuse(f"{kinds[0]}, and {self.task.name} {kinds[1]}: another task's")
-            models, self._config, loaded = checkpoint_utils.load_model_ensemble_and_task([path], overrides, state=given)
+            models, config, loaded = checkpoint_utils.load_model_ensemble_and_task([path], overrides, state=given)
             # a task with a head of its own stays smart_multitask's
             (objective,) = getattr(loaded, "objectives", (None,))
             self._fairseq_task = objective.task if objective else loaded
@@ -127,7 +125,7 @@ class Model:
             self.head = loaded.objectives[0].head
             return Path(trained_on)
         with as_written(self._path):
-            self.head = self._config.criterion.get("classification_head_name") or "sentence_classification_head"
+            self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
             check_head(self._path, state["model"], self.head)
         return Path(trained_on)
 
@@ -234,13 +232,6 @@ class Model:
         other._fairseq_task.cfg = copy.deepcopy(self._fairseq_task.cfg)
         other._fairseq_task.cfg.data = str(folder)
         return other
-
-
-def _setting(state: dict[str, Any], name: str) -> Any:
-    """A field of the task's configuration, in checkpoints old and new."""
-    if state.get("cfg") is not None:
-        return state["cfg"]["task"].get(name)
-    return getattr(state.get("args"), "task" if name == "_name" else name, None)
 
 
 def batches(sizes: np.ndarray, max_tokens: int) -> Iterator[list[int]]:

@@ -65,9 +65,14 @@ def check_head(path: Path, weights: Iterable[str], head: str, parts: Set[str] = 
         refuse(path, f"has no {min(missing)} of its classification head {head!r}", "a whole checkpoint is needed")
 
 
+def task_settings(state: dict[str, Any]) -> Any:
+    """The task's part of a checkpoint's configuration; empty where there is none."""
+    return (state.get("cfg") or {}).get("task") or {}
+
+
 def scores_candidates(state: dict[str, Any]) -> bool:
     """Whether a checkpoint is smart_wnli's, whose head is the LM head."""
-    return ((state.get("cfg") or {}).get("task") or {}).get("_name") == "smart_wnli"
+    return bool(task_settings(state).get("_name") == "smart_wnli")
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from ..data.binarize import read_manifest
 from ..data.folders import find_tasks, task_of
 from ..errors import UsageError, refuse
 from ..training.metrics import REPORTED
-from .checkpoint import check_head
+from .checkpoint import check_head, task_settings
 
 HEADS, HEAD = "classification_heads.", "sentence_classification_head"
 ANSWER = "attention.weight"  # a part that only a head of --multitask-san has
@@ -29,7 +29,7 @@ def head_of(task: str) -> str:
 
 def of_several_tasks(state: dict[str, Any]) -> bool:
     """Whether a checkpoint is smart_multitask's."""
-    return ((state.get("cfg") or {}).get("task") or {}).get("_name") == "smart_multitask"
+    return bool(task_settings(state).get("_name") == "smart_multitask")
 
 
 def heads_of(state: dict[str, Any]) -> list[str]:
