@@ -131,7 +131,7 @@ ENTRY = {"uid": "u", "context": "a", "hypothesis": "b", "label": "e", "reason": 
 OBJECTS = {
     "not JSON": ("{uid: 1}", r"train.jsonl:2: not JSON"),
     "half a line": (json.dumps(ENTRY)[:20], r"train.jsonl:2: not JSON"),
-    "a list": ("[1]", r"train.jsonl:2: a JSON list, and an object is needed"),
+    "a list": ("[1]", r"train.jsonl:2: a JSON list; each line must be one object"),
     "a missing key": (json.dumps({"uid": "u", "context": "a", "label": "e"}), r":2: key 'hypothesis' holds nothing"),
     "a number for text": (json.dumps({**ENTRY, "context": 3}), r"train.jsonl:2: key 'context' holds int"),
     "half of a surrogate pair": (json.dumps({**ENTRY, "context": "a \ud83d b"}), r"train.jsonl:2: not JSON \(.*surrog"),
@@ -140,7 +140,7 @@ OBJECTS = {
     "a zero byte in an id": (json.dumps({**ENTRY, "uid": "u\0"}), r"train.jsonl:2: holds a zero byte"),
     "ten thousand brackets": ("[" * 10_000, r"train.jsonl:2: not JSON \("),
     "a number of 5,000 digits": ("1" * 5000, r"train.jsonl:2: not JSON \("),
-    "null": ("null", r"train.jsonl:2: a JSON NoneType, and an object is needed"),
+    "null": ("null", r"train.jsonl:2: a JSON NoneType; each line must be one object"),
     "a text that is null": (json.dumps({**ENTRY, "context": None}), r":2: key 'context' holds NoneType"),
     "a label that is a list": (json.dumps({**ENTRY, "label": ["e"]}), r":2: key 'label' holds list, and a string"),
     "two objects in a line": (json.dumps(ENTRY) * 2, r"train.jsonl:2: not JSON"),

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError, parse_json
 from .lines import Report, Row, Skip, as_number, located, read_lines, shown, source_path
@@ -63,14 +64,8 @@ def columns_of(form: str, path: Path) -> list[str]:
     """The names in the header of a table, or the keys of the first object."""
     path = source_path(path.parent, path.name.removesuffix(".gz")) or path
     if form == "jsonl":
-        line = next((line for _, line in read_lines(path) if line.strip()), "")
-        try:
-            first = parse_json(line)
-        except ValueError as error:
-            raise located(path, f"not JSON ({error}); each line must be one object", 1) from None
-        if not isinstance(first, dict):
-            raise located(path, f"a JSON {type(first).__name__}; each line must be one object", 1)
-        return list(first)
+        filled = ((number, line) for number, line in read_lines(path) if line.strip())
+        return list(_object(path, *next(filled, (1, ""))))
     names = [name.strip() for name in next(_cells(form, path))[1]]
     if form == "csv" and len(names) == 1 and ";" in names[0]:
         raise located(path, "columns are separated by semicolons, and commas are needed", 1)
@@ -141,13 +136,18 @@ def _object_rows(source: Source, path: Path) -> Iterator[object]:
             yield error
 
 
-def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
+def _object(path: Path, number: int, line: str) -> dict[Any, Any]:
     try:
         entry = parse_json(line)
     except ValueError as error:
         raise located(path, f"not JSON ({error}); each line must be one object", number) from None
     if not isinstance(entry, dict):
-        raise located(path, f"a JSON {type(entry).__name__}, and an object is needed", number)
+        raise located(path, f"a JSON {type(entry).__name__}; each line must be one object", number)
+    return entry
+
+
+def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
+    entry = _object(path, number, line)
     for key in (source.label, source.id) if source.numbers else ():
         if isinstance(entry.get(key), int | float) and not isinstance(entry[key], bool):
             whole = isinstance(entry[key], float) and entry[key].is_integer()
