@@ -30,7 +30,6 @@ class Report:
     """What became of the lines of one split."""
 
     files: list[str] = field(default_factory=list)
-    rows: int = 0
     left_out: "Counter[str]" = field(default_factory=Counter)  # reason to count
 
 

@@ -229,7 +229,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         readers: dict[str, Callable[[Source, Path], Iterator[object]]] = {
             "jsonl": _object_rows,
             "rated": partial(rated_rows, task),
-            "wsc": partial(wsc_rows, task),
+            "wsc": lambda _, path: wsc_rows(path),
         }
         read = readers.get(source.form, _table_rows)
         in_dev = _dev_part(path) if source.dev_ids else None
@@ -257,7 +257,6 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
         if not rows:
             what = f"no {source.texts[0]} of it has both a right and a wrong candidate"
             raise located(Path(report.files[0]), f"holds no group to rank: {what}")
-    report.rows = len(rows)
     return rows, report
 
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError, parse_json
 from .lines import Row, Skip, located, read_lines, shown
-from .tasks import Source, Task
 
 NOUNS = "nouns"  # the split of the noun phrases
 
@@ -135,7 +134,7 @@ def aligned_row(row: Row) -> Row | UsageError:
 # --- WSC of SuperGLUE ----------------------------------------------------------------------------------------------
 
 
-def wsc_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
+def wsc_rows(path: Path) -> Iterator[object]:
     """The rows of WSC's jsonl, or what is wrong with them."""
     for number, line in read_lines(path):
         if not line.strip():
@@ -192,7 +191,7 @@ def noun_rows(rows: Sequence[Row], find: Callable[[str], list[str]]) -> list[Row
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.texts[1], _after(row)), []).append(row)
+        groups.setdefault(_around(row), []).append(row)
     found: list[Row] = []
     for (before, after), group in groups.items():
         taken = {word for row in group for word, _, _ in _words(_candidate(row))} - ARTICLES | PRONOUNS
@@ -224,9 +223,9 @@ def pronouns_to_rank(rows: Mapping[str, Sequence[Row]]) -> int:
     """How many pronouns of ``train`` have a right and a wrong candidate; a noun phrase is a wrong one."""
     labels: dict[tuple[str, str], set[str | None]] = {}
     for row in rows["train"]:
-        labels.setdefault((row.texts[1], _after(row)), set()).add(row.label)
+        labels.setdefault(_around(row), set()).add(row.label)
     for row in rows.get(NOUNS, ()):
-        labels.get((row.texts[1], _after(row)), set()).add("0")
+        labels.get(_around(row), set()).add("0")
     return sum({"0", "1"} <= found for found in labels.values())
 
 
@@ -234,5 +233,6 @@ def _candidate(row: Row) -> str:
     return row.texts[2][len(row.texts[1]) :]
 
 
-def _after(row: Row) -> str:
-    return row.texts[0][len(row.texts[2]) :]
+def _around(row: Row) -> tuple[str, str]:
+    """What stands before the candidate, and after it."""
+    return row.texts[1], row.texts[0][len(row.texts[2]) :]
