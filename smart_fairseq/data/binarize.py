@@ -8,7 +8,6 @@ other, and a header, the sizes as int32 and the offsets in bytes as int64.
 import contextlib
 import json
 import math
-import os
 import struct
 from array import array
 from collections import Counter
@@ -113,8 +112,8 @@ def read_index(prefix: Path) -> tuple[Any, np.ndarray]:
     if not raw.startswith(INDEX_MAGIC) or len(raw) < 26:
         raise located(path, "is not an index of fairseq's mmap format; run preprocess again")
     code, count = raw[17], struct.unpack("<Q", raw[18:26])[0]
-    if code in (3, 4, 5, 8, 9) and len(raw) == 26 + 12 * count:
-        kind = {3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}[code]
+    kind = {3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}.get(code)
+    if kind and len(raw) == 26 + 12 * count:
         sizes = np.frombuffer(raw, np.int32, count, 26)
         starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * np.dtype(kind).itemsize
         if (sizes >= 0).all() and (np.frombuffer(raw, np.int64, count, 26 + 4 * count) == starts).all():
@@ -296,7 +295,6 @@ def complete_folder(target: Path) -> Iterator[Path]:
 
     Raises `UsageError` if ``target`` holds anything that preprocess did not write.
     """
-    target = Path(os.path.realpath(target))  # behind a link, its folder is what is replaced
     if target.exists() and not target.is_dir():
         raise located(target, "--out: a file is there; choose another name")
     if target.is_dir() and not _ours(target):
