@@ -234,4 +234,4 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "agreement.py") -> int:
     """The command; its exit status."""
-    return run("agreement", lambda given: _main(given, prog), argv)
+    return run("agreement", _main, argv, prog)

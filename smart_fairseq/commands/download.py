@@ -100,8 +100,7 @@ def mirrored(url: str, mirror: str | None) -> str:
     """The address with scheme and host replaced by those of ``mirror``."""
     if not mirror:
         return url
-    parts = urllib.parse.urlparse(url)
-    return mirror.rstrip("/") + parts.path + (f"?{parts.query}" if parts.query else "")
+    return mirror.rstrip("/") + urllib.parse.urlparse(url)._replace(scheme="", netloc="").geturl()
 
 
 def fetch(url: str, part: Path, name: str) -> None:
@@ -202,8 +201,7 @@ def unpack(path: Path, folder: Path) -> list[str]:
             size, free = sum(member.file_size for member in wanted), shutil.disk_usage(folder).free
             if size > free:
                 raise located(folder, f"{path.name} needs {size} bytes, and {free} are free; make room")
-            for member in wanted:
-                archive.extract(member, partial)
+            archive.extractall(partial, wanted)
             for member in wanted:
                 target = folder / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -278,12 +276,12 @@ def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example:
 
 def glue_main(argv: Sequence[str] | None = None, prog: str = "download.py") -> int:
     """The command; without --tasks it fetches GLUE. Its exit status."""
-    return run("download", lambda given: _run(given, prog, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe"), argv)
+    return run("download", _run, argv, prog, GLUE_DEFAULT, "RTE,MRPC,gpt2_bpe")
 
 
 def anli_main(argv: Sequence[str] | None = None, prog: str = "download.py") -> int:
     """The command; without --tasks it fetches ANLI. Its exit status."""
-    return run("download", lambda given: _run(given, prog, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe"), argv)
+    return run("download", _run, argv, prog, ANLI_DEFAULT, "ANLI,SNLI,MNLI,FEVER,gpt2_bpe")
 
 
 main = glue_main

@@ -132,4 +132,4 @@ def _own(argv: Sequence[str] | None, prog: str) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
     """The command; its exit status."""
-    return run("preprocess", lambda given: _own(given, prog), argv)
+    return run("preprocess", _own, argv, prog)

@@ -191,4 +191,4 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     """The command; its exit status."""
-    return run("predict", lambda given: _main(given, prog), argv)
+    return run("predict", _main, argv, prog)

@@ -171,7 +171,7 @@ def set_aside(data: Data, options: argparse.Namespace) -> Data:
 
 def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace) -> None:
     """Write one task's folder, or with ``--subsample`` one folder per fraction in it, and say what was written."""
-    parts = fractions(options.subsample) if options.subsample else []
+    parts: list[float] = options.subsample or []
     if parts and data.task.ranking:
         raise UsageError(f"--subsample takes rows, and {data.task.name} has groups of them; leave it out")
     if parts and "train" not in data.rows:
@@ -227,7 +227,7 @@ def check_shared_options(options: argparse.Namespace) -> BpeFiles:
     options.seed = whole_number("--seed", options.seed, 0)
     options.max_tokens = None if options.max_tokens is None else whole_number("--max-tokens", options.max_tokens, 1)
     if options.subsample:
-        fractions(options.subsample)
+        options.subsample = fractions(options.subsample)
     if options.hold_out is not None:
         share = as_number(options.hold_out)
         require(0 < share < 1, "--hold-out", shown(options.hold_out), "a share between 0 and 1")
@@ -343,12 +343,12 @@ def _anli(argv: Sequence[str] | None, prog: str) -> None:
 
 def glue_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
     """The command for all tasks, a folder for each; its exit status."""
-    return run("preprocess", lambda given: _glue(given, prog), argv)
+    return run("preprocess", _glue, argv, prog)
 
 
 def anli_main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:
     """The command for ANLI's rounds, joined in one folder; its exit status."""
-    return run("preprocess", lambda given: _anli(given, prog), argv)
+    return run("preprocess", _anli, argv, prog)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:

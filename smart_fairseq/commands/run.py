@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
 
 from ..errors import UsageError, one_line
 from ..files import tidy_on_sigterm
+
+Given = ParamSpec("Given")
 
 
 class _Output:
@@ -53,7 +55,7 @@ def _unread_output() -> Iterator[None]:
             output.flush()
 
 
-def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+def run(name: str, command: Callable[Given, None], *given: Given.args, **named: Given.kwargs) -> int:
     """Call a command; its exit status. Bad input and a failing disk give one line on standard error and status 2."""
     fairseq = logging.getLogger("fairseq")
     level = fairseq.level
@@ -62,7 +64,7 @@ def run(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequen
         with tidy_on_sigterm(), _unread_output(), warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # of libraries: what we have to say is printed
-            command(argv)
+            command(*given, **named)
     except (UsageError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
