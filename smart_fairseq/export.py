@@ -67,7 +67,7 @@ def export(
             refuse(checkpoint, what, "fairseq and transformers know no such head; evaluate and predict take it")
         if teacher:
             state["model"] = teacher_weights(checkpoint, state)
-        state = chosen_task(checkpoint, state, "--task", task)
+        state = chosen_task(checkpoint, state, task)
         if of_several_tasks(state):
             what = f"the head of {task} is a stochastic answer network (--multitask-san)"
             refuse(checkpoint, what, "fairseq and transformers know heads without it; evaluate and predict take it")

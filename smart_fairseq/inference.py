@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import register
-from .data.binarize import read_ids_of, read_manifest, read_targets
+from .data.binarize import read_ids_of, read_targets
 from .data.folders import data_of, label_order, read_ids, task_of
 from .data.lines import located
 from .data.ranking import parts, read_groups
@@ -57,7 +57,7 @@ class Model:
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
         if not checkpoint.is_file():
             raise located(checkpoint, "--checkpoint: no such file")
-        self.folder, self.task = folder, task_of(read_manifest(folder), folder)
+        self.folder, self.task = folder, task_of(folder)
 
         import torch  # what takes seconds to load comes after what can be said without
 

@@ -570,7 +570,7 @@ DAMAGES = {  # of STS-B's folder, and what must be said, the file first
     "no manifest": r"STS-B-bin: holds no preprocess\.json; make it with preprocess\.py",
     "no training part": r"STS-B-bin: has no split train; ",
     "fewer labels": r"STS-B-bin/label/train\.label: holds 29 rows, and preprocess\.json says 30; ",
-    "no number": r"STS-B-bin/label/train\.label:2: the target is 'much'; it must be a number",
+    "no number": r"STS-B-bin/label/train\.label:2: 'much' is no number; run preprocess again",
     "no labels": r"STS-B-bin/label/valid\.label: is missing, so valid has no labels; ",
     "cut short": r"STS-B-bin/input1/train\.bin: holds \d+ ids, and its \.idx says \d+; ",
     "another dictionary": r"STS-B-bin/input0/dict\.txt: is not that of .*RTE-bin, and all tasks share one encoder; ",

@@ -151,7 +151,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """All runs on all splits: {split: {runs: {name: scores}, summary: ...}}."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = _data_folder(options, Path(scratch))
-        task = task_of(read_manifest(folder), folder)
+        task = task_of(folder)
         splits = _labelled_splits(folder, options)
         gold = {split: gold_labels(folder, split, task) for split in splits}
         runs: dict[str, dict[str, Scores]] = {split: {} for split in splits}
@@ -285,4 +285,4 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
     """The command; its exit status."""
-    return run("evaluate", lambda given: _main(given, prog), argv)
+    return run("evaluate", _main, argv, prog)

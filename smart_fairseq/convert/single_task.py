@@ -12,7 +12,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..data.binarize import read_manifest
 from ..data.folders import find_tasks, task_of
 from ..errors import UsageError, refuse
 from ..training.metrics import REPORTED
@@ -48,17 +47,17 @@ def folder_of(state: dict[str, Any], task: str) -> Path | None:
     return found[task][1] if task in found else None
 
 
-def chosen_task(path: Path, state: dict[str, Any], flag: str, task: str | None) -> dict[str, Any]:
-    """The state, read from ``path``, of the task that ``flag`` names; errors as `single_task`.
+def chosen_task(path: Path, state: dict[str, Any], task: str | None) -> dict[str, Any]:
+    """The state, read from ``path``, of the task that ``--task`` names; errors as `single_task`.
 
     Raises `UsageError` where the flag is not given and there are several tasks, or is given and there are none.
     """
     if not of_several_tasks(state):
         if task is not None:
-            refuse(path, "is not of --task smart_multitask", f"leave {flag} out")
+            refuse(path, "is not of --task smart_multitask", "leave --task out")
         return state
     if task is None:
-        refuse(path, f"holds the tasks {', '.join(heads_of(state)) or 'none'}", f"choose one by {flag}")
+        refuse(path, f"holds the tasks {', '.join(heads_of(state)) or 'none'}", "choose one by --task")
     return single_task(path, state, task)
 
 
@@ -85,7 +84,7 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
     folder = data or folder_of(state, task)
     if f"{HEADS}{HEAD}.{ANSWER}" in model:
         return _with_answer(state, model, task, folder)
-    metric = task_of(read_manifest(folder), folder).metrics[0] if folder else ""
+    metric = task_of(folder).metrics[0] if folder else ""
     about = {
         "num_classes": outputs,
         "regression_target": outputs == 1,
@@ -101,7 +100,7 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
 
 def _with_answer(state: dict[str, Any], model: dict[str, Any], task: str, folder: Path | None) -> dict[str, Any]:
     """The state for smart_multitask with the folder's task alone, which has a head of --multitask-san."""
-    name = task_of(read_manifest(folder), folder).name if folder else task
+    name = task_of(folder).name if folder else task
     model = {key.replace(f"{HEADS}{HEAD}.", f"{HEADS}{head_of(name)}.", 1): weight for key, weight in model.items()}
     cfg = copy.deepcopy(state["cfg"])
     about = {"multitask_tasks": None, "multitask_dropout": None, "multitask_san": name}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, refuse
-from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read_index, read_manifest
+from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read_index, read_manifest, read_targets
 from .bpe import SPECIAL_SYMBOLS
-from .lines import as_number, located, read_lines, shown
+from .lines import located, read_lines, shown
 from .ranking import parts, read_groups
 from .tasks import ANLI_JOINED, CORRELATIONS, TASKS, Task
 
@@ -16,8 +16,9 @@ from .tasks import ANLI_JOINED, CORRELATIONS, TASKS, Task
 DATA = "smart_data"
 
 
-def task_of(manifest: dict[str, Any], folder: Path) -> Task:
+def task_of(folder: Path) -> Task:
     """The task of a data folder; ANLI's joined rounds count as one."""
+    manifest = read_manifest(folder)
     name = manifest["task"]
     if name == "ANLI":
         return ANLI_JOINED
@@ -51,7 +52,7 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
         if not place.is_dir():
             inside = ", ".join(folder.name for folder in data_folders_in(data)) or "none"
             raise located(place, f"no such folder; {flag} names data folders in {data}, which holds {inside}")
-        task = task_of(read_manifest(place), place)
+        task = task_of(place)
         if task.name in found:
             refuse(place, f"holds {task.name}, as {found[task.name][1]} does", f"choose one of the two by {flag}")
         first = next(iter(found.values()), (task, place))[1]
@@ -140,11 +141,7 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
     if not labels.is_file():
         raise located(labels, f"is missing, so {split} has no labels; run preprocess again")
     if task.regression:
-        lines = list(read_lines(labels))
-        for number, line in lines:
-            if not abs(as_number(line)) < float("inf"):
-                raise located(labels, f"the target is {shown(line)}; it must be a number", number)
-        files[labels] = len(lines)
+        files[labels] = len(read_targets(labels))
     else:
         known = sum(1 for _ in read_lines(folder / "label" / "dict.txt")) + len(SPECIAL_SYMBOLS)
         files[labels] = len(read_ids_of(folder / "label" / split, known)[1])

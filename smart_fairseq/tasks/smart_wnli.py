@@ -86,14 +86,13 @@ class SmartWnli(SentencePredictionTask):
     @classmethod
     def setup_task(cls, cfg: WnliConfig, **kwargs: Any) -> "SmartWnli":
         folder = Path(cfg.data)
-        manifest = read_manifest(folder)
-        task = task_of(manifest, folder)
+        task = task_of(folder)
         if not task.candidates:
             other = "--task smart_wnli needs what preprocess --task WNLI-ranking or --task WSC writes"
             raise located(folder, f"holds {task.name}; {other}")
         if cfg.wnli_hnn and not (folder / "input3").is_dir():
             raise located(folder, "holds no pronouns, which --wnli-hnn needs; run preprocess again")
-        separators = 1 if manifest.get("bpe") == "bert" else 2
+        separators = 1 if read_manifest(folder).get("bpe") == "bert" else 2
         return cls(
             cfg,
             cls.load_dictionary(str(folder / "input0" / "dict.txt")),
