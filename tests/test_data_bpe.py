@@ -73,4 +73,4 @@ def test_folder_in_other_encoders(tmp_path, kind, make):
 
 
 def test_bpe_json_decides(tmp_path):
-    assert find_bpe(None, make_bert_bpe(tmp_path)) == BpeFiles("bert", str(tmp_path), True)
+    assert find_bpe(None, make_bert_bpe(tmp_path)) == BpeFiles("bert", tmp_path, True)

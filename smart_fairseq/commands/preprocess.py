@@ -93,8 +93,8 @@ def smart_flags(bpe: BpeFiles, rows: int, save_dir: str) -> str:
     """The rest of that command: SMART, on the encoder that lies beside the BPE or on the published one."""
     (model, arch), rate = ENCODERS[bpe.kind], RATE
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no import, or a damaged one
-        flags = imported_flags(Path(bpe.folder))
-        arch, model = shlex.join(flags), str(Path(bpe.folder) / "model.pt")
+        flags = imported_flags(bpe.folder)
+        arch, model = shlex.join(flags), str(bpe.folder / "model.pt")
         if int(flags[flags.index("--encoder-embed-dim") + 1]) < BASE_WIDTH:
             rate = SMALL_RATE
     updates = EPOCHS * -(-rows // BATCH)
@@ -112,7 +112,7 @@ def smart_flags(bpe: BpeFiles, rows: int, save_dir: str) -> str:
     )
 
 
-def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | None = None, **facts: object) -> Folder:
+def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | None = None, **facts: object) -> None:
     """Write all splits into ``target``, an existing empty folder; ``train`` is a subset of the training part."""
     folder = Folder(target, data.task, pool)
     folder.start(data.rows.get("train", []))
@@ -124,7 +124,7 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
         folder.write(split, rows[split], progress.advance)
         progress.close(_note(data, folder, split))
     folder.finish(parts=data.parts, **facts)
-    return folder
+    _check_known(folder)
 
 
 def _note(data: Data, folder: Folder, split: str) -> str:
@@ -151,11 +151,12 @@ def _note(data: Data, folder: Folder, split: str) -> str:
     return ", " + "; ".join(notes)
 
 
-def _check_known(folder: Folder, bpe: BpeFiles) -> None:
+def _check_known(folder: Folder) -> None:
     """A dictionary of another encoder turns nearly everything into <unk>, and nothing else would say so."""
     symbols = sum(count.tokens for count in folder.counts.values())
     unknown = sum(count.unknown for count in folder.counts.values())
     if unknown > symbols / 2:
+        bpe = folder.pool.files
         what = f"lacks {unknown} of {symbols} symbols that --bpe {bpe.kind} made"
         refuse(bpe.dictionary, what, "it belongs to another BPE")
 
@@ -179,7 +180,7 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
     with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
         facts = {"max_tokens": options.max_tokens}
         if not parts:
-            _check_known(write_folder(data, partial, pool, **facts), bpe)
+            write_folder(data, partial, pool, **facts)
         order = nested_order(data.rows["train"], options.seed, not data.task.regression) if parts else []
         for part in parts:
             path = partial / f"{part:g}"
@@ -188,8 +189,7 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
             counts = Counter(row.label for row in rows)
             classes = "".join(f", {label} {counts[label]}" for label in data.task.labels)
             print(f"fraction {part:g}: {len(rows)} training rows{classes}")
-            folder = write_folder(data, path, pool, rows, **facts, subsample=part, seed=options.seed)
-            _check_known(folder, bpe)
+            write_folder(data, path, pool, rows, **facts, subsample=part, seed=options.seed)
     shown_at = target / f"{parts[0]:g}" if parts else target
     if "train" not in data.rows:
         print(f"wrote {target}; it has no training part: for evaluation and prediction", flush=True)

@@ -124,19 +124,19 @@ def write_hugging_face(
     output = state["model"][f"classification_heads.{head}.out_proj.weight"]
     data, bpe = find_folders(path, config, data_dir, bpe_dir)
     architecture, settings = read_architecture(path, config, bpe)
-    family, bpe_folder = architecture.model_type, Path(bpe.folder)
+    family = architecture.model_type
 
     symbols = [*load_vocabulary(bpe.dictionary)][len(FAIRSEQ_SPECIALS) - 1 :]
     tokenizer: dict[str, Any] = {"model_max_length": settings.max_source_positions}
     if family == "bert":
-        vocabulary = read_bert_vocabulary(bpe_folder, architecture)
+        vocabulary = read_bert_vocabulary(bpe.folder, architecture)
         if vocabulary.symbols != symbols:
             refuse(bpe.dictionary, "is not vocab.txt's", "the folder that import-hf wrote is needed")
         rows, files = vocabulary.rows, vocabulary.files
         tokenizer |= {"tokenizer_class": "BertTokenizer", "do_lower_case": bpe.lowercase}
     else:
-        tokens = gpt2_tokens(bpe_folder / "encoder.json", symbols)
-        rows, merges = list(tokens.values()), (bpe_folder / "vocab.bpe").read_bytes()
+        tokens = gpt2_tokens(bpe.folder / "encoder.json", symbols)
+        rows, merges = list(tokens.values()), (bpe.folder / "vocab.bpe").read_bytes()
         files = {"vocab.json": json.dumps(tokens, ensure_ascii=False).encode(), "merges.txt": merges}
         tokenizer |= {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False}
 

@@ -33,13 +33,13 @@ class BpeFiles:
     """Which encoder, and where its files are; small enough to be sent to workers."""
 
     kind: str
-    folder: str
+    folder: Path
     lowercase: bool = True
 
     @property
     def dictionary(self) -> Path:
         """fairseq's dictionary of the symbols."""
-        return Path(self.folder) / "dict.txt"
+        return self.folder / "dict.txt"
 
 
 class Vocabulary(dict[str, int]):
@@ -116,7 +116,7 @@ def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
             raise located(folder / name, f"is missing; {needs} (examples/glue/README.md says where they come from)")
     if kind == "sentencepiece":
         _sentencepiece_model(folder)
-    return BpeFiles(kind, str(folder), lowercase)
+    return BpeFiles(kind, folder, lowercase)
 
 
 def _sentencepiece_model(folder: Path) -> Path:
@@ -129,10 +129,9 @@ def _sentencepiece_model(folder: Path) -> Path:
 
 def make_encoder(files: BpeFiles) -> Encoder:
     """The encoder that `find_bpe` found. Raises `UsageError` naming the file that is of the wrong kind."""
-    folder = Path(files.folder)
     if files.kind == "gpt2":
-        return _gpt2_encoder(folder)
-    pieces = _sentencepieces(folder) if files.kind == "sentencepiece" else _word_pieces(folder, files.lowercase)
+        return _gpt2_encoder(files.folder)
+    pieces = _sentencepieces(files.folder) if files.kind == "sentencepiece" else _word_pieces(files)
     # a symbol that holds white space would be cut in two by fairseq-preprocess
     return lambda text: " ".join(pieces(text)).split()
 
@@ -180,13 +179,13 @@ def _sentencepieces(folder: Path) -> Encoder:
     return functools.partial(processor.encode, out_type=str)
 
 
-def _word_pieces(folder: Path, lowercase: bool) -> Encoder:
+def _word_pieces(files: BpeFiles) -> Encoder:
     """WordPiece with BERT's cleaning, as the `tokenizers` library does it."""
     from tokenizers import BertWordPieceTokenizer
 
-    path = folder / "vocab.txt"
+    path = files.folder / "vocab.txt"
     words = _text(path, "is not UTF-8, so it is not a BERT vocabulary").split("\n")
     if "[UNK]" not in {word.strip() for word in words}:
         raise located(path, "has no [UNK], so it is not a BERT vocabulary: one symbol a line")
-    tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    tokenizer = BertWordPieceTokenizer(str(path), lowercase=files.lowercase)
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).tokens)

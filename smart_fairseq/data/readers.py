@@ -292,10 +292,9 @@ def find_sources(task: Task, data_dir: Path) -> dict[str, tuple[Source, Path]]:
     folder, is not mixed in unless nothing else is there.
     """
     folders = [data_dir / name for name in task.folders]
-    if any(Path(name).name == data_dir.name for name in task.folders):
+    # some collections keep AX.tsv beside the folders
+    if task.name == "AX" or any(Path(name).name == data_dir.name for name in task.folders):
         folders.append(data_dir)
-    if task.name == "AX":
-        folders.append(data_dir)  # some collections keep AX.tsv beside the folders
     for folder in folders:
         found = {split: [s for s in sources if available(s, folder)] for split, sources in task.splits.items()}
         if any(found.values()):

@@ -29,18 +29,17 @@ def decoder(bpe: BpeFiles) -> Callable[[Sequence[str]], str]:
 
     That is nothing for GPT-2's; letters' size and spaces beside marks for BERT's.
     """
-    folder = Path(bpe.folder)
     if bpe.kind == "bert":
         return lambda symbols: " ".join(symbols).replace(" ##", "")
     if bpe.kind == "sentencepiece":
         from sentencepiece import SentencePieceProcessor
 
-        (path,) = folder.glob("*.model")
+        (path,) = bpe.folder.glob("*.model")
         pieces = SentencePieceProcessor(model_file=str(path))
         return lambda symbols: str(pieces.decode_pieces(list(symbols)))
     from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
 
-    gpt2 = get_encoder(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    gpt2 = get_encoder(str(bpe.folder / "encoder.json"), str(bpe.folder / "vocab.bpe"))
     return lambda symbols: str(gpt2.decode([int(symbol) for symbol in symbols if symbol.isdigit()]))
 
 
