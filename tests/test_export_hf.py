@@ -325,8 +325,8 @@ def test_folders_of_another_model(runs: dict[str, Run], tmp_path: Path, capsys: 
     def line(*flags: Any) -> str:
         return refused([runs["roberta"].checkpoint, tmp_path / "out", "--format", "huggingface", *flags], capsys)
 
-    assert "give the data's own files by --bpe-dir" in line("--bpe-dir", runs["bert"].imported)
-    assert "give the data's own files by --bpe-dir" in line("--data-dir", runs["bert"].data)
+    assert "give the --bpe-dir of preprocess" in line("--bpe-dir", runs["bert"].imported)
+    assert "give the --bpe-dir of preprocess" in line("--data-dir", runs["bert"].data)
     both = line("--data-dir", runs["bert"].data, "--bpe-dir", runs["bert"].imported)
     assert "was trained with --separator-token 2" in both
 

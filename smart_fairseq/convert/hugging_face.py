@@ -23,7 +23,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..data.bpe import BpeFiles, find_bpe, load_vocabulary
+from ..data.bpe import BpeFiles, find_bpe, load_vocabulary, shared_vocabulary
 from ..data.folders import data_of, label_order
 from ..errors import refuse
 from ..files import whole_folder
@@ -59,8 +59,7 @@ def find_folders(
     bpe = find_bpe(None, bpe_dir or Path(start or ".").parent)
     if bpe.kind not in FAMILIES:
         refuse(bpe.folder, f"is of --bpe {bpe.kind}", f"--format huggingface can write {' and '.join(FAMILIES)}")
-    if [*load_vocabulary(bpe.dictionary)] != [*load_vocabulary(data / "input0" / "dict.txt")]:
-        refuse(bpe.dictionary, f"is not {data / 'input0' / 'dict.txt'}", "give the data's own files by --bpe-dir")
+    shared_vocabulary(data, bpe)
     _, _, _, separator = FAMILIES[bpe.kind]
     wanted = {"init_token": 0, **({"separator_token": separator} if (data / "input1").is_dir() else {})}
     for name, value in wanted.items():

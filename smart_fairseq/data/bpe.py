@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, parse_json, require
+from ..errors import UsageError, parse_json, refuse, require
 from .lines import located, read_bytes, shown
 
 NEEDED = {  # the files of each kind; sentencepiece's model has a name of its own
@@ -73,6 +73,14 @@ def load_vocabulary(path: Path) -> Vocabulary:
         vocabulary[symbol] = len(SPECIAL_SYMBOLS) + len(lines)
         lines.append(line.rstrip() + "\n")
     vocabulary.size, vocabulary.lines = len(SPECIAL_SYMBOLS) + len(lines), "".join(lines)
+    return vocabulary
+
+
+def shared_vocabulary(folder: Path, bpe: BpeFiles) -> Vocabulary:
+    """That of a data folder. Raises `UsageError` if the encoder has another."""
+    vocabulary = load_vocabulary(folder / "input0" / "dict.txt")
+    if vocabulary != load_vocabulary(bpe.dictionary):
+        refuse(bpe.dictionary, f"differs from {folder / 'input0' / 'dict.txt'}", "give the --bpe-dir of preprocess")
     return vocabulary
 
 

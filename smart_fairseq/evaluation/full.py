@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from ..data.binarize import read_manifest
-from ..data.bpe import BpeFiles
+from ..data.bpe import BpeFiles, shared_vocabulary
 from ..data.lines import located
 from ..data.tasks import Task
 from ..inference import Model
@@ -26,7 +26,7 @@ from .calibration import (
 )
 from .intervals import Statistic, mean_of
 from .labels import annotator_shares, gold_labels
-from .texts import shared_vocabulary, write_with_typos
+from .texts import write_with_typos
 
 RADII = (0.01, 0.03, 0.1, 0.3)  # of the attack
 

@@ -8,20 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ..data.binarize import indexed_writer, read_indexed, read_manifest
-from ..data.bpe import END, SPECIAL_SYMBOLS, UNKNOWN, BpeFiles, Vocabulary, load_vocabulary
+from ..data.bpe import END, SPECIAL_SYMBOLS, UNKNOWN, BpeFiles, shared_vocabulary
 from ..data.folders import read_ids
 from ..data.lines import Row
 from ..data.pool import Pool, integer_typecode
-from ..errors import refuse
 from .typos import with_typos
-
-
-def shared_vocabulary(folder: Path, bpe: BpeFiles) -> Vocabulary:
-    """That of a data folder. Raises `UsageError` if the encoder has another."""
-    vocabulary = load_vocabulary(folder / "input0" / "dict.txt")
-    if vocabulary != load_vocabulary(bpe.dictionary):
-        refuse(bpe.dictionary, f"differs from {folder / 'input0' / 'dict.txt'}", "give the --bpe-dir of preprocess")
-    return vocabulary
 
 
 def decoder(bpe: BpeFiles) -> Callable[[Sequence[str]], str]:
