@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -260,7 +260,7 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
         present = names  # reading what is missing says which files it needs
     for name in present:
         rows, reports = read_task(TASKS[name], data_dir, options.skip_bad_rows)
-        _say_missing(TASKS[name], rows)
+        _say_missing(name, TASKS[name].splits, rows)
         if TASKS[name].candidates:
             if options.max_tokens is not None or options.subsample:
                 flag = "--max-tokens" if options.max_tokens is not None else "--subsample"
@@ -273,10 +273,10 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
         print(f"skipped, not in {data_dir}: {', '.join(skipped)}")
 
 
-def _say_missing(task: Task, rows: Mapping[str, object]) -> None:
-    missing = [split for split in task.splits if split not in rows]
+def _say_missing(name: str, splits: Iterable[str], rows: Mapping[str, object]) -> None:
+    missing = [split for split in splits if split not in rows]
     if missing:
-        print(f"{task.name}: no files of {', '.join(missing)}")
+        print(f"{name}: no files of {', '.join(missing)}")
 
 
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
@@ -333,7 +333,7 @@ def _anli(argv: Sequence[str] | None, prog: str) -> None:
         task = TASKS[f"ANLI-{name}" if name in rounds else name]
         parts[name], reports[name] = read_task(task, Path(options.data_dir), options.skip_bad_rows)
         needed = {split: rows for split, rows in parts[name].items() if name in rounds or split == "train"}
-        _say_missing(task if name in rounds else replace(task, splits={"train": ()}), needed)
+        _say_missing(task.name, task.splits if name in rounds else ("train",), needed)
         for split, rows in needed.items():
             dropped = reports[name][split].left_out
             notes = "".join(f"; {number} left out ({reason})" for reason, number in dropped.items())
