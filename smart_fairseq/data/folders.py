@@ -143,7 +143,7 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
     if task.regression:
         files[labels] = len(read_targets(labels))
     else:
-        known = sum(1 for _ in read_lines(folder / "label" / "dict.txt")) + len(SPECIAL_SYMBOLS)
+        known = len(label_order(folder)) + len(SPECIAL_SYMBOLS)
         files[labels] = len(read_ids_of(folder / "label" / split, known)[1])
     if task.ranking:
         numbers = read_classes(folder / "label" / split)
