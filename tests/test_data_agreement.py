@@ -229,6 +229,8 @@ def test_broken_input(tmp_path, capsys):
     assert "--split is 'dev'" in refused(capsys, data, "--predictions", str(good), "--split", "dev")
     line = refused(capsys, data, "--predictions", str(good), "--split", "valid1")
     assert "--data-dir holds no valid1 of MNLI" in line
+    gone = refused(capsys, tmp_path / "gone", "--predictions", str(good))
+    assert "gone: --data-dir: no such folder" in gone
     rows = "\t".join(["0", "a", "b", "perhaps", E, E, E, E, E])
     write(data / "MNLI" / "dev_matched.tsv", HEADER, rows)
     one = make_file(tmp_path / "one.tsv", UNIFORM[:1])

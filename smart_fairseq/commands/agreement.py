@@ -24,6 +24,7 @@ from ..evaluation.labels import vote_shares
 from ..evaluation.report import pyplot, save
 from ..files import check_place, write_json
 from .evaluate import in_order
+from .options import existing
 from .run import run
 
 GROUPS = ("5/0/0", "4/1/0", "3/2/0", "3/1/1")
@@ -123,6 +124,7 @@ def read_probabilities(path: Path) -> tuple[dict[str, list[float]], tuple[str, .
 
 def annotated_rows(task: Task, data_dir: Path, split: str) -> list[Row]:
     """The official rows of a split with the annotators' labels."""
+    existing(data_dir)
     found = find_sources(task, data_dir)
     if split not in found:
         raise located(data_dir, f"--data-dir holds no {split} of {task.name}")

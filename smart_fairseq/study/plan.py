@@ -307,10 +307,10 @@ def _attacks(path: Path, given: Any, methods: Sequence[str], seeds: Sequence[int
 
 def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:
     """Those that the plan names; else those of the task that the folder was made from."""
-    allowed = [name for name in METRICS if (name in CORRELATIONS) == source.regression]
+    allowed = [name for name in METRICS if name != "top1" and (name in CORRELATIONS) == source.regression]
     if given is None:
         known = TASKS.get(str(source.manifest.get("task")))
-        return known.metrics if known else (("pearson",) if source.regression else ("accuracy",))
+        return known.metrics if known else (CORRELATIONS if source.regression else ("accuracy",))
     return tuple(some_of(path, f"{where}: metrics", given, allowed))
 
 
