@@ -256,6 +256,7 @@ def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pyt
     for name, text, said in (
         ("t.csv", "text;label\na;x\n", "t.csv:1: columns are separated by semicolons, and commas are needed"),
         ("t.jsonl", '[{"text": "a"}]', "t.jsonl:1: a JSON list; each line must be one object"),
+        ("t.jsonl", '\n\n[{"text": "a"}]', "t.jsonl:3: a JSON list; each line must be one object"),
         ("t.jsonl", '{"text": "a", "label": "x, y"}\n{"text": "b", "label": "z"}', "a label holds a comma"),
     ):
         (tmp_path / name).write_text(text)
