@@ -1,11 +1,13 @@
 """Numbers of a study, against values worked out by hand: scores of logits, differences with intervals, tables."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from toolkit import ROOT
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.study import document, scores
@@ -209,6 +211,20 @@ def test_the_same_lines_give_the_same_report(plan: Any) -> None:
     first = {path: path.read_bytes() for path in document.write_report(plan)}
     assert {plan.out / "movie.svg", plan.out / "movie-cost.svg"} <= set(first)
     assert {path: path.read_bytes() for path in document.write_report(plan)} == first
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/study.md"])
+def test_the_documents_tables_are_those_of_the_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --into writes is what is there."""
+    monkeypatch.chdir(ROOT)
+    text, copy, written = Path(page).read_text(), tmp_path / "page.md", []
+    copy.write_text(text)
+    for path in sorted(Path("benchmarks/studies").glob("*.yaml")):
+        plan = read_plan(path, files=False)
+        if any(f"<!-- study:{task.name} " in text for task in plan.tasks):
+            written += document.put_into(plan, copy)
+    tables = re.findall(r"^<!-- study:([a-z][\w-]*) end -->$", text, re.MULTILINE)
+    assert set(written) == set(tables) != set() and copy.read_text() == text
 
 
 def test_a_table_goes_between_its_marks(plan: Any, tmp_path: Path) -> None:
