@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
+from ..data.binarize import FILLER
 from ..errors import refuse
 from .config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config, read_json, read_lines
 
 END_OF_TEXT = "<|endoftext|>"
-FILLER = "madeupword"  # and four digits: fairseq's name for a row without a token
 NORMALIZER_KEYS = {  # of tokenizer_config.json, and of tokenizer.json
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",

@@ -29,6 +29,7 @@ from .tasks import Task
 
 MANIFEST = "preprocess.json"
 PADDING_FACTOR = 8  # fairseq pads the dictionaries that it builds
+FILLER = "madeupword"  # and four digits: what it pads them with
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
 
@@ -145,7 +146,7 @@ def label_dictionary(task: Task, counts: "Counter[str]") -> list[tuple[str, int]
         order = list(task.labels)
     entries = [(label, counts[label]) for label in order]
     padding = -(len(SPECIAL_SYMBOLS) + len(entries)) % PADDING_FACTOR
-    return entries + [(f"madeupword{number:04d}", 0) for number in range(padding)]
+    return entries + [(f"{FILLER}{number:04d}", 0) for number in range(padding)]
 
 
 def regression_text(label: str, divisor: float) -> str:

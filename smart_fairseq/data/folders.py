@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, refuse
-from .binarize import MANIFEST, data_folders_in, read_classes, read_ids_of, read_index, read_manifest, read_targets
+from .binarize import (
+    FILLER,
+    MANIFEST,
+    data_folders_in,
+    read_classes,
+    read_ids_of,
+    read_index,
+    read_manifest,
+    read_targets,
+)
 from .bpe import SPECIAL_SYMBOLS
 from .lines import located, read_lines, shown
 from .ranking import parts, read_groups
@@ -100,8 +109,8 @@ def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
 
 def label_order(folder: Path, count: int | None = None) -> tuple[str, ...]:
     """The labels of the classes, in the order of a head that was trained on this folder."""
-    lines = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
-    return tuple(lines[:count])
+    names = [line.rpartition(" ")[0] for _, line in read_lines(folder / "label" / "dict.txt")]
+    return tuple(name for name in names if not name.startswith(FILLER))[:count]
 
 
 def data_of(state: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def what_is_in(folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with contextlib.suppress(UsageError):
-        found["labels"] = [label for label in label_order(folder) if not label.startswith("madeupword")]
+        found["labels"] = list(label_order(folder))
     with contextlib.suppress(UsageError):
         manifest = read_manifest(folder)
         found |= {"divisor": float(manifest.get("divisor", 1)), "rows": manifest["rows"].get("train", 0)}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..config.flags import AdversaryFlags, RegularizedConfig
-from ..data.binarize import read_manifest
+from ..data.binarize import FILLER, read_manifest
 from ..data.folders import DATA, what_is_in
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
@@ -150,7 +150,7 @@ def check_labels(cfg: RegularizedConfig, task: Any, regression: bool) -> None:
         dictionary = task.label_dictionary
         # fairseq pads label/dict.txt to a multiple of 8, and adds a mask to it
         words = dictionary.symbols[dictionary.nspecial :]
-        count = sum(not word.startswith("madeupword") and word != "<mask>" for word in words)
+        count = sum(not word.startswith(FILLER) and word != "<mask>" for word in words)
         allowed = f"{count}, the number of labels in {os.path.join(folder, 'dict.txt')}"
         require(num_classes <= count, "--num-classes", num_classes, allowed)
         _check_reported(cfg, words[:count], folder)
