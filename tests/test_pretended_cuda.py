@@ -78,7 +78,7 @@ LAUNCHES = {
     "two steps": (595, 280, 665, 335),
     "two steps, linear": (485, 280, 550, 335),
     "l2, token, two steps": (640, 280, 715, 335),
-    "own pass": (715, 300, 775, 360),
+    "own pass": (715, 300, 780, 360),
     "recompute": (480, 320, 545, 405),
     "recompute, 4 classes": (725, 345, 785, 435),
     "dropout off": (470, 400, 540, 465),
@@ -94,7 +94,7 @@ LAUNCHES = {
     "r3f": (295, 280, 340, 330),
     "rdrop": (245, 290, 285, 340),
     "pgd": (550, 120, 600, 160),
-    "freelb": (640, 440, 715, 560),
+    "freelb": (640, 440, 720, 560),
     "freeat": (205, 120, 230, 165),
 }
 # and of the step with fairseq's adam
