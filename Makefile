@@ -40,14 +40,11 @@ DEMO_FLAGS = $(if $(TASK),--task "$(TASK)") $(if $(GLUE),--glue "$(GLUE)") \
 demo: $(READY)
 	@$(RUN) examples/demo/run.py $(DEMO_FLAGS)
 
-# for two cores: a third process works while the others wait for programs that they started
-PYTEST = $(RUN) -m pytest -n 3 --dist worksteal
-
 test: $(READY)
-	$(PYTEST) -m "not slow and not gpu"
+	$(RUN) -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(READY)
-	$(PYTEST) -m "slow and not gpu"
+	$(RUN) -m pytest -n 2 -m "slow and not gpu"
 
 # precision, workers and faults with every model on the GPU, and the tests that need one
 test-gpu: $(READY)
