@@ -33,6 +33,7 @@ from toolkit import (
     build,
     error_line,
     refused,
+    represented,
     tensors,
     train,
     watch_terms,
@@ -182,8 +183,7 @@ def test_an_epoch_holds_every_batch_of_every_task(place: Path) -> None:
 # --- one task --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["RTE", "STS-B"])
-@pytest.mark.parametrize("way", CRITERIA)
+@pytest.mark.parametrize(("way", "task"), represented(list(CRITERIA), ["RTE", "STS-B"], together=1))
 def test_a_single_task_equals_the_run_on_it_alone(way: str, task: str, place: Path, tmp_path: Path) -> None:
     """Every update's log, and weights, optimizer and teacher within the third epoch, bit for bit; dropout on."""
     regularised: Regularised = CRITERIA[way]

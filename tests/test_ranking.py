@@ -273,6 +273,7 @@ def test_a_resumed_run_equals_one_that_went_on(place: Path, tmp_path: Path) -> N
     assert_resumes(arguments, tmp_path / "run", 15)
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
     flags = [*STEADY, "--smart-epsilon", "0.1", "--smart-step-size", "1", "--curriculum", "0", "--mbpp-base", "sgd"]
     processes = []

@@ -23,7 +23,7 @@ from smart_fairseq.training.criterion import RegularizedCriterion
 
 WRAPPED = ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters", "--bucket-cap-mb", "0"]
 WAYS = {**CRITERIA, "smart, adam": CRITERIA["smart"]}
-REPRESENTED = [("smart", 2), ("freelb", 1)]
+REPRESENTED = [("freelb", 1)]
 # update-freq -> size of the training set and of a batch: of each epoch's last update one worker has a dummy alone
 SHAPES = {1: (20, 4), 2: (18, 2)}
 TERMS = ("smart", "r3f", "rdrop", "bregman")

@@ -34,7 +34,7 @@ def validated(log: dict[str, Any]) -> tuple[float, float]:
     return log["valid"][-1]["valid_accuracy"], log["valid"][-1]["valid_loss"]
 
 
-@pytest.mark.parametrize("precision", [[], HALF], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param([], marks=pytest.mark.slow), HALF], ids=["fp32", "fp16"])
 def test_validation_with_the_teacher_is_that_of_the_exported_teacher(precision: Any, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", valid=50)
     results = {}

@@ -10,7 +10,7 @@ import torch
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq_cli import train as fairseq_train
 from processes import FORKS, assert_same_run, finish, free_port, join, start, updates
-from toolkit import FIXED, assert_close, batch, build, command, parse, represented, set_up, write_data
+from toolkit import FIXED, assert_close, batch, build, command, parse, set_up, write_data
 
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
@@ -146,6 +146,9 @@ WAYS = {
 }
 
 
+REPRESENTED_OF_DDP = [("two forwards", True), ("first order", False)]
+
+
 def prepared(data: Path, way: str, unused: bool) -> Any:
     """Task, model and criterion with a teacher that is not the student."""
     task, model, criterion = set_up(data, *FIXED, *WAYS[way][0], optimizer="mbpp")
@@ -189,7 +192,14 @@ def in_ddp(rank: int, port: int, data: Path, way: str, unused: bool, out: Path) 
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("way", "unused"), represented(list(WAYS), [True, False], together=1))
+@pytest.mark.parametrize(
+    ("way", "unused"),
+    [
+        pytest.param(way, unused, marks=() if (way, unused) in REPRESENTED_OF_DDP else pytest.mark.slow)
+        for way in WAYS
+        for unused in (True, False)
+    ],
+)
 def test_torch_ddp(way: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
     """Two workers' gradients, averaged by DDP's reducer, against one with all examples; accumulation in between."""
     port = free_port()
