@@ -211,7 +211,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, class_data: Path) -> list
     return without_times(folder / "out" / "runs.jsonl")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda how: how.name,
+)
 def test_a_killed_study_goes_on_to_the_same_lines(
     how: signal.Signals,
     unbroken: list[dict[str, Any]],
