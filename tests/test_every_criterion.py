@@ -26,16 +26,12 @@ from toolkit import (
     count_forwards,
     represented,
     set_up,
+    slow_but,
     step,
     take_passes,
     train,
     write_data,
 )
-
-
-def represented_by(*kept: str) -> list[Any]:
-    """The table, of which all but the lines that are ``kept`` are slow."""
-    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in CRITERIA]
 
 
 @pytest.fixture(params=CRITERIA)
@@ -189,7 +185,7 @@ def test_three_and_three_equal_six(way: Regularised, data: Path, tmp_path: Path)
     assert_resumes(command(data, *flags, criterion=way.criterion, save_dir=tmp_path / "run"), tmp_path / "run", 3)
 
 
-@pytest.mark.parametrize("way", represented_by("smart", "freelb"), indirect=True)
+@pytest.mark.parametrize("way", slow_but(["smart", "freelb"], CRITERIA), indirect=True)
 def test_two_workers_equal_one(way: Regularised, tmp_path: Path) -> None:
     """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates."""
     data = write_data(tmp_path / "data")

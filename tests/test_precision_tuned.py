@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import reference
 import torch
-from toolkit import BOLD, NO_DROPOUT, batch, in_float64, set_up, watch_terms
+from toolkit import BOLD, NO_DROPOUT, batch, in_float64, set_up, slow_but, watch_terms
 
 from smart_fairseq.method.noise import example_noise
 
 MODEL = ["--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "256", "--encoder-attention-heads", "4"]
 RADII = [1e-5, 1e-3, 1e-2, 1e-1]
-REPRESENTED = [(("classes", 5), "token", 2), (("regression", 1), "input", 1)]
 NOISE_STD = 1e-5
 SEED = 3
 EXAMPLES = 16
@@ -80,12 +79,15 @@ def exact(
 
 @pytest.mark.parametrize(
     ("kind", "classes", "place", "steps"),
-    [
-        pytest.param(*case, place, steps, marks=() if (case, place, steps) in REPRESENTED else pytest.mark.slow)
-        for case in [("classes", 2), ("classes", 5), ("classes", 3), ("regression", 1)]
-        for place in ("token", "normalized", "input")
-        for steps in (1, 2)
-    ],
+    slow_but(
+        [("classes", 5, "token", 2), ("regression", 1, "input", 1)],
+        [
+            (*case, place, steps)
+            for case in [("classes", 2), ("classes", 5), ("classes", 3), ("regression", 1)]
+            for place in ("token", "normalized", "input")
+            for steps in (1, 2)
+        ],
+    ),
 )
 def test_auto(
     kind: str, classes: int, place: str, steps: int, class_data: Path, regression_data: Path,

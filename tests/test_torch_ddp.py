@@ -4,6 +4,7 @@ What is patched of fairseq is one argument: the GPU that it names to torch's wra
 """
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 from collectives import collectives, recorded
 from processes import assert_same_run, finish, join, start, updates
-from toolkit import CRITERIA, HEAD, STEADY, Regularised, command, set_up, write_data
+from toolkit import CRITERIA, HEAD, STEADY, Regularised, command, set_up, slow_but, write_data
 from torch import Tensor
 
 from smart_fairseq.terms import TermValue
@@ -23,7 +24,6 @@ from smart_fairseq.training.criterion import RegularizedCriterion
 
 WRAPPED = ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters", "--bucket-cap-mb", "0"]
 WAYS = {**CRITERIA, "smart, adam": CRITERIA["smart"]}
-REPRESENTED = [("freelb", 1)]
 # update-freq -> size of the training set and of a batch: of each epoch's last update one worker has a dummy alone
 SHAPES = {1: (20, 4), 2: (18, 2)}
 TERMS = ("smart", "r3f", "rdrop", "bregman")
@@ -46,14 +46,7 @@ def prepared(out: str) -> None:
     RegularizedCriterion._term = broken  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(
-    ("way", "frequency"),
-    [
-        pytest.param(way, frequency, marks=() if (way, frequency) in REPRESENTED else pytest.mark.slow)
-        for way in WAYS
-        for frequency in SHAPES
-    ],
-)
+@pytest.mark.parametrize(("way", "frequency"), slow_but([("freelb", 1)], itertools.product(WAYS, SHAPES)))
 def test_two_workers_equal_one(way: str, frequency: int, tmp_path: Path) -> None:
     """Weights, teacher and losses; both send the same in the same order, and nothing from our passes.
 

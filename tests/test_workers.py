@@ -1,6 +1,7 @@
 """Two workers over gloo on the CPU against one worker with the same examples in each update."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq_cli import train as fairseq_train
 from processes import FORKS, assert_same_run, finish, free_port, join, start, updates
-from toolkit import FIXED, assert_close, batch, build, command, parse, set_up, write_data
+from toolkit import FIXED, assert_close, batch, build, command, parse, set_up, slow_but, write_data
 
 from smart_fairseq.encoder import encoder_of
 from smart_fairseq.errors import UsageError, explain
@@ -37,13 +38,10 @@ DDP = {
 }  # fmt: skip
 
 
-REPRESENTED = ("regression", "an empty batch, --update-freq")
-
-
 @pytest.mark.parametrize(
     "case",
     [
-        *(pytest.param(name, marks=() if name in REPRESENTED else pytest.mark.slow) for name in CASES),
+        *slow_but(["regression", "an empty batch, --update-freq"], CASES),
         *(pytest.param(name, marks=pytest.mark.gpu) for name in DDP),
     ],
 )
@@ -146,9 +144,6 @@ WAYS = {
 }
 
 
-REPRESENTED_OF_DDP = [("two forwards", True), ("first order", False)]
-
-
 def prepared(data: Path, way: str, unused: bool) -> Any:
     """Task, model and criterion with a teacher that is not the student."""
     task, model, criterion = set_up(data, *FIXED, *WAYS[way][0], optimizer="mbpp")
@@ -194,11 +189,7 @@ def in_ddp(rank: int, port: int, data: Path, way: str, unused: bool, out: Path) 
 
 @pytest.mark.parametrize(
     ("way", "unused"),
-    [
-        pytest.param(way, unused, marks=() if (way, unused) in REPRESENTED_OF_DDP else pytest.mark.slow)
-        for way in WAYS
-        for unused in (True, False)
-    ],
+    slow_but([("two forwards", True), ("first order", False)], itertools.product(WAYS, [True, False])),
 )
 def test_torch_ddp(way: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
     """Two workers' gradients, averaged by DDP's reducer, against one with all examples; accumulation in between."""

@@ -11,7 +11,7 @@ import pickle
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +124,14 @@ CRITERIA = {
 KINDS = ["classes", "regression"]
 
 
+def slow_but(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases as parameters of a test, a tuple being several; the marker slow is on all that are not ``kept``."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if case in kept else pytest.mark.slow)
+        for case in cases
+    ]
+
+
 def represented(*factors: Sequence[Any], together: int = 2) -> list[Any]:
     """Every combination of the factors' options as parameters of a test; the marker slow is on most of them.
 
@@ -138,12 +146,12 @@ def represented(*factors: Sequence[Any], together: int = 2) -> list[Any]:
         best = max(cases, key=lambda case: len(groups[case] & missing))
         kept.add(best)
         missing -= groups[best]
-    found = []
-    for case in cases:
+
+    def values(case: tuple[int, ...]) -> tuple[Any, ...]:
         options = [factor[number] for factor, number in zip(factors, case)]
-        values = [value for option in options for value in (option if isinstance(option, tuple) else (option,))]
-        found.append(pytest.param(*values, marks=() if case in kept else pytest.mark.slow))
-    return found
+        return tuple(value for option in options for value in (option if isinstance(option, tuple) else (option,)))
+
+    return slow_but([values(case) for case in kept], [values(case) for case in cases])
 
 
 def write_data(
