@@ -89,25 +89,27 @@ def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="where `make demo` put encoder and sentences")
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="keep the figures as JSON; what is in it is not run again")
     args = parser.parse_args()
     imported = (args.demo / "encoder" / "fairseq").resolve()
     sentences = read_task(TASKS["movie"], args.demo / "tasks")[0]["train"]
-    rows = []
+    rows = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else []
+    done = {row["recipe"] for row in rows}
     print(
         "| recipe | task_loss | smart_loss | bregman_loss | smart_loss / task_loss |\n| --- | --- | --- | --- | --- |"
     )
     with tempfile.TemporaryDirectory() as name:
         for path in sorted((ROOT / "examples").glob("*/config/*.yaml")):
-            data = Path(name) / path.stem
-            recipe = OmegaConf.load(path)
+            if str(path.relative_to(ROOT)) in done:
+                continue
+            data, recipe = Path(name) / path.stem, OmegaConf.load(path)
             write_data(task_of(recipe), recipe.dataset.batch_size, sentences, imported, data)
             found = run(path, data, imported, Path(name) / "runs")
             rows.append(found)
             cells = [f"{found[n]:.3g}" for n in ("task_loss", "smart_loss", "bregman_loss", "share")]
             print(f"| {found['recipe']} | {' | '.join(cells)} |", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps({**facts(__file__), "updates": UPDATES, "rows": rows}, indent=1) + "\n")
+            if args.out:
+                args.out.write_text(json.dumps({**facts(__file__), "updates": UPDATES, "rows": rows}, indent=1) + "\n")
     if any(found["share"] < LEAST for found in rows):
         sys.exit(f"recipes: a smart_loss below {LEAST:g} of its task_loss")
 
