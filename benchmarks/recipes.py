@@ -57,7 +57,7 @@ def task_of(recipe: Any) -> Task:
     pair = recipe.task.separator_token is not None
     if criterion.regression_target:
         return TASKS["STS-B"]
-    return TASKS[{(2, False): "CoLA", (2, True): "RTE", (3, True): "MNLI"}[recipe.task.num_classes, pair]]
+    return TASKS[{(2, False): "CoLA", (2, True): "MRPC", (3, True): "MNLI"}[recipe.task.num_classes, pair]]
 
 
 def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]
     log = done.stdout + done.stderr + "".join(p.read_text() for p in (scratch / path.stem).rglob("*.log"))
     lines = [json.loads(text) for text in dict.fromkeys(re.findall(r'\{"epoch".*?"task_loss".*?\}', log))]
     if done.returncode or len(lines) < UPDATES:
-        sys.exit(f"recipes: error: {path}: ended with status {done.returncode}\n{log[-2000:]}")
+        sys.exit(f"recipes: error: {path}: ended with status {done.returncode}\n{done.stderr[-2000:]}")
     last = lines[UPDATES - 20 : UPDATES]
     found = {n: sum(float(line[n]) for line in last) / 20 for n in ("task_loss", "smart_loss", "bregman_loss")}
     return {"recipe": str(path.relative_to(ROOT)), **found, "share": found["smart_loss"] / found["task_loss"]}
