@@ -190,7 +190,8 @@ def train(data: Path, save_dir: Path, classes: int, *flags: str) -> Path:
     torch.save(state, path)
     if classes > 1:
         scores = Model(path, data, cpu=True).predict("valid", 8192).scores
-        middle = torch.from_numpy(np.median(np.log(scores), axis=0))
+        # of an even number of rows, so that it lies between two: a row on it would be a tie, which rounding decides
+        middle = torch.from_numpy(np.median(np.log(scores[: len(scores) // 2 * 2]), axis=0))
         state["model"]["classification_heads.sentence_classification_head.out_proj.bias"] -= middle
         torch.save(state, path)
     return path

@@ -1,5 +1,6 @@
 """From a checkpoint to submission files and scores, and back to what fairseq-validate logs."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -212,27 +213,49 @@ def test_several_checkpoints_with_mean_median_and_deviation(place, tmp_path, cap
 # Metrics ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_whose_correlation_is_not_a_number_is_in_the_summary():
+    """A constant has none; of the others median and deviation would be luck, so there is none of these either."""
+    found = evaluate.summary([{"spearman": 40.0, "accuracy": 1.0}, {"spearman": np.nan, "accuracy": 3.0}])
+    assert found["mean"]["accuracy"] == 2 and found["standard deviation"]["accuracy"] == pytest.approx(2**0.5)
+    assert all(np.isnan(values["spearman"]) for values in found.values())
+    assert "-" in evaluate.table(list(found.items()))
+
+
+def test_only_the_rounds_of_anli_are_written_as_its_letters(tmp_path):
+    """A task of the user's may be called ANLI-mine."""
+    row = Predictions(TASKS["CoLA"], "valid", ["1"], ["1"], np.ones((1, 2)), ("1", "0"))
+
+    class Known:
+        def predict(self, split, max_tokens):
+            return row
+
+    options = argparse.Namespace(max_tokens=8, probabilities=False)
+    (path,) = predict.predict_task("ANLI-mine", Known(), "valid", tmp_path, options)
+    assert path.suffix == ".tsv" and table(path)[1] == ["1", "1"]
+
+
 def test_metrics_equal_those_of_scikit_learn_and_scipy():
     from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import f1_score, matthews_corrcoef
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    draw = np.random.default_rng(0)
+    draw, value = np.random.default_rng(0), metrics.value_of
     for classes in (2, 3):
         predicted, gold = (draw.integers(0, classes, 200).astype(str) for _ in range(2))
-        assert metrics.matthews(predicted, gold) == pytest.approx(100 * matthews_corrcoef(gold, predicted))
+        assert value("mcc", predicted, gold) == pytest.approx(100 * matthews_corrcoef(gold, predicted))
     predicted, gold = (draw.integers(0, 2, 200).astype(str) for _ in range(2))
-    assert metrics.f1(predicted, gold) == pytest.approx(100 * f1_score(gold, predicted, pos_label="1"))
-    assert metrics.acc_and_f1(predicted, gold) == (metrics.accuracy(predicted, gold) + metrics.f1(predicted, gold)) / 2
+    f1, accuracy = 100 * f1_score(gold, predicted, pos_label="1"), 100 * accuracy_score(gold, predicted)
+    assert value("f1", predicted, gold) == pytest.approx(f1)
+    assert value("acc_and_f1", predicted, gold) == pytest.approx((f1 + accuracy) / 2)
     first, second = draw.integers(0, 9, 100) / 2.0, draw.normal(size=100)
-    assert metrics.pearson(first, second) == pytest.approx(100 * pearsonr(first, second)[0])
-    assert metrics.spearman(first, second) == pytest.approx(100 * spearmanr(first, second)[0])
+    assert value("pearson", first, second) == pytest.approx(100 * pearsonr(first, second)[0])
+    assert value("spearman", first, second) == pytest.approx(100 * spearmanr(first, second)[0])
 
 
 def test_metrics_of_degenerate_predictions():
     none, some = np.array(["0", "0"]), np.array(["0", "1"])
-    assert metrics.f1(none, none) == 0.0
-    assert metrics.matthews(none, some) == 0.0
-    assert np.isnan(metrics.pearson(np.ones(3), np.arange(3.0)))
+    assert metrics.value_of("f1", none, none) == 0.0
+    assert metrics.value_of("mcc", none, some) == 0.0
+    assert np.isnan(metrics.value_of("pearson", np.ones(3), np.arange(3.0)))
 
 
 def test_probabilities_feed_the_analysis_of_agreement(place, tmp_path, capsys):

@@ -20,6 +20,7 @@ from smart_fairseq.evaluation.calibration import (
     calibration_error,
     cross_entropy,
     divergence_from,
+    fit_line,
     fit_temperature,
     reliability,
 )
@@ -157,19 +158,33 @@ def test_metrics_of_weighted_rows_are_those_of_rows_that_stand_there_as_often(cl
     draw = np.random.default_rng(2)
     weights = draw.integers(0, 4, (6, 60)).astype(float)
     weights[0] = 1
-    predicted, gold = draw.integers(0, classes, (2, 60))
-    first, second = draw.integers(0, 9, 60) / 2, draw.normal(size=60)
-    found = {
-        "mcc": intervals.matthews(predicted, gold, classes)(weights),
-        "f1": intervals.f1(predicted, gold, 1)(weights),
-        "pearson": intervals.pearson(first, second)(weights),
-        "spearman": intervals.spearman(first, second)(weights),
-    }
-    for name, values in found.items():
-        pair = (first, second) if name in ("pearson", "spearman") else (predicted.astype(str), gold.astype(str))
-        for row, value in zip(weights.astype(int), values):
+    labels = draw.integers(0, classes, (2, 60)).astype(str)
+    numbers = np.array([draw.integers(0, 9, 60) / 2, draw.normal(size=60)])
+    for name, metric in metrics.METRICS.items():
+        pair = numbers if name in ("pearson", "spearman", "pearson_and_spearman") else labels
+        for row, value in zip(weights.astype(int), metric(*pair)(weights)):
             repeated = [np.repeat(side, row) for side in pair]
-            assert value == pytest.approx(metrics.METRICS[name](*repeated)), name
+            assert value == pytest.approx(metrics.value_of(name, *repeated)), name
+
+
+def test_a_correlation_with_a_constant_is_not_a_number_whatever_is_rounded():
+    """0.3 is no sum of powers of two: a mean of many is not 0.3, and the deviations are no zeros."""
+    constant, draw = np.full(1500, 0.3), np.random.default_rng(1)
+    varied = draw.normal(size=1500)
+    assert constant.mean() != 0.3
+    for pair in ((constant, varied), (varied, constant)):
+        assert np.isnan(metrics.value_of("pearson", *pair)) and np.isnan(metrics.value_of("spearman", *pair))
+    # in a sample that holds none of the row that differs
+    weights = np.ones((2, 1500))
+    weights[0, 7], varied_once = 0, np.where(np.arange(1500) == 7, 1.0, constant)
+    assert np.isnan(metrics.METRICS["pearson"](varied_once, varied)(weights)).tolist() == [True, False]
+    assert fit_line(constant, varied) == (0.0, pytest.approx(varied.mean()))
+
+
+def test_matthews_of_many_classes_needs_no_table_of_pairs():
+    """A table of 3,000 classes by 3,000 has 9 million entries for each row."""
+    labels = np.arange(3000).astype(str)
+    assert metrics.value_of("mcc", labels, labels) == pytest.approx(100)
 
 
 # Annotators -------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 
 import argparse
 import math
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
@@ -79,13 +80,12 @@ def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], g
 
 
 def summary(runs: Sequence[Scores]) -> dict[str, Scores]:
-    """Mean, median and standard deviation (with n - 1) over the runs."""
-    columns = {name: [run[name] for run in runs] for name in runs[0]}
-    deviation = {name: statistics.stdev(values) if len(values) > 1 else math.nan for name, values in columns.items()}
+    """Mean, median and standard deviation (with n - 1) over the runs; nan where one of them has nan."""
+    columns = {name: np.array([run[name] for run in runs]) for name in runs[0]}
     return {
-        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
-        "median": {name: statistics.median(values) for name, values in columns.items()},
-        "standard deviation": deviation,
+        "mean": {name: float(values.mean()) for name, values in columns.items()},
+        "median": {name: float(np.median(values)) for name, values in columns.items()},
+        "standard deviation": {n: float(v.std(ddof=1)) if len(v) > 1 else math.nan for n, v in columns.items()},
     }
 
 

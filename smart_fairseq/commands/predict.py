@@ -12,7 +12,7 @@ from ..data.binarize import read_manifest
 from ..data.folders import read_ids
 from ..data.lines import located, shown
 from ..data.readers import find_sources
-from ..data.tasks import GLUE, TASKS
+from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS
 from ..errors import UsageError
 from ..files import check_place, replace_file, whole_file
 from ..inference import Model, Predictions
@@ -131,7 +131,7 @@ def named_checkpoints(texts: Sequence[str], folders: dict[str, Path]) -> dict[st
 def predict_task(name: str, model: Model, split: str, out: Path, options: argparse.Namespace) -> list[Path]:
     """The files that were written for a split of a task."""
     found = model.predict(split, options.max_tokens)
-    if name.startswith("ANLI") and split != "train":
+    if name in (*ANLI, ANLI_JOINED.name) and split != "train":
         parts = read_manifest(model.folder).get("parts", {}).get(split)
         return write_anli(found, out, parts or [(name[5:], len(found.ids))])
     if split in found.task.submission:

@@ -15,7 +15,7 @@ from scipy.special import entr, log_softmax
 from .intervals import Statistic
 
 BINS = 15
-LOWEST, HIGHEST = 1e-2, 1e2  # of a temperature
+LOWEST, HIGHEST = 0.1, 100.0  # of a temperature: rows that are all right know no lower bound
 
 
 def cross_entropy(logits: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ def reliability(logits: np.ndarray, gold: np.ndarray) -> dict[str, list[float | 
 
 
 def fit_temperature(logits: np.ndarray, gold: np.ndarray) -> float:
-    """The T at which logits / T have the least cross entropy, between 0.01 and 100.
+    """The T at which logits / T have the least cross entropy, between 0.1 and 100.
 
     The cross entropy is convex in 1 / T with the slope mean(E_p[z] - z_gold), so its zero is found by halving. Where
     all rows are right, none is found and T is the lowest; where the model is no better than chance, the highest.
@@ -111,5 +111,5 @@ def fit_line(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]:
     """
     apart = predicted - predicted.mean()
     spread = float((apart**2).sum())
-    slope = float((apart * gold).sum()) / spread if spread else 0.0
+    slope = float((apart * gold).sum()) / spread if np.ptp(predicted) else 0.0
     return slope, float(gold.mean() - slope * predicted.mean())

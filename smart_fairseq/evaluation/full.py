@@ -26,6 +26,7 @@ from .calibration import (
 )
 from .intervals import Statistic, mean_of
 from .labels import annotator_shares, gold_labels
+from .metrics import METRICS
 from .texts import write_with_typos
 
 RADII = (0.01, 0.03, 0.1, 0.3)  # of the attack
@@ -116,7 +117,8 @@ def evaluate_model(
         if attack:
             from .attack import STEPS, attacked_outputs
 
-            chosen = np.random.default_rng(seed).permutation(len(gold)) < (attack_rows or len(gold))
+            # another draw than the half that fits the temperature
+            chosen = np.random.default_rng([seed, 1]).permutation(len(gold)) < (attack_rows or len(gold))
             # a gradient keeps activations, which a prediction does not
             outputs = attacked_outputs(model, split, gold, chosen, temperature, max_tokens // 4, seed, attack_radii)
             metrics |= _under_attack(task, found.logits, gold, outputs, temperature, chosen, attack_radii)
@@ -146,29 +148,22 @@ def _official(
     task: Task, classes: Sequence[str], logits: np.ndarray, gold: np.ndarray, parts: Sequence[Any] | None
 ) -> Metrics:
     """The task's own metrics, and a regression's squared error; as `metrics` has them."""
-    found: Metrics = {}
     if task.regression:
         predicted, true = logits[:, 0] * task.divisor, gold * task.divisor
-        both = {"pearson": intervals.pearson(predicted, true), "spearman": intervals.spearman(predicted, true)}
-        both["pearson_and_spearman"] = _mean(both["pearson"], both["spearman"])
-        found = {name: Metric("%", both[name]) for name in task.metrics}
-        return found | {"mean squared error": Metric("", mean_of((predicted - true) ** 2))}
-    predicted = logits.argmax(1)
-    right = 100.0 * (predicted == gold)
+        squared = Metric("", mean_of((predicted - true) ** 2))
+        return {name: Metric("%", METRICS[name](predicted, true)) for name in task.metrics} | {
+            "mean squared error": squared
+        }
+    found: Metrics = {}
+    predicted, true = np.array(classes)[logits.argmax(1)], np.array(classes)[gold]
     start = 0
     for name, rows in parts if parts and len(parts) > 1 else []:
         place = np.arange(len(gold))
-        found[f"accuracy {name}"] = Metric("%", mean_of(right, (place >= start) & (place < start + rows)))
+        within = (place >= start) & (place < start + rows)
+        found[f"accuracy {name}"] = Metric("%", mean_of(100.0 * (predicted == true), within))
         start += rows
-    known = {"accuracy": mean_of(right), "mcc": intervals.matthews(predicted, gold, len(classes))}
-    if "1" in classes:
-        known["f1"] = intervals.f1(predicted, gold, classes.index("1"))
-        known["acc_and_f1"] = _mean(known["accuracy"], known["f1"])
-    return found | {name: Metric("%", known[name]) for name in dict.fromkeys([*task.metrics, "accuracy"])}
-
-
-def _mean(first: Statistic, second: Statistic) -> Statistic:
-    return lambda weights: (first(weights) + second(weights)) / 2
+    names = dict.fromkeys([*task.metrics, "accuracy"])
+    return found | {name: Metric("%", METRICS[name](predicted, true)) for name in names}
 
 
 def _of_classes(logits: np.ndarray, gold: np.ndarray, rest: np.ndarray, temperature: float) -> Metrics:

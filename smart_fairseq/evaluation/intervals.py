@@ -47,66 +47,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# Metrics of weighted rows -----------------------------------------------------------------------------------------
-
-
 def mean_of(values: np.ndarray, among: np.ndarray | None = None) -> Statistic:
     """The mean over the rows, or over those ``among`` which it is taken (bool [N])."""
     used = np.ones(len(values)) if among is None else among.astype(float)
     taken = np.where(used > 0, values, 0.0)
     return lambda weights: np.asarray((weights @ taken) / (weights @ used))
-
-
-def f1(predicted: np.ndarray, gold: np.ndarray, positive: int) -> Statistic:
-    """Percent, of one class; as `metrics.f1`."""
-    both = ((predicted == positive) & (gold == positive)).astype(float)
-    either = (predicted == positive).astype(float) + (gold == positive)
-    return lambda weights: np.asarray(200.0 * (weights @ both) / np.maximum(weights @ either, 1.0))
-
-
-def matthews(predicted: np.ndarray, gold: np.ndarray, classes: int) -> Statistic:
-    """Percent; as `metrics.matthews`."""
-    pairs = np.eye(classes * classes)[predicted * classes + gold]
-
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        table = (weights @ pairs).reshape(-1, classes, classes)
-        count, hits = table.sum((1, 2)), np.trace(table, axis1=1, axis2=2)
-        said, true = table.sum(2), table.sum(1)
-        spread = (count**2 - (said**2).sum(1)) * (count**2 - (true**2).sum(1))
-        covariance = hits * count - (said * true).sum(1)
-        return np.where(spread > 0, 100.0 * (covariance / np.sqrt(np.maximum(spread, 1.0))), 0.0)
-
-    return statistic
-
-
-def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Percent; values [N] or [R, N], weights [R, N]."""
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        return np.asarray((weights * values).sum(1, keepdims=True) / weights.sum(1, keepdims=True))
-
-    first, second = first - mean(first), second - mean(second)
-    return np.asarray(100.0 * (mean(first * second) / np.sqrt(mean(first**2) * mean(second**2)))[:, 0])
-
-
-def pearson(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
-    """Percent; as `metrics.pearson`."""
-    return lambda weights: _correlation(predicted, gold, weights)
-
-
-def spearman(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
-    """Percent; as `metrics.spearman`, with the ranks that the rows have in each sample."""
-
-    def ranks_of(values: np.ndarray) -> Statistic:
-        order = np.argsort(values, kind="stable")
-        distinct, group = np.unique(values, return_inverse=True)
-        starts = np.searchsorted(values[order], distinct)
-
-        def ranks(weights: np.ndarray) -> np.ndarray:
-            drawn = np.add.reduceat(weights[:, order], starts, axis=1)
-            return np.asarray((np.cumsum(drawn, 1) - (drawn - 1) / 2)[:, group])
-
-        return ranks
-
-    first, second = ranks_of(predicted), ranks_of(gold)
-    return lambda weights: _correlation(first(weights), second(weights), weights)

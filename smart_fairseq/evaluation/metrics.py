@@ -1,4 +1,4 @@
-"""The official metrics of the tasks, as pure functions of arrays; all in percent, as fairseq logs them.
+"""The official metrics of the tasks, of rows that each count so often (`intervals`); percent, as fairseq logs them.
 
 F1 is that of class "1" (MRPC, QQP); Matthews is the multi-class R_K of Gorodkin (2004), which GLUE uses for AX and
 which is the ordinary coefficient for CoLA. Where scikit-learn and scipy define a value for a degenerate case,
@@ -10,72 +10,113 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..data.tasks import RIGHT
-from . import intervals
-from .intervals import Statistic
+from .intervals import Statistic, mean_of
+
+# what was predicted and what is right, [N]: labels, or numbers -> the metric of weighted rows
+Metric = Callable[[np.ndarray, np.ndarray], Statistic]
 
 
-def accuracy(predicted: np.ndarray, gold: np.ndarray | str) -> float:
-    """Percent of rows that are right."""
-    return 100.0 * float(np.mean(predicted == gold))
+def accuracy(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+    """Share of rows that are right."""
+    return mean_of(100.0 * (predicted == gold))
 
 
-def _of_all(statistic: Statistic, rows: int) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(statistic(np.ones((1, rows)))[0])
-
-
-def f1(predicted: np.ndarray, gold: np.ndarray) -> float:
+def f1(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
     """Of the label "1"; arrays of strings."""
-    return _of_all(intervals.f1(predicted == "1", gold == "1", True), len(gold))
+    said, true = ((labels == "1").astype(float) for labels in (predicted, gold))
+    return lambda weights: np.asarray(200.0 * (weights @ (said * true)) / np.maximum(weights @ (said + true), 1.0))
 
 
-def acc_and_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """The mean of both, GLUE's number for MRPC and QQP."""
-    return (accuracy(predicted, gold) + f1(predicted, gold)) / 2
-
-
-def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
+def matthews(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
     """Matthews' correlation, for any number of labels."""
     labels, numbers = np.unique(np.concatenate([predicted, gold]), return_inverse=True)
-    first, second = np.split(numbers, 2)
-    return _of_all(intervals.matthews(first, second, len(labels)), len(gold))
+    said_by_row, true_by_row = np.split(np.eye(len(labels))[numbers], 2)
+    right = (predicted == gold).astype(float)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        count, hits = weights.sum(1), weights @ right
+        said, true = weights @ said_by_row, weights @ true_by_row
+        spread = (count**2 - (said**2).sum(1)) * (count**2 - (true**2).sum(1))
+        covariance = hits * count - (said * true).sum(1)
+        return np.where(spread > 0, 100.0 * (covariance / np.sqrt(np.maximum(spread, 1.0))), 0.0)
+
+    return statistic
 
 
-def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Pearson's correlation of numbers; nan where one side is constant."""
-    return _of_all(intervals.pearson(predicted, gold), len(gold))
+def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Values [N] or [R, N], weights [R, N]."""
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.asarray((weights * values).sum(1, keepdims=True) / weights.sum(1, keepdims=True))
+
+    def differ(values: np.ndarray) -> np.ndarray:
+        """Of a constant, deviations from the mean are not 0 but what was rounded."""
+        drawn = weights > 0
+        return np.asarray(np.where(drawn, values, -np.inf).max(1) > np.where(drawn, values, np.inf).min(1))
+
+    known = differ(first) & differ(second)
+    first, second = first - mean(first), second - mean(second)
+    found = (mean(first * second) / np.sqrt(mean(first**2) * mean(second**2)))[:, 0]
+    return np.where(known, 100.0 * found, np.nan)
 
 
-def spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks."""
-    return _of_all(intervals.spearman(predicted, gold), len(gold))
+def pearson(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+    """Pearson's correlation of numbers."""
+    return lambda weights: _correlation(predicted, gold, weights)
 
 
-def pearson_and_spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """The mean of both, GLUE's number for STS-B."""
-    return (pearson(predicted, gold) + spearman(predicted, gold)) / 2
+def spearman(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+    """Spearman's correlation: Pearson's of the ranks that the rows have in each sample."""
+
+    def ranks_of(values: np.ndarray) -> Statistic:
+        order = np.argsort(values, kind="stable")
+        distinct, group = np.unique(values, return_inverse=True)
+        starts = np.searchsorted(values[order], distinct)
+
+        def ranks(weights: np.ndarray) -> np.ndarray:
+            drawn = np.add.reduceat(weights[:, order], starts, axis=1)
+            return np.asarray((np.cumsum(drawn, 1) - (drawn - 1) / 2)[:, group])
+
+        return ranks
+
+    first, second = ranks_of(predicted), ranks_of(gold)
+    return lambda weights: _correlation(first(weights), second(weights), weights)
 
 
-def top1(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Percent of a ranking's groups whose pick is right: "1" stands for the pick, and for right."""
-    return accuracy(gold[predicted == RIGHT], RIGHT)
+def top1(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+    """Share of a ranking's groups whose pick is right: "1" stands for the pick, and for right."""
+    return mean_of(100.0 * (gold == RIGHT), predicted == RIGHT)
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+def _mean_of_two(first: Metric, second: Metric) -> Metric:
+    """GLUE's number for tasks with two metrics."""
+
+    def both(predicted: np.ndarray, gold: np.ndarray) -> Statistic:
+        one, other = first(predicted, gold), second(predicted, gold)
+        return lambda weights: (one(weights) + other(weights)) / 2
+
+    return both
+
+
+METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "f1": f1,
-    "acc_and_f1": acc_and_f1,
+    "acc_and_f1": _mean_of_two(accuracy, f1),
     "mcc": matthews,
     "top1": top1,
     "pearson": pearson,
     "spearman": spearman,
-    "pearson_and_spearman": pearson_and_spearman,
+    "pearson_and_spearman": _mean_of_two(pearson, spearman),
 }
+
+
+def value_of(name: str, predicted: np.ndarray, gold: np.ndarray) -> float:
+    """The named metric of rows that each count once."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(METRICS[name](predicted, gold)(np.ones((1, len(gold))))[0])
 
 
 def score(names: Sequence[str], predicted: Sequence[str], gold: Sequence[str], numbers: bool) -> dict[str, float]:
     """The named metrics of labels, or of ``numbers`` as they stand in the files."""
-    arrays: tuple[np.ndarray, ...] = tuple(
-        np.array(values, dtype=float) if numbers else np.array(values, dtype=str) for values in (predicted, gold)
-    )
-    return {name: METRICS[name](*arrays) for name in names}
+    said, true = (np.array(values, dtype=float if numbers else str) for values in (predicted, gold))
+    return {name: value_of(name, said, true) for name in names}

@@ -18,7 +18,7 @@ from fairseq.logging.meters import safe_round
 from torch import Tensor
 
 from ..evaluation.calibration import bins_of
-from ..evaluation.metrics import METRICS
+from ..evaluation.metrics import value_of
 
 # by flag
 REPORTED = {
@@ -98,7 +98,7 @@ def _metric(name: str, meters: Any) -> float:
     predicted, gold = (meters[key].tensor.numpy() for key in ("_predicted", "_gold"))
     if name in ("mcc", "acc_and_f1", "f1"):  # of labels, which are whole numbers
         predicted, gold = predicted.astype(int).astype(str), gold.astype(int).astype(str)
-    return safe_round(METRICS[name](predicted, gold), 1)  # type: ignore[no-any-return]
+    return safe_round(value_of(name, predicted, gold), 1)  # type: ignore[no-any-return]
 
 
 def log_terms(

@@ -17,7 +17,7 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from torch import Tensor
 
-from ..evaluation.metrics import METRICS
+from ..evaluation.metrics import value_of
 from ..method.ranking import picked, ranking_loss
 from .batches import GROUPS, TASK
 from .metrics import log_calibration, log_terms, placed, size_of
@@ -163,7 +163,7 @@ def _value(objective: Objective, metric: str, meters: Any) -> float:
         labels = objective.task.label_dictionary
         words = np.array(labels.symbols[labels.nspecial :])
         predicted, gold = words[predicted.astype(int)], words[gold.astype(int)]
-    return METRICS[metric](predicted, gold)
+    return value_of(metric, predicted, gold)
 
 
 def _metric(objective: Objective, metric: str, meters: Any) -> float:
