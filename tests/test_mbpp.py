@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq import optim
-from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, command, parse
+from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, capture_log, command, parse
 
 from smart_fairseq.method.teacher import average_, momentum_at
 from smart_fairseq.optim.mbpp import MBPP
@@ -93,6 +93,24 @@ def test_momentum_one_freezes_the_teacher(class_data: Path) -> None:
     for average, weight, first in zip(optimizer.teacher, parameters, start):
         assert_equal(average, first)
         assert not torch.equal(weight, first)
+
+
+def test_what_is_said_of_the_momentum(class_data: Path) -> None:
+    def said(*flags: str, updates: int = 10) -> str:
+        with capture_log() as log:
+            optimizer_for(class_data, some_parameters(), *flags, max_update=updates)
+        return " ".join(line for line in log["text"] if "mbpp" in line)
+
+    # the modes hold from the start, whatever the recipe has for the first part
+    assert "the teacher's momentum is 1" in said("--mbpp-recipe", "paper", "--mbpp-momentum", "1")
+    assert "is 0.99 for the first 0.1 of training, then 0.999," in said("--mbpp-recipe", "paper")
+    # the same momentum throughout needs no length, and has no first part
+    assert "the teacher's momentum is 0.9, a memory of 10" in said(
+        "--mbpp-recipe", "smart", "--mbpp-momentum", "0.9", updates=0
+    )
+    unused = ["--mbpp-recipe", "smart", "--mbpp-momentum", "0.9", "--mbpp-warmup-ratio", "0.5"]
+    assert "--mbpp-warmup-ratio 0.5 changes nothing" in said(*unused)
+    assert "changes nothing" not in said(*unused, "--mbpp-warmup-momentum", "0.5")
 
 
 def test_momentum_zero_is_the_student(class_data: Path) -> None:

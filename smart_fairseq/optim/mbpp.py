@@ -27,6 +27,10 @@ from ..method.teacher import average_, momentum_at, momentum_for
 logger = logging.getLogger(__name__)
 
 
+WARMUP_RATIO = 0.1  # Jiang et al. (2020), section 4.1
+_NO_LENGTH = "but their number is not known: give --max-update (or --total-num-update), or "
+
+
 # fairseq reads these annotations at run time: no `from __future__ import annotations` in this file
 @dataclass
 class MBPPConfig(FairseqAdamConfig):
@@ -47,7 +51,7 @@ class MBPPConfig(FairseqAdamConfig):
         None, "weight of the old teacher during the first part of training, see --mbpp-warmup-ratio"
     )
     mbpp_warmup_ratio: float = flag(
-        0.1, "that first part, as a fraction of --max-update (or else of --total-num-update)"
+        WARMUP_RATIO, "that first part, as a fraction of --max-update (or else of --total-num-update)"
     )
     mbpp_inner_steps: int = flag(1, "updates between two averages of the teacher")
     # for the length of training; bare interpolations, so that they do not become flags
@@ -141,11 +145,22 @@ class MBPP(FairseqOptimizer):
         require(cfg.mbpp_inner_steps >= 1, "--mbpp-inner-steps", cfg.mbpp_inner_steps, "a whole number from 1")
         needed = "none with --optimizer mbpp, whose teacher needs all weights on each worker"
         require(cfg.mbpp_zero_sharding == "none", "--zero-sharding", cfg.mbpp_zero_sharding, needed)
-        self.total_updates = _total_updates(cfg)
+        # the length of training that the momentum refers to; 0 if it is not known
+        self.total_updates = int(cfg.mbpp_max_update or getattr(cfg.mbpp_lr_scheduler, "total_num_update", 0) or 0)
         self.warmup_momentum, self.momentum = _momentum(cfg, self.total_updates)
         first = ""
-        if self.warmup_momentum != self.momentum:
+        if self.warmup_momentum != self.momentum and cfg.mbpp_warmup_ratio > 0:
+            if not self.total_updates:
+                raise UsageError(
+                    f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, "
+                    f"{_NO_LENGTH}--mbpp-warmup-ratio 0"
+                )
             first = f"{self.warmup_momentum:.6g} for the first {cfg.mbpp_warmup_ratio:g} of training, then "
+        elif cfg.mbpp_warmup_ratio not in (0, WARMUP_RATIO):
+            logger.warning(
+                f"--mbpp-warmup-ratio {cfg.mbpp_warmup_ratio:g} changes nothing: the teacher's momentum is the same "
+                "throughout; give --mbpp-warmup-momentum, or leave it out"
+            )
         memory = f", a memory of {cfg.mbpp_inner_steps / (1 - self.momentum):.4g} updates" if self.momentum < 1 else ""
         logger.info(f"--optimizer mbpp: the teacher's momentum is {first}{self.momentum:.6g}{memory}")
         if self.momentum == 0 and cfg.mbpp_inner_steps == 1:
@@ -238,30 +253,18 @@ class MBPP(FairseqOptimizer):
         logger.info(f"--optimizer mbpp: went on with the checkpoint's teacher, after {self.updates} updates")
 
 
-def _total_updates(cfg: MBPPConfig) -> int:
-    """The length of training that the momentum refers to."""
-    scheduler = cfg.mbpp_lr_scheduler
-    total = int(cfg.mbpp_max_update or getattr(scheduler, "total_num_update", 0) or 0)
-    if total:
-        return total
-    advice = "but their number is not known: give --max-update (or --total-num-update), or "
-    if cfg.mbpp_momentum is None and MOMENTUM[str(cfg.mbpp_recipe)] is None:
-        raise UsageError(
-            f"--mbpp-recipe is {cfg.mbpp_recipe}, whose teacher remembers a share of all updates, "
-            f"{advice}--mbpp-momentum"
-        )
-    if cfg.mbpp_warmup_ratio > 0 and cfg.mbpp_momentum not in (0, 1):
-        raise UsageError(
-            f"--mbpp-warmup-ratio is {cfg.mbpp_warmup_ratio}, a fraction of the updates, {advice}--mbpp-warmup-ratio 0"
-        )
-    return 0
-
-
 def _momentum(cfg: MBPPConfig, total_updates: int) -> Tuple[float, float]:
     """The momentum of the first part of training and of the rest: as given, or else the recipe's."""
     first, rest = cfg.mbpp_warmup_momentum, cfg.mbpp_momentum
+    if rest in (0, 1):  # modes rather than averages: they hold from the start
+        return rest, rest
     recipe = MOMENTUM[str(cfg.mbpp_recipe)]
     if recipe is None:  # one average throughout
+        if rest is None and not total_updates:
+            raise UsageError(
+                f"--mbpp-recipe is {cfg.mbpp_recipe}, whose teacher remembers a share of all updates, "
+                f"{_NO_LENGTH}--mbpp-momentum"
+            )
         memory = max(LEAST_MEMORY, MEMORY * total_updates) / cfg.mbpp_inner_steps  # in averages
         recipe = (momentum_for(memory), momentum_for(memory)) if rest is None else (rest, rest)
     return recipe[0] if first is None else first, recipe[1] if rest is None else rest
