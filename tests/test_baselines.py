@@ -263,6 +263,21 @@ def test_freeat_divides_by_what_an_update_of_fewer_batches_holds(class_data: Pat
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
 
 
+def test_freeat_is_right_where_fewer_examples_are_left_than_batches_in_an_update(class_data: Path) -> None:
+    """24 examples, one a batch, seven an update: the last three are there three times, and their mean is the same."""
+    flags = [*NO_DROPOUT, "--curriculum", "9", "--update-freq", "7", "--batch-size", "1", "--lr", "1e-9"]
+    flags += ["--required-batch-size-multiple", "1"]
+    logs = []
+    for name, more in (("sentence_prediction", []), ("freeat_sentence_prediction", ["--freeat-epsilon", "0"])):
+        times = ["--freeat-steps", "2"] if more else []
+        arguments = command(class_data, *flags, *more, *times, criterion=name, optimizer="sgd", max_update=8)
+        logs.append(train(arguments)["train_inner"])
+    plain, freeat = logs[0][3], logs[1][7]
+    assert plain["bsz"] == 3 and freeat["bsz"] == 9
+    assert freeat["gnorm"] == pytest.approx(plain["gnorm"], rel=2e-3)
+    assert freeat["loss"] == pytest.approx(plain["loss"], rel=2e-3)
+
+
 def test_freeat_climbs_between_its_updates(class_data: Path) -> None:
     """Against algorithm 1 by hand, sgd: the perturbation follows the gradient of the update before it."""
     flags = flags_of("freeat", steps="3", norm="inf", epsilon_unit="absolute", epsilon="0.05", start="0.02")

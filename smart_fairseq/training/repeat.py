@@ -33,6 +33,8 @@ class RepeatedBatches(EpochBatchIterator):
             # spread over a whole update: an empty batch, which only keeps a worker in step, would end it as the last
             # of its batches, and fairseq then leaves the others out of the number that it divides the gradient by
             examples = [example for batch in batches[-left:] for example in batch]
+            if examples:  # each as often as it takes to fill all of them: the gradient stays the mean
+                examples *= -(-size // len(examples))
             batches[-left:] = [examples[first::size] for first in range(size)]
         groups = [batches[first : first + size] for first in range(0, len(batches), size)]
         return [batch for group in groups for _ in range(self.times) for batch in group]
