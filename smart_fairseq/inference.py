@@ -189,7 +189,9 @@ class Model:
         if self.task.regression:
             labels = [f"{value * self.task.divisor:.9g}" for value in scores[:, 0]]
         else:
-            labels = [self.classes[place] for place in scores.argmax(1)]
+            # a row of candidates is 1 where no other is better: a tie too
+            places = (logits[:, 1] >= logits[:, 0]).astype(int) if self.task.candidates else scores.argmax(1)
+            labels = [self.classes[place] for place in places]
             if len(set(labels)) == 1 < len(labels):
                 print(f"{self.task.name} {split}: all {len(labels)} rows are predicted as {labels[0]}", flush=True)
         return Predictions(self.task, split, ids, labels, scores, self.classes, logits)

@@ -610,6 +610,9 @@ def test_flags_that_do_not_fit(place: Path, tmp_path: Path) -> None:
     )
     assert "--multitask-dropout is 'RTE=1'" in said("--multitask-dropout", "RTE=1")
     assert "--multitask-tasks names no folder" in said("--multitask-tasks", ",")
+    manifest = shutil.copytree(place / "bins" / "RTE-bin", tmp_path / "bins" / "W-bin") / "preprocess.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "task": "WNLI-ranking"}))
+    assert "W-bin: holds candidates for pronouns" in said(tasks=None, data=tmp_path / "bins")
     assert "nowhere: no such folder" in said(tasks=None, data=tmp_path / "nowhere")
     assert "holds no data folder; make some" in said(tasks=None, data=tmp_path)
     arguments = command(place / "bins", ["RTE", "STS-B"], "--valid-subset", "valid7", validate=True)

@@ -28,6 +28,7 @@ from smart_fairseq.data.binarize import indexed_writer, read_indexed, read_manif
 from smart_fairseq.errors import UsageError
 from smart_fairseq.inference import Model
 from smart_fairseq.method.candidates import best_of_others, candidate_scores, margin_loss
+from smart_fairseq.training import candidates
 from smart_fairseq.training.candidates import HEAD, read_groups, row_logits
 
 
@@ -210,6 +211,18 @@ def test_from_training_to_the_submission_file(
     assert len(found.labels) == read_manifest(data)["rows"]["train"] == 19
     assert_equal(torch.tensor(found.logits[:, 1] >= found.logits[:, 0]), torch.tensor([x == "1" for x in found.labels]))
     assert (found.logits[:, 1] < 0).all()
+
+
+def test_a_tie_with_another_candidate_is_predicted_as_right(
+    run: tuple[Path, Any], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in validation; HNN's scores are equal where two candidates saturate its sigmoids."""
+
+    def tied(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(rows), 2), -1.5)
+
+    monkeypatch.setattr(candidates, "row_logits", tied)
+    assert set(Model(run[0] / "checkpoint_best.pt", data, cpu=True).predict("test", 512).labels) == {"1"}
 
 
 # --- what is refused before training ---------------------------------------------------------------

@@ -29,7 +29,7 @@ from ..data.folders import DATA, check_split, find_tasks, what_is_in
 from ..data.lines import as_number, shown
 from ..data.ranking import read_groups
 from ..data.tasks import Task
-from ..errors import UsageError, require
+from ..errors import UsageError, refuse, require
 from ..method.answer import StochasticAnswer
 from ..training.batches import GroupedDataset, MultitaskDataset
 from ..training.checks import check_for_several_tasks
@@ -100,7 +100,15 @@ class SmartMultitask(SentencePredictionTask):
     @classmethod
     def setup_task(cls, cfg: MultitaskConfig, **kwargs: Any) -> "SmartMultitask":
         names = None if cfg.multitask_tasks is None else cfg.multitask_tasks.split(",")
-        return cls(cfg, find_tasks(TASKS_FLAG, Path(cfg.data), names))
+        found = find_tasks(TASKS_FLAG, Path(cfg.data), names)
+        for task, folder in found.values():
+            if task.candidates:
+                refuse(
+                    folder,
+                    "holds candidates for pronouns, not classes",
+                    f"train on it by --task smart_wnli; name the other folders by {TASKS_FLAG}",
+                )
+        return cls(cfg, found)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> MultitaskDataset:
         """All tasks' rows of ``train``, of another split those of the tasks that have it; a line names the others."""
