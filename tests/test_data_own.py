@@ -106,6 +106,14 @@ def test_rows_to_predict_may_lack_labels(tmp_path: Path, bpe: list[str], capsys:
     assert "test: no column Klass, so its rows have no labels" in capsys.readouterr().out
 
 
+def test_a_text_may_begin_like_an_archive_and_be_as_long_as_a_book(tmp_path: Path, bpe: list[str]) -> None:
+    """PK is the name of a column; Python's csv module takes 131,072 characters, if nobody tells it otherwise."""
+    (tmp_path / "t.csv").write_text("PK,text,label\n1," + "a " * 70_000 + ",x\n2,b,y\n")
+    flags = ["--task", "mine", "--text", "text", "--label", "label", *bpe, "--max-tokens", "32"]
+    assert main([*flags, "--train", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 0
+    assert read_classes(tmp_path / "out" / "label" / "train") in ({0: 0, 1: 1}, [0, 1])
+
+
 def test_fractions_are_written_again(tmp_path: Path, bpe: list[str]) -> None:
     file = write(tmp_path / "t.csv", rows_of(12))
     flags = ["--task", "mine", "--train", str(file), "--text", "first", "--label", "kind", *bpe]

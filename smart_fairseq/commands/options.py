@@ -77,7 +77,8 @@ def encoder_files(options: argparse.Namespace) -> BpeFiles:
 
 def official_folder(task: Task, kind: str, target: Path, options: argparse.Namespace) -> Path:
     """Make a data folder of --split, or the splits of a kind, from the official files, as preprocess would."""
-    splits: Sequence[str] = options.split.split(",") if options.split else [s for s in task.splits if kind in s]
+    named = [split.strip() for split in (options.split or "").split(",") if split.strip()]
+    splits: Sequence[str] = named or [split for split in task.splits if kind in split]
     bpe = encoder_files(options)
     rows, _ = read_task(task, Path(options.data_dir))
     with Pool(bpe, whole_number("--workers", options.workers, 1), None, task.texts) as pool:

@@ -98,7 +98,7 @@ def labels_json(path: Path, config: dict[str, Any], known: Sequence[str], data: 
     """config.json's entries about the outputs of the head, ``count`` of them; ``known``: their labels, if they are."""
     if config["task"].get("regression_target"):
         return {"problem_type": "regression", "id2label": {str(place): f"LABEL_{place}" for place in range(count)}}
-    labels = known or label_order(data, count)
+    labels = known[:count] or label_order(data, count)
     if len(labels) < count:
         refuse(data / "label" / "dict.txt", f"holds {len(labels)} labels", f"the head of {path} has {count} outputs")
     return {

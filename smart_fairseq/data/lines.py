@@ -75,7 +75,7 @@ def read_bytes(path: Path) -> bytes:
         raise located(path, "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise located(path, "is UTF-16 text, and UTF-8 is needed; convert it with `iconv -f UTF-16 -t UTF-8`")
-    if data[:2] == b"PK" or data[:2] == b"\x1f\x8b":
+    if data[:4] == b"PK\x03\x04" or data[:2] == b"\x1f\x8b":
         raise located(path, "is an archive; unpack it first")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1

@@ -6,6 +6,7 @@ ordinary characters. Every row that is left out is counted with its reason in `R
 """
 
 import csv
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -52,6 +53,7 @@ def _cells(form: str, path: Path) -> Iterator[tuple[int, list[str]]]:
         for number, line in read_lines(path):
             yield number, line.split("\t")
         return
+    csv.field_size_limit(sys.maxsize)  # a text may be a whole book; the default is 131,072 characters
     table = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     try:
         for cells in table:
