@@ -91,6 +91,7 @@ PAPER = "criterion.smart_recipe=paper criterion.smart_epsilon_unit=absolute crit
 OVERRIDES = {
     "RoBERTa base, less memory": "model._name=roberta_base dataset.batch_size=8 optimization.update_freq=[2]",
     "BERT, the paper's constants": f"model._name=smart_bert task.separator_token=null {PAPER} {MOMENTUM}",
+    "a narrow encoder": "optimization.lr=[1e-4]",
 }
 
 
