@@ -142,6 +142,12 @@ class Model:
                 f"was trained on scores from 0 to {divisor:g}, and those of {self.folder} go to {self.task.divisor:g}; "
                 "prepare it on the same scale"
             )
+        texts = self._was.get("texts", self.task.texts)
+        if texts != self.task.texts:
+            kinds = {1: "single texts", 2: "pairs"}
+            self._refuse(
+                f"was trained on {kinds[texts]}, and {self.folder} has {kinds[self.task.texts]}: another task's"
+            )
         if self.task.num_classes == 1:
             return ()
         classes = label_order(self.folder, outputs)

@@ -85,8 +85,8 @@ def test_the_log_says_what_acts_and_what_does_not(class_data: Path) -> None:
     flags = ["--lr-scheduler", "polynomial_decay", "--total-num-update", "40", "--warmup-updates", "4"]
     paper = said(train(command(class_data, *flags, max_update=30)))
     assert "updates 4 to 24, as shares of the task loss: smart " in paper and "bregman " in paper
-    assert "the smart term is " in paper and "it is not acting; raise --smart-epsilon" in paper
-    assert "Where the task loss has not fallen yet, look again later" in paper
+    assert "the smart term is " in paper and "it is not acting yet: look at the next such line" in paper
+    assert "and if it says so too, raise --smart-epsilon" in paper
     smart = said(train(command(class_data, *flags, "--smart-recipe", "smart", "--smart-epsilon", "0.3", max_update=30)))
     assert "as shares of the task loss: smart 0." in smart and "the smart term" not in smart
 
@@ -119,7 +119,7 @@ def test_it_is_said_again_when_the_updates_have_doubled(caplog: pytest.LogCaptur
         "the smart term is 0.0e+00",
         *["the bregman term is 5.0e-04"] * 3,
     ]
-    assert ["look again later" in line for line in idle] == [True, True, False, False]
+    assert ["acting yet: look at the next" in line for line in idle] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["pgd", "freelb", "freeat"])

@@ -14,6 +14,8 @@ from toolkit import USER_DIR, capture_log, error_line, refused, saving, train
 from smart_fairseq.commands import evaluate
 from smart_fairseq.commands.preprocess import main
 from smart_fairseq.data.folders import DATA
+from smart_fairseq.errors import UsageError
+from smart_fairseq.files import sha256
 from smart_fairseq.inference import Model
 
 KINDS = ("good", "bad", "fair")
@@ -24,10 +26,13 @@ def prepare(tmp_path: Path):
     """Writes tmp_path/bin, of so many rows, with these flags."""
     bpe = make_bert_bpe(tmp_path / "bert")
 
-    def write(*flags: str, rows: int = 12) -> Path:
+    def write(*flags: str, rows: int = 12, first: int = 0) -> Path:
         file = tmp_path / "rows.jsonl"
         file.write_text(
-            "".join(json.dumps({"text": f"a {n}", "label": KINDS[n % 3], "stars": n % 5}) + "\n" for n in range(rows))
+            "".join(
+                json.dumps({"text": f"a {n + first}", "label": KINDS[n % 3], "stars": n % 5, "kind": "b"}) + "\n"
+                for n in range(rows)
+            )
         )
         given = ["--task", "mine", "--train", str(file), "--valid", str(file), "--text", "text", "--bpe-dir", str(bpe)]
         assert main([*given, "--out", str(tmp_path / "bin"), *flags]) == 0
@@ -49,7 +54,8 @@ def test_classes_keep_the_heads_order(prepare, tmp_path, capsys) -> None:
     data, checkpoint = prepare(), tmp_path / "run" / "checkpoint_last.pt"
     train(command(data, tmp_path / "run"))
     state = torch.load(checkpoint)["task_state"][DATA]
-    assert state == {"labels": ["bad", "fair", "good"], "divisor": 1.0, "rows": 12}
+    assert state.pop("train") == sha256(data / "input0" / "train.bin")
+    assert state == {"labels": ["bad", "fair", "good"], "divisor": 1.0, "rows": 12, "texts": 1}
     before = Model(checkpoint, data, cpu=True).predict("valid", 64)
     prepare("--labels", "good,bad,fair")
     again = Model(checkpoint, data, cpu=True).predict("valid", 64)
@@ -73,9 +79,33 @@ def test_a_run_that_goes_on_with_other_rows_says_so(prepare, tmp_path) -> None:
     prepare(rows=15)
     with capture_log() as log:
         train(command(data, tmp_path / "run", updates=4))
-    assert "of a run on 12 training rows" in str(log["text"]) and "has 15: this run goes on from there" in str(
-        log["text"]
-    )
+    assert "of a run on 12 training rows, and the 15 of" in str(log["text"])
+
+
+def test_a_run_that_goes_on_with_as_many_other_rows_says_so(prepare, tmp_path) -> None:
+    """And one that has had all its updates; where the rows are the same, nothing is said of them."""
+
+    def run() -> None:
+        train(command(data, tmp_path / "run", "--optimizer", "mbpp", updates=4))
+
+    data = prepare()
+    run()
+    said = []
+    for first in (0, 5):
+        prepare(first=first)
+        with capture_log() as log:
+            run()
+        said.append(" ".join(log["text"]))
+    assert "are others: this run goes on from there" not in said[0] and "are others: this run goes on" in said[1]
+    assert all("holds a run that has had its --max-update 4: fairseq adds one update" in text for text in said)
+
+
+def test_pairs_and_single_texts_are_not_taken_for_each_other(prepare, tmp_path) -> None:
+    data = prepare()
+    train(command(data, tmp_path / "run"))
+    prepare("--text", "text,kind")
+    with pytest.raises(UsageError, match=r"was trained on single texts, and .* has pairs: another task's"):
+        Model(tmp_path / "run" / "checkpoint_last.pt", data, cpu=True)
 
 
 def test_scores_on_another_scale_are_refused(prepare, tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, refuse
+from ..files import sha256
 from .binarize import (
     FILLER,
     MANIFEST,
@@ -122,8 +123,8 @@ def data_of(state: dict[str, Any]) -> dict[str, Any]:
 def what_is_in(folder: Path) -> dict[str, Any]:
     """What a checkpoint remembers of the data folder that it is trained on, which may be written anew or go.
 
-    ``labels`` in the order of the head's outputs, ``divisor`` of scores, number of ``rows`` to train on; what the
-    folder does not tell is left out.
+    ``labels`` in the order of the head's outputs, ``divisor`` of scores, number of ``texts`` in a row and of ``rows``
+    to train on, and these rows' SHA-256 as ``train``; what the folder does not tell is left out.
     """
     found: dict[str, Any] = {}
     with contextlib.suppress(UsageError):
@@ -131,6 +132,9 @@ def what_is_in(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(UsageError):
         manifest = read_manifest(folder)
         found |= {"divisor": float(manifest.get("divisor", 1)), "rows": manifest["rows"].get("train", 0)}
+        found["texts"] = len(list(folder.glob("input*")))
+    with contextlib.suppress(OSError):
+        found["train"] = sha256(folder / "input0" / "train.bin")
     return found
 
 

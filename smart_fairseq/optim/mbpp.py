@@ -251,6 +251,11 @@ class MBPP(FairseqOptimizer):
         ]
         self.teacher_version += 1
         logger.info(f"--optimizer mbpp: went on with the checkpoint's teacher, after {self.updates} updates")
+        if 0 < self.cfg.mbpp_max_update <= self.updates:
+            logger.warning(
+                f"--save-dir holds a run that has had its --max-update {self.cfg.mbpp_max_update}: fairseq adds one "
+                "update to it, and no more; to train anew give another --save-dir"
+            )
 
 
 def _momentum(cfg: MBPPConfig, total_updates: int) -> Tuple[float, float]:

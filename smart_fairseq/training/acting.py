@@ -52,10 +52,11 @@ class Acting:
             return
         words = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
         logger.info(f"updates {self.first} to {self.start + self.window}, as shares of the task loss: {words}")
-        later = ". Where the task loss has not fallen yet, look again later" if self.first == self.start else ""
+        # at first nothing may have been learned, and all outputs be alike
+        when = " yet: look at the next such line, and if it says so too," if self.first == self.start else ";"
         for name, share in shares.items():
             if share < LEAST_SHARE:
                 logger.warning(
-                    f"the {name} term is {share:.1e} of the task loss, below {LEAST_SHARE:g}: it is not acting; "
-                    f"{_ADVICE.get(name, 'raise its weight')}{later}"
+                    f"the {name} term is {share:.1e} of the task loss, below {LEAST_SHARE:g}: it is not acting{when} "
+                    f"{_ADVICE.get(name, 'raise its weight')}"
                 )

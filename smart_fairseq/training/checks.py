@@ -49,10 +49,10 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
                 f"--save-dir holds {last}, of a run on {names[0]} ({folder}), and this one is on {names[1]} "
                 f"({task.data}); give another --save-dir, and to start from those weights --finetune-from-model"
             )
-        if was.get("rows", now.get("rows")) != now.get("rows"):
+        if was.get("train", now.get("train")) != now.get("train"):
             logger.warning(
-                f"--save-dir holds {last}, of a run on {was['rows']} training rows, and {task.data} has "
-                f"{now.get('rows')}: this run goes on from there; to train anew on these rows give another --save-dir"
+                f"--save-dir holds {last}, of a run on {was.get('rows')} training rows, and the {now.get('rows')} of "
+                f"{task.data} are others: this run goes on from there; to train anew on these give another --save-dir"
             )
     elif not cfg.smart_finetune_from and not os.path.isfile(last):  # which one worker alone may have read
         logger.warning(
