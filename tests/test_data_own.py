@@ -1,6 +1,7 @@
 """`preprocess --task NAME --train FILE`: files of one's own to a data folder, through training to predictions."""
 
 import csv
+import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -112,6 +113,26 @@ def test_a_text_may_begin_like_an_archive_and_be_as_long_as_a_book(tmp_path: Pat
     flags = ["--task", "mine", "--text", "text", "--label", "label", *bpe, "--max-tokens", "32"]
     assert main([*flags, "--train", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 0
     assert read_classes(tmp_path / "out" / "label" / "train") in ({0: 0, 1: 1}, [0, 1])
+
+
+def test_the_named_file_is_read_and_not_the_one_beside_it(
+    tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compressed or not; of two classes that differ in case alone it is said that they do."""
+    (tmp_path / "t.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\na,No\nb,no\nc,no\n"))
+    flags = ["--task", "mine", "--text", "text", *bpe, "--out", str(tmp_path / "out")]
+    (tmp_path / "new.csv").write_text("text\na\n")
+    for name, rows in (("t.csv", 2), ("t.csv.gz", 3)):
+        assert main([*flags, "--train", str(tmp_path / name), "--test", str(tmp_path / "new.csv")]) == 0
+        out = capsys.readouterr().out
+        assert f"mine train: {rows} rows" in out
+        assert "warning: 1 of 1 rows of test are in train too" in out
+        assert ("'No' and 'no' are two classes, which differ in case alone" in out) == (rows == 3)
+    (tmp_path / "t.csv").unlink()
+    assert "t.csv: --train: no such file" in error_line(
+        "preprocess", main, [*flags, "--train", str(tmp_path / "t.csv")], capsys
+    )
 
 
 def test_fractions_are_written_again(tmp_path: Path, bpe: list[str]) -> None:
@@ -265,13 +286,25 @@ def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pyt
         ("t.csv", "text;label\na;x\n", "t.csv:1: columns are separated by semicolons, and commas are needed"),
         ("t.jsonl", '[{"text": "a"}]', "t.jsonl:1: a JSON list; each line must be one object"),
         ("t.jsonl", '\n\n[{"text": "a"}]', "t.jsonl:3: a JSON list; each line must be one object"),
-        ("t.jsonl", '{"text": "a", "label": "x, y"}\n{"text": "b", "label": "z"}', "a label holds a comma"),
+        ("t.jsonl", '{"text": "a", "label": "x, y"}\n{"text": "b", "label": "z"}', "the class 'x, y' holds a comma"),
+        ("t.csv", 'text,label\na,"x\ny"\nb,z\n', "the class 'x\\ny' holds a comma, a tab or a line break"),
+        ("t.csv", "text,label\na,x\nb,<unk>\n", "the class '<unk>' has a name that fairseq's dictionaries keep"),
+        (
+            "t.csv",
+            "text,label\na,4\nb,4.0\nc,5\n",
+            "t.csv: --label label: 4 and 4.0 are one number; write it in one way",
+        ),
+        (
+            "t.csv",
+            "text,label\n" + "".join(f"a,{n / 4}\nb,{n / 4}\n" for n in range(12)),
+            "12 different numbers with fr",
+        ),
     ):
         (tmp_path / name).write_text(text)
         given = ["--task", "mine", "--train", str(tmp_path / name), *flags[4:]]
         assert said in error_line("preprocess", main, given, capsys)
     assert "no file is given" in error_line("preprocess", main, ["--task", "mine", *flags[4:]], capsys)
     path.write_text("text,label\na,x\nb,y\n")
-    assert "--labels must name the classes" in error_line(
+    assert "name the model's classes by --labels" in error_line(
         "preprocess", main, ["--task", "mine", "--test", str(path), *flags[4:]], capsys
     )

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from data_samples import make_gpt2_bpe
@@ -177,3 +178,14 @@ def test_preprocess_writes_candidates_and_the_noun_phrases(
     for flag in (("--max-tokens", "64"), ("--subsample", "0.5")):
         assert preprocess.main([*command, str(tmp_path / "bin"), *flag]) == 2
         assert f"{flag[0]} is given with --task WNLI-ranking" in capsys.readouterr().err
+
+
+def test_the_printed_command_trains_an_lm_head_where_the_encoder_has_none(tmp_path: Path) -> None:
+    bpe = SimpleNamespace(kind="bert", folder=tmp_path)
+    said = {}
+    for head in ("file", "initialised"):
+        imported = {"flags": ["--arch", "smart_bert", "--encoder-embed-dim", "384"], "lm_head": head}
+        (tmp_path / "import.json").write_text(json.dumps(imported))
+        said[head] = preprocess.smart_flags(bpe, 9, "run", candidates=True)
+        assert "--wnli-new-lm-head" not in preprocess.smart_flags(bpe, 9, "run")
+    assert ["--wnli-new-lm-head" in flags for flags in said.values()] == [False, True]

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data.binarize import MANIFEST, Folder, data_folders_in, read_manifest
 from ..data.bpe import BpeFiles, find_bpe
@@ -98,8 +99,17 @@ def plugin_flags() -> list[str]:
 
 def imported_flags(imported: Path) -> list[str]:
     """The architecture of an encoder that `import_hf` wrote. Raises OSError or ValueError for another folder."""
-    found: list[str] = json.loads((imported / "import.json").read_text(encoding="utf-8"))["flags"]
+    found: list[str] = _import(imported)["flags"]
     return found
+
+
+def lacks_lm_head(imported: Path) -> bool:
+    """Whether `import_hf` found none in what it imported. Raises OSError or ValueError for another folder."""
+    return bool(_import(imported)["lm_head"] == "initialised")
+
+
+def _import(folder: Path) -> Any:
+    return json.loads((folder / "import.json").read_text(encoding="utf-8"))
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,12 @@
 """preprocess for a task of one's own: a CSV, TSV or JSONL file for each split to a data folder."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ..data.lines import Report, Row, as_number, located, shown, source_path
+from ..data.binarize import FILLER
+from ..data.bpe import SPECIAL_SYMBOLS
+from ..data.lines import Report, Row, as_number, located, shown
 from ..data.readers import check_unique, columns_of, labels_of, read_source
 from ..data.tasks import CORRELATIONS, TASKS, Source, Task
 from ..errors import UsageError, refuse, require
@@ -20,7 +22,7 @@ def form_of(flag: str, path: Path) -> str:
     """By the file's ending, .gz behind it or not. Raises `UsageError` for another one, or if there is no such file."""
     name = Path(path.name.removesuffix(".gz"))
     require(name.suffix in FORMS, flag, shown(str(path)), f"a file that ends in {', '.join(FORMS)}, or in .gz after it")
-    if source_path(path.parent, name.name) is None:
+    if not path.is_file():
         raise located(path, f"{flag}: no such file")
     return FORMS[name.suffix]
 
@@ -42,8 +44,7 @@ def _sources(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, S
         if label is None:
             print(f"{split}: no column {options.label}, so its rows have no labels")
         hidden = ("",) if split == "test" else ()
-        name = path.name.removesuffix(".gz")
-        found[split] = Source((name,), texts, label, options.id, form, hidden_labels=hidden, numbers=True)
+        found[split] = Source((path.name,), texts, label, options.id, form, hidden_labels=hidden, numbers=True)
     return found
 
 
@@ -55,20 +56,49 @@ def _classes(options: argparse.Namespace, sources: dict[str, Source], files: dic
         require(right, "--labels", shown(options.labels), "a list of two or more classes, each once")
         return tuple(named)
     if "train" not in sources:
-        raise UsageError("--train is not given; without it --labels must name the classes, in the model's order")
+        raise UsageError(
+            "--train is not given; without it name the model's classes by --labels, or its largest score by --scores"
+        )
     found = labels_of(sources["train"], files["train"], options.skip_bad_rows)
+    where = f"--label {options.label}"
     rows, numbers = found.total(), all(as_number(label) == as_number(label) for label in found)
     if len(found) > min(MOST_CLASSES, max(FEW_CLASSES, rows / 2)):
         advice = "for a regression on numbers from 0 to MAX give --scores MAX" if numbers else "name another column"
-        refuse(files["train"], f"--label {options.label}: {len(found)} different labels in {rows} rows", advice)
+        refuse(files["train"], f"{where}: {len(found)} different labels in {rows} rows", advice)
     if len(found) < 2:
         one = f"all rows have {shown(next(iter(found)))}" if found else "no row has a label"
-        refuse(files["train"], f"--label {options.label}: {one}", "two classes are needed")
-    if any("," in label for label in found):
-        refuse(files["train"], f"--label {options.label}: a label holds a comma", "which --labels separates; rename it")
+        refuse(files["train"], f"{where}: {one}", "two classes are needed")
+    same = _alike(found, as_number) if numbers else None
+    if same:
+        refuse(files["train"], f"{where}: {' and '.join(same)} are one number", "write it in one way")
+    if numbers and len(found) > FEW_CLASSES and not all(as_number(label).is_integer() for label in found):
+        advice = "for a regression on numbers from 0 to MAX give --scores MAX, for classes name them by --labels"
+        refuse(files["train"], f"{where}: {len(found)} different numbers with fractions", advice)
     if numbers and len(found) > 2:
         print("labels are numbers, and each is a class; --scores MAX makes a regression of them")
+    same = _alike(found, str.lower)
+    if same:
+        print(f"warning: {' and '.join(map(shown, same))} are two classes, which differ in case alone")
     return tuple(sorted(found, key=as_number if numbers else str))
+
+
+def _alike(labels: Iterable[str], key: Callable[[str], object]) -> tuple[str, str] | None:
+    """Two labels of which the ``key`` is the same, if there are any."""
+    seen: dict[object, str] = {}
+    return next(((seen[key(x)], x) for x in sorted(labels) if seen.setdefault(key(x), x) != x), None)
+
+
+def _check_names(path: Path, labels: Iterable[str]) -> None:
+    """Raise `UsageError` for a class that a dictionary or a table cannot hold."""
+    for label in labels:
+        if not label.isprintable() or "," in label:
+            refuse(path, f"the class {shown(label)} holds a comma, a tab or a line break", "rename it")
+        if label in SPECIAL_SYMBOLS or label.startswith(FILLER):
+            refuse(
+                path,
+                f"the class {shown(label)} has a name that fairseq's dictionaries keep for themselves",
+                "rename it",
+            )
 
 
 def own_task(options: argparse.Namespace, sources: dict[str, Source], files: dict[str, Path]) -> Task:
@@ -82,6 +112,7 @@ def own_task(options: argparse.Namespace, sources: dict[str, Source], files: dic
     splits = {split: (source,) for split, source in sources.items()}
     if options.scores is None:
         labels = _classes(options, sources, files)
+        _check_names(next(iter(files.values())), labels)
         return Task(name, (), splits, texts, labels, fairseq_recipe=False)
     most = as_number(options.scores)
     require(0 < most < float("inf"), "--scores", shown(options.scores), "the largest label, above 0; the smallest is 0")
@@ -127,7 +158,13 @@ def _own(argv: Sequence[str] | None, prog: str) -> None:
     if not task.regression:
         print(f"{task.name}: classes {', '.join(f'{number} {label}' for number, label in enumerate(task.labels))}")
     target = Path(options.out or f"{task.name}-bin")
-    process(set_aside(Data(task, rows, reports), options), target, bpe, options)
+    data = set_aside(Data(task, rows, reports), options)
+    known = {row.texts for row in data.rows.get("train", ())}
+    for split in SPLITS[1:]:
+        there = sum(row.texts in known for row in data.rows.get(split, ()))
+        if there:
+            print(f"warning: {there} of {len(data.rows[split])} rows of {split} are in train too")
+    process(data, target, bpe, options)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "preprocess.py") -> int:

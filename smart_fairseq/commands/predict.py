@@ -173,8 +173,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
                 raise UsageError(f"--checkpoint names {name}, and --data-dir has {', '.join(folders)}")
             splits[name] = chosen_splits(folders[name], options.split, "test")
             if not splits[name]:
-                other = "leave the task out, or name another with --split"
-                raise located(folders[name], f"has no test split of {name}; {other}")
+                other = ", ".join(read_manifest(folders[name])["rows"])
+                raise located(folders[name], f"has no test split of {name}; name another one with --split: {other}")
             for split in splits[name]:
                 read_ids(folders[name], split, by_id=True)
         for_server = False

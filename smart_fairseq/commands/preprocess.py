@@ -19,7 +19,16 @@ from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS, Task
 from ..data.winograd import NOUNS, add_noun_rows, pronouns_to_rank
 from ..errors import UsageError, refuse, require
 from ..progress import Progress
-from .options import add_encoder_options, chosen, encoder_files, existing, imported_flags, plugin_flags, whole_number
+from .options import (
+    add_encoder_options,
+    chosen,
+    encoder_files,
+    existing,
+    imported_flags,
+    lacks_lm_head,
+    plugin_flags,
+    whole_number,
+)
 from .run import run
 
 EXTRA = ("SNLI", "SciTail")  # what `--task all` does beside GLUE
@@ -89,14 +98,19 @@ EPOCHS, BATCH, RATE = 6, 16, "2e-5"  # Jiang et al. (2020), section 4.1
 SMALL_RATE, BASE_WIDTH = "1e-4", 768
 
 
-def smart_flags(bpe: BpeFiles, rows: int, save_dir: str) -> str:
-    """The rest of that command: SMART, on the encoder that lies beside the BPE or on the published one."""
+def smart_flags(bpe: BpeFiles, rows: int, save_dir: str, candidates: bool = False) -> str:
+    """The rest of that command: SMART, on the encoder that lies beside the BPE or on the published one.
+
+    candidates: these are ranked by its LM head.
+    """
     (model, arch), rate = ENCODERS[bpe.kind], RATE
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no import, or a damaged one
         flags = imported_flags(bpe.folder)
         arch, model = shlex.join(flags), str(bpe.folder / "model.pt")
         if int(flags[flags.index("--encoder-embed-dim") + 1]) < BASE_WIDTH:
             rate = SMALL_RATE
+        if candidates and lacks_lm_head(bpe.folder):
+            arch += " --wnli-new-lm-head"
     updates = EPOCHS * -(-rows // BATCH)
     return " ".join(
         [
@@ -200,7 +214,7 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
         count = max(1, pronouns_to_rank(data.rows))
     else:
         count = len(subset(data.rows["train"], parts[0], order) if parts else data.rows["train"])
-    rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}")
+    rest = smart_flags(bpe, count, f"checkpoints/{data.task.name}", data.task.candidates)
     if "valid" not in data.rows:
         print("nothing to validate on: the result is checkpoint_last.pt; --hold-out 0.1 sets a tenth aside")
     print(f"wrote {target}; train with", flush=True)

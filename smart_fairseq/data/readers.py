@@ -64,7 +64,6 @@ def _cells(form: str, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def columns_of(form: str, path: Path) -> list[str]:
     """The names in the header of a table, or the keys of the first object."""
-    path = source_path(path.parent, path.name.removesuffix(".gz")) or path
     if form == "jsonl":
         filled = ((number, line) for number, line in read_lines(path) if line.strip())
         return list(_object(path, *next(filled, (1, ""))))
@@ -76,7 +75,6 @@ def columns_of(form: str, path: Path) -> list[str]:
 
 def labels_of(source: Source, path: Path, skip_bad_rows: bool) -> "Counter[str]":
     """How often each label of a file comes; ``skip_bad_rows`` as for `read_source`."""
-    path = source_path(path.parent, source.files[0]) or path
     read = _object_rows if source.form == "jsonl" else _table_rows
     rows = list(read(source, path))
     bad = next((row for row in rows if not isinstance(row, Row | Skip)), None)
