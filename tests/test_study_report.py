@@ -207,6 +207,26 @@ def test_tables(plan: Any) -> None:
     assert [float(value) for value in row[10:]] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)
 
 
+def test_a_seed_without_a_finite_number_shows(plan: Any) -> None:
+    """Seed 2 of plain at lr 1 has no accuracy, of smooth no share: smooth gains 1 and 3 over the others, mean 2."""
+    lines = read_lines(plan.out / "runs.jsonl")
+    for line in lines:
+        if (line["method"], line["variant"], line["seed"]) == ("plain", {"lr": 1}, 2):
+            line["metrics"]["accuracy"] = math.nan
+        if line["method"] == "smooth" and line["seed"] == 2:
+            line["terms"]["smart_loss"] = math.nan
+    write_lines(plan.out / "runs.jsonl", lines)
+    document.write_report(plan)
+    text = (plan.out / "report.md").read_text()
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if line.count(" | ") == 5}
+    assert rows["| plain lr=1"][:2] == ["3", "-"] and rows["| plain lr=2"][:2] == ["3", "60.00 ± 0.00"]
+    assert rows["| smooth lr=1 smart-epsilon=0.1"][1] == "75.00 (+2.00)"
+    assert rows["| smooth lr=1 smart-epsilon=0.1"][-2] == "-"
+    assert "| accuracy | plain lr=1 | - | - |  |" in text
+    table = [line.split(",") for line in (plan.out / "report.csv").read_text().splitlines()]
+    assert ["movie", "plain lr=1", "accuracy", "3", "nan", "nan", "nan"] in [row[:7] for row in table]
+
+
 def test_the_same_lines_give_the_same_report(plan: Any) -> None:
     first = {path: path.read_bytes() for path in document.write_report(plan)}
     assert {plan.out / "movie.svg", plan.out / "movie-cost.svg"} <= set(first)

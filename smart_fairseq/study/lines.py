@@ -50,7 +50,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _sound(line: Any) -> Line:
-    """The line, in which a null among the metrics is nan again. Raises ValueError where something is not as written."""
+    """The line; null among metrics and terms is nan again. Raises ValueError where something is not as written."""
     if not isinstance(line, dict):
         raise ValueError(f"a JSON {type(line).__name__}, and an object is needed")
     for name, kind in FIELDS.items():
@@ -62,7 +62,11 @@ def _sound(line: Any) -> Line:
         raise ValueError("a word where a number is needed")
     if not {"train", "valid"} <= line["rows"].keys() or type(line["draw"].get("flip")) not in (int, float):
         raise ValueError("'rows' or 'draw' lacks a part")
-    return {**line, "metrics": {name: math.nan if value is None else value for name, value in line["metrics"].items()}}
+    return {**line, **{kind: _with_nan(line[kind]) for kind in ("metrics", "terms")}}
+
+
+def _with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in numbers.items()}
 
 
 def write_lines(path: Path, lines: Sequence[Line]) -> None:

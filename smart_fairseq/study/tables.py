@@ -14,15 +14,34 @@ SHORT = ("cross_entropy", "cross_entropy_scaled", "calibration_error")
 
 
 def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
-    """The median, the mean with its deviation, the difference with its interval; percents with two digits."""
+    """The median, the mean with its deviation, the difference with its interval; percents with two digits.
+
+    "-" where a seed has no finite number.
+    """
     percent = metric.partition("_on_")[0] in METRICS or metric.startswith(("calibration", "accuracy_"))
     values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if percent else 4
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    middle, mean, deviation = summary(values)
+    spread = "" if math.isnan(deviation) else f" ± {deviation:.{digits}f}"
     gain = "" if found is None else f"{found.mean:+.{digits}f}"
     if found is not None and found.half is not None:
         low, high = found.mean - found.half, found.mean + found.half
         gain += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{median(values):.{digits}f}", f"{fmean(values):.{digits}f}{spread}", gain
+    return _number(middle, f".{digits}f"), f"{_number(mean, f'.{digits}f')}{spread}", gain
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def summary(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, mean and standard deviation (with n - 1) over seeds, all nan where one of these is; the last for one too.
+
+    >>> summary([1.0, 3.0]), summary([1.0, math.nan])
+    ((2.0, 2.0, 1.4142135623730951), (nan, nan, nan))
+    """
+    if not all(map(math.isfinite, values)):  # at which statistics' own fail, or sort
+        return math.nan, math.nan, math.nan
+    return median(values), fmean(values), stdev(values) if len(values) > 1 else math.nan
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:
@@ -73,7 +92,7 @@ def _short_cell(arm: Arm, column: str) -> str:
     if not values:
         return ""
     if "/" in column:
-        return f"{fmean(values):.2g}"
+        return _number(summary(values)[1], ".2g")
     _, value, gain = _cells(arm, column)
     return f"{value.split(' ')[0]} ({gain})" if gain else value
 
@@ -98,8 +117,8 @@ def as_csv(tasks: Mapping[str, Sequence[Arm]]) -> str:
                 values = arm.numbers(name)
                 if not values:
                     continue
-                row = [task, arm.name, name, len(values), median(values), fmean(values)]
-                row.append(stdev(values) if len(values) > 1 else "")
+                middle, mean, deviation = summary(values)
+                row = [task, arm.name, name, len(values), middle, mean, deviation if len(values) > 1 else ""]
                 found = arm.difference(name)
                 if found is not None and arm.baseline is not None:
                     row += [arm.baseline.name, found.pairs, found.mean]
