@@ -1,9 +1,14 @@
 """A small plan of a study, on tiny models or without any."""
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 from toolkit import TINY_MODEL
 
+from smart_fairseq.study import studying
+from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.studying import Study
 
@@ -60,6 +65,15 @@ def write_fake(folder: Path, sleep: float = 0) -> Path:
     """That worker's program, which sleeps so many seconds after each update."""
     (folder / "fake.py").write_text(FAKE.replace("SLEEP", str(sleep)))
     return folder / "fake.py"
+
+
+def study_of(plan: Path, worker: Path) -> None:
+    """The command, quietly; a process that was started in the background ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    studying.WORKER = (sys.executable, str(worker))
+    sys.exit(main([str(plan), "--jobs", "1"]))
 
 
 def keys(plan: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from processes import FORKS, join
-from study_samples import MODEL, PLAN, without_plain, write_fake, write_plan
+from study_samples import MODEL, PLAN, study_of, without_plain, write_fake, write_plan
 from toolkit import ROOT, command, error_line, train, write_data
 
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
@@ -150,7 +150,7 @@ def test_methods_begin_alike_and_a_report_is_written(tmp_path: Path, capsys: pyt
     assert lines[0]["metrics"] == lines[1]["metrics"]
     assert not list((tmp_path / "work" / "checkpoints").rglob("*.pt"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"runs.jsonl", "report.md", "report.csv", "letters.svg", "letters-cost.svg"}
+    assert written == {"runs.jsonl", "report.md", "report.csv", "letters.svg", "letters-cost.svg", ".runs.jsonl.lock"}
     capsys.readouterr()
     assert main([str(plan), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"letters-{m}-seed1: 6 updates, done" for m in ("plain", "smart")]
@@ -190,15 +190,6 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "letters-plain-seed2: fairseq-train ended with status 1; the whole log is " in said.out
     assert "; broken\n" in said.out and "study: error: 2 of the runs failed: letters-plain-seed2" in said.err
     assert [line["seed"] for line in read_lines(tmp_path / "out" / "runs.jsonl")] == [1, 1]
-
-
-def study_of(plan: Path, worker: Path) -> None:
-    """The command, quietly; a process that was started in the background ignores SIGINT."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    studying.WORKER = (sys.executable, str(worker))
-    sys.exit(main([str(plan), "--jobs", "1"]))
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,23 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from study_samples import write_plan
+from processes import FORKS, join
+from study_samples import study_of, write_fake, write_plan
 from toolkit import error_line
+from wnli_samples import prepared
 
 import smart_fairseq
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
-from smart_fairseq.study.lines import facts, read_lines, write_lines
+from smart_fairseq.study.lines import facts, lines_to_change, read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 
 PLAN = """
@@ -140,6 +144,60 @@ def test_lines_that_are_in_order(plan: Path) -> None:
     assert np.isnan(read_lines(path)[0]["metrics"]["accuracy"]) and "NaN" not in path.read_text()
     path.write_text("")
     assert read_lines(path) == []
+
+
+# Two studies that write to one file
+
+
+def test_a_line_that_is_written_meanwhile_stays(plan: Path, tmp_path: Path) -> None:
+    """A study whose run has ended waits for a program that has read the lines and will write them."""
+    path = plan.parent / "out" / "runs.jsonl"
+    process = FORKS.Process(target=study_of, args=(plan, write_fake(tmp_path)))
+    with lines_to_change(path) as lines:
+        process.start()
+        while not list(plan.parent.glob("work/logits/*.npz")) and process.is_alive():
+            time.sleep(0.02)
+        time.sleep(0.5)  # without a lock it would be done by now
+        lines.append({**lines[0], "key": "other"})
+    assert join([process], timeout=60) == [0]
+    assert [(line["seed"], line["key"] == "other") for line in read_lines(path)] == [
+        *((seed, False) for seed in (1, 2, 3)),
+        (1, True),
+        (4, False),
+    ]
+
+
+def test_a_run_that_two_studies_have_done_has_one_line(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studying, "WORKER", (sys.executable, str(write_fake(tmp_path))))
+    study, made = studying.Study(read_plan(plan)), studying.Study.line
+
+    def line(study: studying.Study, *given: Any) -> Any:
+        """The other one writes its line first."""
+        found = made(study, *given)
+        with lines_to_change(study.jsonl) as lines:
+            lines.append({**found, "host": "another"})
+        return found
+
+    monkeypatch.setattr(studying.Study, "line", line)
+    assert study.go(1) == []
+    assert [line["seed"] for line in read_lines(study.jsonl)] == [1, 2, 3, 4]
+
+
+def test_a_line_that_is_written_while_others_are_scored_anew_stays(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = studying.Study(read_plan(plan))
+
+    def metrics(study: studying.Study, asked: Any, key: str) -> dict[str, float]:
+        """Another study's run ends."""
+        lines = read_lines(study.jsonl)
+        write_lines(study.jsonl, [*lines, {**lines[0], "key": f"other {asked.seed}"}])
+        return {"accuracy": 0.0}
+
+    monkeypatch.setattr(studying.Study, "metrics", metrics)
+    assert study.rescore() == 3
+    found = [(line["key"].split(" ")[0] == "other", line["metrics"]) for line in read_lines(study.jsonl)]
+    assert found == [(False, {"accuracy": 0.0})] * 3 + [(True, {"accuracy": 51.0})] * 3
 
 
 def test_the_commit_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,21 @@ def write_lines(path: Path, lines: Sequence[Line]) -> None:
 
 
 @contextlib.contextmanager
+def lines_to_change(path: Path) -> Iterator[list[Line]]:
+    """The lines, which replace the file when the block ends well; a study that would change them too waits till then.
+
+    Hold it for moments.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # beside the file, which is another one after each change
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lines = read_lines(path)
+        yield lines
+        write_lines(path, lines)
+
+
+@contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``. Raises `UsageError` where another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)

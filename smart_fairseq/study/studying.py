@@ -19,7 +19,7 @@ from ..data.lines import located
 from ..errors import explain
 from ..files import sha256
 from .attacked import scores_under_attack
-from .lines import Line, alone, facts, read_lines, write_lines
+from .lines import Line, alone, facts, lines_to_change, read_lines
 from .plan import Asked, Plan, Task
 from .rows import cut_out, take_all
 from .runs import Result, Run, run_all
@@ -176,7 +176,9 @@ class Study:
             def finished(result: Result) -> str:
                 asked = left[result.run.name]
                 line = self.line(asked, result, about)
-                write_lines(self.jsonl, [*read_lines(self.jsonl), line])
+                with lines_to_change(self.jsonl) as lines:
+                    # another study has perhaps done the same run meanwhile
+                    lines[:] = [*(other for other in lines if other["key"] != line["key"]), line]
                 first = asked.task.metrics[0]
                 return f"{first} {line['metrics'][first]:.1f}"
 
@@ -187,12 +189,12 @@ class Study:
         """Compute the metrics of all lines of the plan anew; how many there were."""
         with alone(self.plan.work / "lock"):
             asked_for = {self.key(asked): asked for asked in self.plan.runs()}
-            lines = read_lines(self.jsonl)
-            mine = [line for line in lines if line["key"] in asked_for]
-            for line in mine:
-                line["metrics"] = self.metrics(asked_for[line["key"]], line["key"])
-            write_lines(self.jsonl, lines)
-        return len(mine)
+            keys = [line["key"] for line in read_lines(self.jsonl) if line["key"] in asked_for]
+            found = {key: self.metrics(asked_for[key], key) for key in keys}
+            with lines_to_change(self.jsonl) as lines:
+                for line in lines:
+                    line["metrics"] = found.get(line["key"], line["metrics"])
+        return len(found)
 
 
 def _short(value: Any) -> str:
