@@ -99,6 +99,16 @@ def test_targets_of_a_regression_task_go_along(tmp_path: Path) -> None:
     assert {str(row) for row in texts(tmp_path / "cut", "train")} < whole
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_too_few_rows_to_evaluate_on_are_refused(left: int, tmp_path: Path) -> None:
+    """One half fits a temperature: of one row that would be none."""
+    source = Source(write_data(tmp_path / "data", train=6, valid=left))
+    with pytest.raises(UsageError, match=f"data: has {left} labelled rows to evaluate on, and 2 are needed"):
+        cut_out(source, tmp_path / "cut", Draw(), seed=3)
+    cut_out(source, tmp_path / "cut", Draw(rows=4 + left), seed=3)
+    assert len(Source(tmp_path / "cut").labels("valid")) == 2
+
+
 def test_a_cut_vocabulary_says_the_same_in_fewer_rows(tmp_path: Path) -> None:
     """Every row of the folder has the same words; a word's embedding is the one that it had, <mask>'s stays last."""
     source = Source(write_data(tmp_path / "data"))
@@ -349,6 +359,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("seeds: [1, 2]", "seeds: [1, 2]\nseed: 3", "the plan: unknown key 'seed'; known are out, work"),
         ("rows: 12", "row: 12", "tasks.letters: unknown key 'row'"),
         ("rows: 12", "rows: 120", "tasks.letters: rows is '120'; it must be at most 24"),
+        ("rows: 12", "rows: 12, evaluate: 1", "tasks.letters: evaluate is '1'; it must be a whole number from 2"),
         ("rows: 12", "rows: many", "tasks.letters: rows is 'many'; it must be a whole number"),
         ("rows: 12", "rows: 12, flip: 2", "flip is '2.0'; it must be a share"),
         ("rows: 12", "rows: 12, metrics: [pearson]", "metrics is \"['pearson']\"; it must be a list of accuracy"),
@@ -365,6 +376,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("lr: 1e-3", "lr: [1e-3]", "train: lr is '[0.001]'; it must be one value"),
         ("lr: 1e-3", "seed: 1", "train: seed cannot be set; list seeds:"),
         ("epochs: 2", "warmup: 0", "epochs is 'not set'"),
+        ("epochs: 2", "epoch: 2", "train: epoch cannot be set; say epochs:"),
         ("epochs: 2", "epochs: 0", "letters, plain: epochs is '0.0'"),
         ("epochs: 2", "epochs: 2, warmup: 1", "warmup is '1.0'"),
         ("epochs: 2", "epochs: 2, learning-rate: 1", "fairseq-train says: unrecognized arguments: --learning-rate 1"),

@@ -244,3 +244,11 @@ def test_a_damaged_data_folder_is_named(content: str, plan: Path, capsys: pytest
     (data / "preprocess.json").write_text(content)
     plan.write_text(re.sub(r"data: \S+,", f"data: {data},", plan.read_text()))
     assert f"{data}/preprocess.json: " in refused(plan, capsys, "--dry-run")
+
+
+def test_a_folder_of_candidates_is_refused(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first two texts and its labels look like those of pairs."""
+    data = prepared(tmp_path / "wnli")
+    plan.write_text(re.sub(r"data: \S+,", f"data: {data},", plan.read_text()))
+    expected = f"study: error: {data}: holds WNLI-ranking, which ranks rows, as studies do not; name another task's"
+    assert refused(plan, capsys, "--dry-run") == expected

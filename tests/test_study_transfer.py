@@ -87,12 +87,15 @@ def test_what_cannot_be_scored_together(tmp_path: Path, capsys: pytest.CaptureFi
         path.unlink()
     classes = shutil.copytree(other, tmp_path / "classes")
     (classes / "label" / "dict.txt").write_text("yes 1\nno 1\n")
+    ranking = shutil.copytree(other, tmp_path / "ranking")
+    (ranking / "preprocess.json").write_text('{"task": "QNLI-ranking", "rows": {}}')
     cases = {
         tmp_path / "nowhere": "holds no input0/dict.txt",
         unlabelled: "has no labelled split",
         words: "transfer: other: {} has other dictionary than",
         classes: "transfer: other: {} has other classes than",
         write_data(tmp_path / "pairs", kind="pairs"): "transfer: other: {} has other texts in a row than",
+        ranking: "{}: holds QNLI-ranking, which ranks rows, as studies do not",
     }
     for folder, said in cases.items():
         plan = with_transfer(tmp_path / "a", data, folder)

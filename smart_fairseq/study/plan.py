@@ -23,6 +23,7 @@ TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "me
 OURS = {  # flags that the study gives
     **{name: "name the encoder with encoder:" for name in ("restore-file", "finetune-from-model")},
     **{name: "say epochs: and warmup: (a share)" for name in ("max-update", "max-epoch", "total-num-update")},
+    "epoch": "say epochs:",
     "warmup-updates": "say warmup:, the share of the updates",
     "seed": "list seeds:",
     **{name: "it follows from the task" for name in ("task", "num-classes", "regression-target", "init-token")},
@@ -263,7 +264,7 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
         rows=whole(path, f"{where}: rows", given.get("rows")),
         stratified=boolean(path, f"{where}: stratified", given.get("stratified", False)),
         flip=flip,
-        evaluate=whole(path, f"{where}: evaluate", given.get("evaluate")),
+        evaluate=whole(path, f"{where}: evaluate", given.get("evaluate"), 2),  # half of the rows fits a temperature
     )
     flags = _flags(path, f"{where}.train", given.get("train") or {})
     others = named(path, given, "transfer", where)
@@ -273,9 +274,6 @@ def _task(path: Path, name: str, value: Any, files: bool) -> Task:
     source.check()
     most = source.train_rows
     must_be(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
-    known = TASKS.get(str(source.manifest.get("task")))
-    if known and known.ranking:
-        raise UsageError(f"{path}: {where}: {source.folder} is a ranking, which studies do not know; use another task")
     for key in ("flip", "stratified") if source.regression else ():
         must_be(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
     must_be(path, not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")

@@ -16,6 +16,7 @@ from ..data.bpe import SPECIAL_SYMBOLS
 from ..data.folders import label_order
 from ..data.lines import located
 from ..data.pool import integer_typecode
+from ..data.tasks import TASKS
 from ..files import whole_folder
 
 # of a new folder's parts the rows: (split, position) in the folder that they are from
@@ -45,9 +46,15 @@ class Source:
     folder: Path
 
     def check(self, train: bool = True) -> None:
-        """Raise `UsageError` where it is none, or has no labels: for training, or with ``train`` False at all."""
+        """Raise `UsageError` where it is none, is no task's that studies know, or has no labels.
+
+        train: whether these must be labels for training.
+        """
         if not (self.folder / "input0" / "dict.txt").is_file():
             raise located(self.folder, "holds no input0/dict.txt; name a folder that preprocess wrote")
+        known = TASKS.get(str(self.manifest.get("task")))
+        if known and (known.ranking or known.candidates):
+            raise located(self.folder, f"holds {known.name}, which ranks rows, as studies do not; name another task's")
         if train and "train" not in self.splits:
             raise located(self.folder, "has no labelled train split (input0/train.idx with label/train)")
         if not self.splits:
@@ -137,7 +144,10 @@ def flipped(labels: np.ndarray, classes: int, share: float, seed: int) -> np.nda
 
 
 def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
-    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest."""
+    """Write ``target``, whole or not at all: train, the rows drawn with the seed, and valid, the labelled rest.
+
+    Raises `UsageError` where that is less than 2 rows.
+    """
     labels = {split: source.labels(split) for split in source.splits}
     train = drawn(labels["train"], draw, seed)
     # (split, position) of every row that is left
@@ -146,8 +156,6 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
     if draw.evaluate is not None:
         kept = np.random.default_rng([seed, 2]).permutation(len(left))[: draw.evaluate]
         left = [left[place] for place in sorted(kept)]
-    if not left:
-        raise located(source.folder, "no labelled row is left to evaluate on; draw fewer rows")
     if draw.flip:
         labels["train"][train] = flipped(labels["train"][train], len(source.classes), draw.flip, seed)
     parts = {"train": [("train", int(place)) for place in train], "valid": left}
@@ -169,6 +177,10 @@ def _write(
     labels: of the source's rows, by split.
     words: the ids that keep a place in the dictionary, in order, the specials first; None for all.
     """
+    count = len(parts["valid"])
+    if count < 2:
+        what = f"has {count} labelled rows to evaluate on, and 2 are needed: half of them fits a temperature"
+        raise located(source.folder, f"{what}; draw fewer rows, or name a folder with more")
     with whole_folder(target) as folder:
         for name in source.inputs:
             _write_input(source, folder, name, parts, words)

@@ -63,11 +63,11 @@ def number(path: Path, key: str, value: Any, least: float) -> float:
     return float(value)
 
 
-def whole(path: Path, key: str, value: Any) -> int | None:
-    """A whole number from 1 on, or None."""
+def whole(path: Path, key: str, value: Any, least: int = 1) -> int | None:
+    """A whole number from ``least`` on, or None."""
     if value is None:
         return None
-    must_be(path, type(value) is int and value >= 1, key, value, "a whole number from 1")
+    must_be(path, type(value) is int and value >= least, key, value, f"a whole number from {least}")
     return int(value)
 
 
