@@ -60,19 +60,24 @@ def fractions(text: str) -> list[float]:
     return values
 
 
-def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
-    """The part of the fairseq-train command that follows from the data."""
+def task_flags(task: Task, bpe: str) -> list[str]:
+    """fairseq's task for the data, and its flags."""
     if task.candidates:
-        kind = "smart_wnli"
+        flags = ["smart_wnli"]
     elif task.ranking:
-        kind = "smart_multitask --init-token 0"
+        flags = ["smart_multitask", "--init-token", "0"]
     else:
-        kind = f"sentence_prediction --num-classes {task.num_classes} --init-token 0"
-    flags = [f"fairseq-train {shlex.quote(str(folder))} --task {kind}"]
+        flags = ["sentence_prediction", "--num-classes", str(task.num_classes), "--init-token", "0"]
     if bpe != "bert" and task.texts == 2:
-        flags.append("--separator-token 2")
+        flags += ["--separator-token", "2"]
     if task.regression:
         flags.append("--regression-target")
+    return ["--task", *flags]
+
+
+def training_flags(task: Task, bpe: str, rows: Mapping[str, object], folder: Path) -> str:
+    """The part of the fairseq-train command that follows from the data."""
+    flags = [f"fairseq-train {shlex.quote(str(folder))}", *task_flags(task, bpe)]
     metric = f"{task.name}_{task.metrics[0]}" if task.ranking else task.metrics[0]
     if metric in ("mcc", "acc_and_f1", "pearson_and_spearman"):
         flags.append(f"--report-{metric.replace('_', '-')}")
