@@ -202,8 +202,13 @@ class Model:
                 print(f"{self.task.name} {split}: all {len(labels)} rows are predicted as {labels[0]}", flush=True)
         return Predictions(self.task, split, ids, labels, scores, self.classes, logits)
 
-    def samples(self, split: str, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`."""
+    def samples(
+        self, split: str, max_tokens: int, places: np.ndarray | None = None
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The rows' positions, and what fairseq makes of them on the model's device, batch by batch; as `predict`.
+
+        places: of the rows; None for all.
+        """
         task, rows = self._fairseq_task, len(read_ids(self.folder, split))
         counts = {}
         for path in self.folder.glob(f"*/{split}.idx"):  # labels, where there are any, are loaded too
@@ -222,7 +227,9 @@ class Model:
             most = self.max_positions
             message = f"{split} has {over} rows above the model's {most} tokens; preprocess --max-tokens {most}"
             raise located(self.folder, message)
-        for batch in batches(sizes, max_tokens):
+        places = np.arange(len(sizes)) if places is None else places
+        for chosen in batches(sizes[places], max_tokens):
+            batch = places[chosen].tolist()
             sample = dataset.collater([dataset[place] for place in batch])
             inputs = {name: value.to(self._device) for name, value in sample["net_input"].items()}
             yield batch, {**sample, "net_input": inputs}

@@ -63,6 +63,14 @@ def class_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def study_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a study takes it."""
+    from study_samples import write_data
+
+    return write_data(tmp_path_factory.mktemp("study") / "data")
+
+
+@pytest.fixture(scope="session")
 def pair_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for pairs of texts, with which `toolkit.command` trains BERT."""
     return toolkit.write_data(tmp_path_factory.mktemp("pairs") / "data", kind="pairs")

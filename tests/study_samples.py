@@ -1,10 +1,13 @@
 """A small plan of a study, on tiny models or without any."""
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import toolkit
 from toolkit import TINY_MODEL
 
 from smart_fairseq.study import studying
@@ -26,6 +29,15 @@ methods:
 seeds: [1, 2]
 """
 MODEL = ", ".join(f"{name.removeprefix('--')}: {value}" for name, value in zip(TINY_MODEL[::2], TINY_MODEL[1::2]))
+
+
+def write_data(folder: Path, **more: Any) -> Path:
+    """A data folder of `toolkit.write_data`, with what preprocess says about it."""
+    toolkit.write_data(folder, **more)
+    regression = more.get("kind") == "regression"
+    about = {"task": "letters", "bpe": "gpt2", "labels": [] if regression else ["1", "0"], "divisor": 1, "rows": {}}
+    (folder / "preprocess.json").write_text(json.dumps(about))
+    return folder
 
 
 def without_plain(text: str) -> str:

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 from processes import FORKS, join
-from study_samples import MODEL, PLAN, study_of, without_plain, write_fake, write_plan
-from toolkit import ROOT, command, error_line, train, write_data
+from study_samples import MODEL, PLAN, study_of, without_plain, write_data, write_fake, write_plan
+from toolkit import ROOT, command, error_line, train
 
 from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
 from smart_fairseq.data.binarize import indexed_writer, read_indexed
 from smart_fairseq.errors import UsageError
+from smart_fairseq.inference import Model
 from smart_fairseq.study import studying, worker
 from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Draw, Source, cut_out, drawn, flipped
 from smart_fairseq.study.vocabulary import cut_checkpoint
-from smart_fairseq.study.worker import Trained
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def test_methods_begin_alike_and_a_report_is_written(tmp_path: Path, capsys: pyt
     with np.load(tmp_path / "work" / "logits" / f"{lines[0]['key']}.npz") as one:
         with np.load(tmp_path / "work" / "logits" / f"{lines[1]['key']}.npz") as other:
             assert (one["logits"] == other["logits"]).all() and np.ptp(one["logits"]) > 0
-            (cut,) = (tmp_path / "work" / "data").iterdir()
+            (cut,) = (tmp_path / "work" / "rows").iterdir()
             assert one["labels"].tolist() == [label for _, label in texts(cut, "valid")]
     assert lines[0]["metrics"] == lines[1]["metrics"]
     assert not list((tmp_path / "work" / "checkpoints").rglob("*.pt"))
@@ -203,12 +203,12 @@ def test_a_run_that_fails_does_not_stop_the_others(
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, class_data: Path) -> list[dict[str, Any]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, study_data: Path) -> list[dict[str, Any]]:
     """The lines of a study that nobody stops."""
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studying, "WORKER", (sys.executable, str(write_fake(folder))))
-        assert main([str(write_plan(folder, class_data)), "--jobs", "1"]) == 0
+        assert main([str(write_plan(folder, study_data)), "--jobs", "1"]) == 0
     return without_times(folder / "out" / "runs.jsonl")
 
 
@@ -220,12 +220,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, class_data: Path) -> list
 def test_a_killed_study_goes_on_to_the_same_lines(
     how: signal.Signals,
     unbroken: list[dict[str, Any]],
-    class_data: Path,
+    study_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed after its first line and resumed: each run's line once, as in an unbroken study."""
-    plan, lines = write_plan(tmp_path, class_data), tmp_path / "out" / "runs.jsonl"
+    plan, lines = write_plan(tmp_path, study_data), tmp_path / "out" / "runs.jsonl"
     process = FORKS.Process(target=study_of, args=(plan, write_fake(tmp_path, sleep=0.3)))
     process.start()
     while not lines.is_file() and process.is_alive():
@@ -252,28 +252,27 @@ def test_no_checkpoint_is_left_of_a_run_that_fails(
 ) -> None:
     """Where it is to be kept it stays: someone may want to look at it."""
 
-    class Untrained:
-        sizes, forward = None, None
+    def load(checkpoint: Path, data: Path, cpu: bool) -> None:
+        assert checkpoint.is_file()
 
-        def __init__(self, checkpoint: Path, data: str) -> None:
-            assert checkpoint.is_file()
+    def predicted(model: None) -> tuple[np.ndarray, np.ndarray]:
+        if how == "diverged":
+            raise UsageError(how)
+        return np.zeros((4, 2)), np.zeros(4, np.int64)
 
-        def predict(self) -> tuple[np.ndarray, np.ndarray]:
-            return np.full((4, 2), np.nan if how == "diverged" else 0), np.zeros(4, np.int64)
-
-    def train(arguments: list[str]) -> None:
+    def train(arguments: list[str]) -> Any:
         (tmp_path / "one").mkdir()
         (tmp_path / "one" / "checkpoint_last.pt").touch()
 
     def attacked(*given: Any) -> None:
         raise RuntimeError(how)
 
-    for name, fake in (("train", train), ("Trained", Untrained), ("attacked", attacked)):
+    for name, fake in (("train", train), ("Model", load), ("predicted", predicted), ("attacked", attacked)):
         monkeypatch.setattr(worker, name, fake)
     monkeypatch.setattr(worker, "leave_with_parent", lambda: None)
     monkeypatch.setattr(os, "nice", lambda more: 0)
     beside = {"keep": keep, "seed": 1, "attack": {"radii": [0.1], "rows": 2}, "transfer": {}}
-    with pytest.raises((SystemExit, RuntimeError), match=how):
+    with pytest.raises((UsageError, RuntimeError), match=how):
         worker.main(tmp_path / "one.npz", beside, ["data", "--save-dir", str(tmp_path / "one")])
     assert (tmp_path / "one").exists() == keep and not (tmp_path / "one.npz").exists()
 
@@ -326,8 +325,8 @@ def test_metrics_are_computed_anew_from_the_logits(tmp_path: Path, monkeypatch: 
     ],
     ids=["empty", "cut short", "changed", "another's"],
 )
-def test_damaged_logits_are_named(damage: Any, tmp_path: Path, class_data: Path) -> None:
-    study = studying.Study(read_plan(write_plan(tmp_path, class_data)))
+def test_damaged_logits_are_named(damage: Any, tmp_path: Path, study_data: Path) -> None:
+    study = studying.Study(read_plan(write_plan(tmp_path, study_data)))
     path = study.logits("a key")
     path.parent.mkdir(parents=True)
     np.savez_compressed(path, logits=np.ones((22, 2)), labels=np.arange(22) % 2)
@@ -363,7 +362,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("rows: 12", "rows: many", "tasks.letters: rows is 'many'; it must be a whole number"),
         ("rows: 12", "rows: 12, flip: 2", "flip is '2.0'; it must be a share"),
         ("rows: 12", "rows: 12, metrics: [pearson]", "metrics is \"['pearson']\"; it must be a list of accuracy"),
-        ("{data}, rows", "{data}/nowhere, rows", "nowhere: holds no input0/dict.txt"),
+        ("{data}, rows", "{data}/nowhere, rows", "nowhere: holds no preprocess.json"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds is '[1, 1]'"),
         ("seeds: [1, 2]", "seeds: 2", "seeds is '2'"),
         ("seeds: [1, 2]", "seeds: [1, 2]\nseeds: [3]", "plan.yaml:13: is not a plan in YAML: found duplicate key"),
@@ -391,11 +390,11 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_plans_are_refused_before_any_run(
-    old: str, new: str, expected: str, tmp_path: Path, class_data: Path, capsys: pytest.CaptureFixture[str]
+    old: str, new: str, expected: str, tmp_path: Path, study_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = PLAN.replace("{model}", MODEL) if old.startswith("arch") else PLAN
     assert old in text
-    plan = write_plan(tmp_path, class_data, text.replace(old, new))
+    plan = write_plan(tmp_path, study_data, text.replace(old, new))
     assert expected in error_line("study", main, [plan], capsys)
     assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
 
@@ -411,7 +410,7 @@ def test_a_method_begins_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     study = studying.Study(read_plan(plan))
     own, other = study.plan.runs()
     assert own.start is None and other.start == start
-    expected, _ = Trained(start, str(study.folder(other))).predict()
+    expected = Model(start, study.folder(other)).predict("valid", 4096).logits
     with np.load(study.logits(study.key(other))) as stored:
         np.testing.assert_allclose(stored["logits"], expected, atol=1e-5)
     before = study.key(own), study.key(other)
@@ -420,8 +419,8 @@ def test_a_method_begins_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     assert again.key(own) == before[0] and again.key(other) != before[1]
 
 
-def test_two_studies_do_not_share_a_folder(tmp_path: Path, class_data: Path) -> None:
-    study = studying.Study(read_plan(write_plan(tmp_path, class_data)))
+def test_two_studies_do_not_share_a_folder(tmp_path: Path, study_data: Path) -> None:
+    study = studying.Study(read_plan(write_plan(tmp_path, study_data)))
     with studying.alone(tmp_path / "work" / "lock"), pytest.raises(UsageError, match="another study runs"):
         study.go(1)
 

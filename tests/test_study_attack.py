@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study_samples import PLAN, keys, write_fake, write_plan
-from toolkit import ROOT, error_line, write_data
+from study_samples import PLAN, keys, write_data, write_fake, write_plan
+from toolkit import ROOT, error_line
 
 from smart_fairseq.encoder import Forward, encoder_of
 from smart_fairseq.evaluation.attack import PLACE, attack
 from smart_fairseq.evaluation.calibration import fit_temperature
+from smart_fairseq.inference import Model
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.attacked import Attack, scores_under_attack
 from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
-from smart_fairseq.study.worker import Trained
+from smart_fairseq.study.rows import Source
 
 ATTACK = "attack: {{radii: [0.1, 1], rows: 7}}\n"
 
@@ -127,9 +128,9 @@ def test_logits_that_were_not_attacked_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_bad_attacks_are_refused_before_any_run(
-    given: str, expected: str, tmp_path: Path, class_data: Path, capsys: pytest.CaptureFixture[str]
+    given: str, expected: str, tmp_path: Path, study_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = write_plan(tmp_path, class_data, PLAN + f"attack: {given}\n")
+    plan = write_plan(tmp_path, study_data, PLAN + f"attack: {given}\n")
     assert expected in error_line("study", main, [plan], capsys)
     assert not (tmp_path / "work").exists()
 
@@ -142,8 +143,8 @@ def test_the_attack_of_the_documents_is_one(tmp_path: Path) -> None:
     assert {asked.seed for asked in runs if asked.attack} == {1, 2}
 
 
-def test_against_is_for_reports(tmp_path: Path, class_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = error_line("study", main, [write_plan(tmp_path, class_data), "--against", "smart"], capsys)
+def test_against_is_for_reports(tmp_path: Path, study_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line("study", main, [write_plan(tmp_path, study_data), "--against", "smart"], capsys)
     assert "--against is smart without --report or --into" in line
 
 
@@ -199,18 +200,20 @@ def test_a_run_is_attacked_before_its_checkpoint_goes(kind: str, tmp_path: Path)
         rows, radii = stored[-1]["attack_rows"], stored[-1]["attack_radii"]
         assert len(rows) == 30 and rows.tolist() == stored[0]["attack_rows"].tolist(), "the same for both methods"
         checkpoint = tmp_path / "work" / "checkpoints" / asked.name / "checkpoint_last.pt"
-        trained = Trained(checkpoint, str(study.folder(asked)))
-        logits, labels = trained.predict()
+        folder = study.folder(asked)
+        model, labels = Model(checkpoint, folder), Source(folder).labels("valid")
+        logits = model.predict("valid", 4096).logits
         np.testing.assert_array_equal(logits, stored[-1]["logits"])
         temperature, half = 1.0, np.random.default_rng(1).permutation(len(labels))[: len(labels) // 2]
         if kind == "classes":
             temperature = fit_temperature(logits[half].astype(float), labels[half])
-        inputs, targets = trained.sample(rows.tolist())
-        forward = Forward(encoder_of(trained.model), trained.model, inputs, trained.head, PLACE)
-        gold = targets if kind == "classes" else targets.view(-1, 1)
-        found = attack(forward, inputs["src_tokens"], torch.from_numpy(rows), gold, radii, temperature)
+        ((order, sample),) = model.samples("valid", 10_000, rows)
+        forward = Forward(encoder_of(model.model), model.model, sample["net_input"], model.head, PLACE)
+        gold = torch.from_numpy(labels[order] if kind == "classes" else labels[order].astype(np.float32)[:, None])
+        tokens, back = sample["net_input"]["src_tokens"], np.argsort(order)
+        found = attack(forward, tokens, torch.tensor(order), gold, radii, temperature)
         for name in ("loss", "random"):
-            expected = torch.stack(getattr(found, name)).numpy()
+            expected = torch.stack(getattr(found, name)).numpy()[:, back]
             np.testing.assert_allclose(stored[-1][f"attack_{name}"], expected, rtol=1e-3, atol=1e-4)
     (line, _) = read_lines(tmp_path / "out" / "runs.jsonl")
     metrics, name = line["metrics"], "accuracy" if kind == "classes" else "squared_error"

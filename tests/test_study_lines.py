@@ -39,9 +39,9 @@ FACTS = {"commit": "abc", "torch": "2", "date": "2026-01-01"}
 
 
 @pytest.fixture
-def plan(tmp_path: Path, class_data: Path) -> Path:
+def plan(tmp_path: Path, study_data: Path) -> Path:
     """A plan of four runs, three of which have lines."""
-    path = write_plan(tmp_path, class_data, PLAN)
+    path = write_plan(tmp_path, study_data, PLAN)
     study = studying.Study(read_plan(path))
     lines = []
     for asked in study.plan.runs()[:3]:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_samples import PLAN, keys, without_plain, write_plan
-from toolkit import error_line, write_data
+from study_samples import PLAN, keys, without_plain, write_data, write_plan
+from toolkit import error_line
 
+from smart_fairseq.inference import Model
 from smart_fairseq.study import studying
 from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.lines import read_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Source, take_all
-from smart_fairseq.study.worker import Trained
 
 
 def with_transfer(folder: Path, data: Path, other: Path | str, more: str = "") -> Path:
@@ -40,9 +40,9 @@ def test_the_same_weights_predict_the_other_folder(tmp_path: Path) -> None:
     assert main([str(plan), "--jobs", "1"]) == 0
     study = studying.Study(read_plan(plan))
     asked = study.plan.runs()[0]
-    (folder,) = study.elsewhere(asked.task).values()
-    trained = Trained(study.run(asked).save_dir / "checkpoint_last.pt", folder)
-    logits, labels = trained.predict()
+    (folder,) = map(Path, study.elsewhere(asked.task).values())
+    model, labels = Model(study.run(asked).save_dir / "checkpoint_last.pt", folder), Source(folder).labels("valid")
+    logits = model.predict("valid", 4096).logits
     with np.load(study.logits(study.key(asked))) as stored:
         np.testing.assert_array_equal(stored["logits_on_other"], logits)
         np.testing.assert_array_equal(stored["labels_on_other"], labels)
@@ -90,7 +90,7 @@ def test_what_cannot_be_scored_together(tmp_path: Path, capsys: pytest.CaptureFi
     ranking = shutil.copytree(other, tmp_path / "ranking")
     (ranking / "preprocess.json").write_text('{"task": "QNLI-ranking", "rows": {}}')
     cases = {
-        tmp_path / "nowhere": "holds no input0/dict.txt",
+        tmp_path / "nowhere": "holds no preprocess.json",
         unlabelled: "has no labelled split",
         words: "transfer: other: {} has other dictionary than",
         classes: "transfer: other: {} has other classes than",

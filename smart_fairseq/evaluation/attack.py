@@ -34,6 +34,7 @@ from ..progress import Progress
 
 STEPS = 10
 PLACE = "token"
+KINDS = ("loss", "divergence")  # of damage
 
 
 class Attacked(NamedTuple):
@@ -89,7 +90,7 @@ def attack(
     radii: Sequence[float],
     temperature: float = 1.0,
     seed: int = 1,
-    kinds: Sequence[str] = ("loss", "divergence"),
+    kinds: Sequence[str] = KINDS,
 ) -> Attacked:
     """One batch under attack; its model must be in evaluation mode.
 
@@ -141,27 +142,23 @@ def attacked_outputs(
     max_tokens: int,
     seed: int,
     radii: Sequence[float],
+    kinds: Sequence[str] = KINDS,
 ) -> dict[str, np.ndarray]:
-    """The ``chosen`` rows (bool [N]) of a split under attack: loss, divergence and random, each [radii, N, K].
+    """The ``chosen`` rows (bool [N]) of a split under attack: the kinds and random, each [radii, N, K].
 
     ``gold``: classes int64 [N], or targets [N] of a regression. Rows that were not chosen are nan.
     """
     encoder = encoder_of(model.model)
-    found = {name: np.full((len(radii), len(gold), model.task.num_classes), np.nan) for name in Attacked._fields}
+    found = {name: np.full((len(radii), len(gold), model.task.num_classes), np.nan) for name in (*kinds, "random")}
     progress = Progress(int(chosen.sum()), f"{model.task.name} {split} under attack")
     targets = torch.from_numpy(gold[:, None].astype(np.float32) if model.task.regression else gold)
-    for batch, sample in model.samples(split, max_tokens):
-        rows = np.array(batch)[chosen[batch]]
-        if not len(rows):
-            continue
-        kept = torch.from_numpy(chosen[batch])
-        inputs = {name: value[kept.to(value.device)] for name, value in sample["net_input"].items()}
-        forward = Forward(encoder, model.model, inputs, model.head, PLACE)
-        tokens, numbers = inputs["src_tokens"], torch.from_numpy(rows)
+    for rows, sample in model.samples(split, max_tokens, np.flatnonzero(chosen)):
+        forward = Forward(encoder, model.model, sample["net_input"], model.head, PLACE)
+        tokens, numbers = sample["net_input"]["src_tokens"], torch.tensor(rows)
         ids, answers = numbers.to(tokens.device), targets[numbers].to(tokens.device)
-        result = attack(forward, tokens, ids, answers, radii, temperature, seed=seed)
-        for name, outputs in zip(Attacked._fields, result):
-            found[name][:, rows] = torch.stack(outputs).cpu().numpy()
+        result = attack(forward, tokens, ids, answers, radii, temperature, seed=seed, kinds=kinds)
+        for name, outputs in found.items():
+            outputs[:, rows] = torch.stack(getattr(result, name)).cpu().numpy()
         progress.advance(len(rows))
     progress.close(" attacked")
     return found

@@ -4,19 +4,16 @@ For a seed all methods have the same rows attacked, from the same start. Logits 
 fitted on the half of the rows on which `scores` fits it: overconfidence alone hides the direction of an attack.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..evaluation.calibration import fit_temperature
+from ..inference import Model
 
 MAX_TOKENS = 1024  # of a batch: a gradient keeps activations, which a prediction does not
 _DRAW = 1  # the rows that are attacked are another draw than the half that fits the temperature
-
-# rows -> their classification forward, token ids [B, T] and labels [B], on the model's device
-Forwards = Callable[[list[int]], tuple[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,40 +30,26 @@ def split_in_halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[: rows // 2], order[rows // 2 :]
 
 
-def attacked(
-    asked: Attack, seed: int, logits: np.ndarray, labels: np.ndarray, sizes: np.ndarray, forwards: Forwards
-) -> dict[str, np.ndarray]:
-    """What a run stores beside its logits [N, K].
+def attacked(asked: Attack, seed: int, model: Model, logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """What a run stores beside its valid split's logits [N, K].
 
     ``attack_rows`` [M], ``attack_radii`` [R], and the outputs at the worst points found and at random corners of each
     ball, ``attack_loss`` and ``attack_random`` [R, M, K].
 
     Args:
         labels: [N], classes, or targets of a regression.
-        sizes: tokens of each row.
     """
-    import torch
-
-    from ..evaluation.attack import attack
-    from ..inference import batches
+    from ..evaluation.attack import attacked_outputs  # takes seconds to load
 
     temperature = 1.0
     if labels.dtype.kind == "i":
         half, _ = split_in_halves(len(labels), seed)
         temperature = fit_temperature(logits[half].astype(np.float64), labels[half])
     rows = np.sort(np.random.default_rng([seed, _DRAW]).permutation(len(labels))[: asked.rows])
-    found = {name: np.zeros((len(asked.radii), len(rows), logits.shape[1]), np.float32) for name in ("loss", "random")}
-    for places in batches(sizes[rows], MAX_TOKENS):
-        forward, tokens, gold = forwards(rows[places].tolist())
-        ids = torch.from_numpy(rows[places]).to(tokens.device)
-        result = attack(forward, tokens, ids, gold, asked.radii, temperature, seed=seed, kinds=("loss",))
-        for name, outputs in found.items():
-            outputs[:, places] = torch.stack(getattr(result, name)).cpu().numpy()
-    return {
-        "attack_rows": rows,
-        "attack_radii": np.array(asked.radii),
-        **{f"attack_{name}": outputs for name, outputs in found.items()},
-    }
+    chosen = np.isin(np.arange(len(labels)), rows)
+    found = attacked_outputs(model, "valid", labels, chosen, temperature, MAX_TOKENS, seed, asked.radii, ["loss"])
+    outputs = {f"attack_{kind}": values[:, rows].astype(np.float32) for kind, values in found.items()}
+    return {"attack_rows": rows, "attack_radii": np.array(asked.radii), **outputs}
 
 
 def scores_under_attack(stored: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..commands.options import imported_flags, plugin_flags
+from ..commands.preprocess import task_flags
 from ..data.lines import located, shown
-from ..data.tasks import CORRELATIONS, TASKS
+from ..data.tasks import CORRELATIONS
 from ..errors import UsageError
 from ..evaluation.metrics import METRICS
 from . import recipe
@@ -119,7 +120,6 @@ class Plan:
     checkpoint: that runs begin with; None for random weights.
     starts: by method, the checkpoint that its runs begin with instead.
     encoder_flags: the architecture's.
-    bpe: of the encoder, where its folder says it.
     axes: the grid.
     attacks: by method and seed, what the run's weights are put under at its end; not of those that have none.
     """
@@ -129,7 +129,6 @@ class Plan:
     work: Path
     checkpoint: Path | None
     encoder_flags: Sequence[str]
-    bpe: str
     train: Mapping[str, Flag]
     tasks: Sequence[Task]
     methods: Mapping[str, Mapping[str, Flag]]
@@ -174,14 +173,8 @@ class Plan:
     def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
         """fairseq-train's arguments for a run on ``data`` from a checkpoint, all but --save-dir."""
         source = asked.task.source
-        task = ["--task", "sentence_prediction", "--init-token", "0", "--num-classes", str(len(source.classes) or 1)]
-        if source.regression:
-            task.append("--regression-target")
-        bpe = source.manifest.get("bpe", self.bpe)
-        if "input1" in source.inputs and bpe in ("gpt2", "sentencepiece"):
-            task += ["--separator-token", "2"]
         return [
-            *(str(data), *plugin_flags(), *task),
+            *(str(data), *plugin_flags(), *task_flags(source.task, source.bpe)),
             *(recipe.encoder_flags(checkpoint) if checkpoint else ()),
             *(*self.encoder_flags, *recipe.as_flags(asked.flags), "--seed", str(asked.seed)),
             *recipe.length_flags(asked.updates, asked.warmup, asked.flags.get("lr-scheduler")),
@@ -206,14 +199,13 @@ def read_plan(path: Path, files: bool = True) -> Plan:
     must_be(
         path, right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each"
     )
-    checkpoint, encoder_flags, bpe = _encoder(path, given.get("encoder")) if files else (None, [], "")
+    checkpoint, encoder_flags = _encoder(path, given.get("encoder")) if files else (None, [])
     plan = Plan(
         path=path,
         out=Path(str(given["out"])),
         work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
         checkpoint=checkpoint,
         encoder_flags=encoder_flags,
-        bpe=bpe,
         train=_flags(path, "train", given.get("train") or {}),
         tasks=tasks,
         methods=methods,
@@ -307,17 +299,16 @@ def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, .
     """Those that the plan names; else those of the task that the folder was made from."""
     allowed = [name for name in METRICS if name != "top1" and (name in CORRELATIONS) == source.regression]
     if given is None:
-        known = TASKS.get(str(source.manifest.get("task")))
-        return known.metrics if known else (CORRELATIONS if source.regression else ("accuracy",))
+        return source.task.metrics
     return tuple(some_of(path, f"{where}: metrics", given, allowed))
 
 
-def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
-    """(checkpoint, the architecture's flags, kind of byte pair encoding)."""
+def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str]]:
+    """(checkpoint, the architecture's flags)."""
     if isinstance(given, str):
         folder = Path(given)
         try:
-            return folder / "model.pt", imported_flags(folder), recipe.bpe_of(folder)
+            return folder / "model.pt", imported_flags(folder)
         except (OSError, ValueError, KeyError):
             allowed = "a folder that import-hf wrote, or checkpoint: and flags:"
             raise UsageError(f"{path}: encoder is {shown(given)}; it must be {allowed}") from None
@@ -325,7 +316,7 @@ def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str], str]:
     flags = recipe.as_flags(_flags(path, "encoder.flags", found.get("flags") or {}))
     checkpoint = Path(str(found["checkpoint"])) if found.get("checkpoint") else None
     must_be(path, checkpoint is None or checkpoint.is_file(), "encoder: checkpoint", checkpoint, "an existing file")
-    return checkpoint, flags, ""
+    return checkpoint, flags
 
 
 def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) -> list[Block]:

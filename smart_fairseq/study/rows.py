@@ -13,10 +13,10 @@ import numpy as np
 
 from ..data.binarize import MANIFEST, indexed_writer, read_classes, read_indexed, read_manifest, write_classes
 from ..data.bpe import SPECIAL_SYMBOLS
-from ..data.folders import label_order
+from ..data.folders import label_order, task_of
 from ..data.lines import located
 from ..data.pool import integer_typecode
-from ..data.tasks import TASKS
+from ..data.tasks import Task
 from ..files import whole_folder
 
 # of a new folder's parts the rows: (split, position) in the folder that they are from
@@ -41,20 +41,28 @@ class Draw:
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared data folder."""
+    """A data folder that preprocess wrote."""
 
     folder: Path
+
+    @property
+    def task(self) -> Task:
+        """Raises `UsageError` for another program's folder, and for a task that is not known."""
+        return task_of(self.folder)
+
+    @property
+    def bpe(self) -> str:
+        """The kind of byte pair encoding."""
+        return str(read_manifest(self.folder).get("bpe"))
 
     def check(self, train: bool = True) -> None:
         """Raise `UsageError` where it is none, is no task's that studies know, or has no labels.
 
         train: whether these must be labels for training.
         """
-        if not (self.folder / "input0" / "dict.txt").is_file():
-            raise located(self.folder, "holds no input0/dict.txt; name a folder that preprocess wrote")
-        known = TASKS.get(str(self.manifest.get("task")))
-        if known and (known.ranking or known.candidates):
-            raise located(self.folder, f"holds {known.name}, which ranks rows, as studies do not; name another task's")
+        task = self.task
+        if task.ranking or task.candidates:
+            raise located(self.folder, f"holds {task.name}, which ranks rows, as studies do not; name another task's")
         if train and "train" not in self.splits:
             raise located(self.folder, "has no labelled train split (input0/train.idx with label/train)")
         if not self.splits:
@@ -96,22 +104,10 @@ class Source:
             return np.array(Path(f"{prefix}.label").read_text(encoding="utf-8").split())
         return np.array(read_classes(prefix), dtype=np.int64)
 
-    def ids(self, split: str, count: int) -> list[str]:
-        """A line for each row: id, file, line where preprocess wrote these."""
-        path = self.folder / "ids" / f"{split}.tsv"
-        if path.is_file():
-            return path.read_text(encoding="utf-8").splitlines()[1:]
-        return [f"{split}:{number}" for number in range(count)]
-
     def words(self) -> np.ndarray:
         """The ids that occur in the labelled splits, in order, the specials before them."""
         texts = [read_indexed(self.folder / name / split) for name in self.inputs for split in self.splits]
         return np.union1d(np.arange(len(SPECIAL_SYMBOLS)), np.concatenate([row for rows in texts for row in rows]))
-
-    @property
-    def manifest(self) -> dict[str, object]:
-        """What preprocess wrote about the folder, nothing for one of another program's."""
-        return read_manifest(self.folder) if (self.folder / MANIFEST).is_file() else {}
 
     def digest(self) -> str:
         """SHA-256 over everything that `cut_out` reads."""
@@ -188,7 +184,6 @@ def _write(
         (folder / "ids").mkdir()
         if not source.regression:
             (folder / "label" / "dict.txt").write_bytes((source.folder / "label" / "dict.txt").read_bytes())
-        ids = {split: source.ids(split, len(found)) for split, found in labels.items()}
         for part, rows in parts.items():
             found = np.array([labels[split][place] for split, place in rows])
             if source.regression:
@@ -196,11 +191,12 @@ def _write(
                 (folder / "label" / f"{part}.label").write_text(lines, encoding="utf-8")
             else:
                 write_classes(folder / "label" / part, found.tolist())
-            known = ["id\tfile\tline", *(ids[split][place] for split, place in rows)]
-            (folder / "ids" / f"{part}.tsv").write_text("\n".join(known) + "\n", encoding="utf-8")
-        if source.manifest:
-            manifest = {**source.manifest, "rows": {part: len(rows) for part, rows in parts.items()}, "parts": {}}
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            # by its place in the source: the splits' own ids may be the same, and preprocess may repeat a row
+            ids = "".join(f"{split}:{place}\n" for split, place in rows)
+            (folder / "ids" / f"{part}.tsv").write_text(f"id\n{ids}", encoding="utf-8")
+        manifest = read_manifest(source.folder)
+        manifest |= {"rows": {part: len(rows) for part, rows in parts.items()}, "parts": {}}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_input(source: Source, folder: Path, name: str, parts: Parts, words: np.ndarray | None) -> None:

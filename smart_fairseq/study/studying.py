@@ -80,7 +80,7 @@ class Study:
     def folder(self, asked: Asked) -> Path:
         """The data folder of a run: the same for all methods."""
         task = asked.task
-        return self.plan.work / "data" / f"{task.name}-{_short([self.data[task.name], asdict(task.draw), asked.seed])}"
+        return self.plan.work / "rows" / f"{task.name}-{_short([self.data[task.name], asdict(task.draw), asked.seed])}"
 
     def logits(self, key: str) -> Path:
         return self.plan.work / "logits" / f"{key}.npz"
@@ -117,7 +117,7 @@ class Study:
         """The folders that a task's models are scored on beside their own, by name; written if they are not there."""
         folders = {}
         for name, source in task.transfer.items():
-            folder = self.plan.work / "data" / f"{name}-{_short(self.transfer[task.name][name])}"
+            folder = self.plan.work / "rows" / f"{name}-{_short(self.transfer[task.name][name])}"
             if not folder.is_dir():
                 take_all(source, folder)
             folders[name] = str(folder)

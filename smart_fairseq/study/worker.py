@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from ..files import whole_file
-from ..inference import batches
-from ..patches import allow_fairseq_checkpoints
+from ..inference import Model
 from .attacked import Attack, attacked
+from .rows import Source
 
 MAX_TOKENS = 4096
 NICENESS = 5
@@ -76,57 +76,6 @@ def train(arguments: list[str], common: Mapping[str, Any] | None = None) -> Stop
     return watch
 
 
-class Trained:
-    """A checkpoint with the rows of its data folder's valid split, in their order."""
-
-    def __init__(self, checkpoint: Path, data: str) -> None:
-        import torch
-        from fairseq import checkpoint_utils
-
-        overrides = {"data": data, "no_shuffle": True}
-        (self.model,), config, self.task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.common.cpu else "cpu")
-        self.model.to(self.device).eval()
-        self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
-        self.open(data)
-        self.num_classes, self.regression = config.task.num_classes, config.task.regression_target
-
-    def open(self, data: str) -> None:
-        """Another data folder, of the same classes and dictionary."""
-        self.task.cfg.data = data
-        self.dataset: Any = self.task.load_dataset("valid")
-        self.sizes = np.asarray(self.dataset.sizes[0])
-
-    def sample(self, rows: list[int]) -> tuple[dict[str, Any], Any]:
-        """(the model's inputs, labels [B]) of some rows."""
-        sample = self.dataset.collater([self.dataset[row] for row in rows])
-        inputs = {name: value.to(self.device) for name, value in sample["net_input"].items()}
-        return inputs, sample["target"].reshape(-1)
-
-    def predict(self) -> tuple[np.ndarray, np.ndarray]:
-        """(logits [N, K], labels [N])."""
-        import torch
-
-        logits = np.zeros((len(self.dataset), self.num_classes), dtype=np.float32)
-        labels = np.zeros(len(self.dataset), dtype=np.float32 if self.regression else np.int64)
-        with torch.inference_mode():
-            for rows in batches(self.sizes, MAX_TOKENS):
-                inputs, targets = self.sample(rows)
-                found, _ = self.model(**inputs, features_only=True, classification_head_name=self.head)
-                logits[rows], labels[rows] = found.float().cpu().numpy(), targets.numpy()
-        return logits, labels
-
-    def forward(self, rows: list[int]) -> tuple[Any, Any, Any]:
-        """For `attacked`."""
-        from ..encoder import Forward, encoder_of
-        from ..evaluation.attack import PLACE
-
-        inputs, targets = self.sample(rows)
-        forward = Forward(encoder_of(self.model), self.model, inputs, self.head, PLACE)
-        gold = targets.view(-1, 1) if self.regression else targets
-        return forward, inputs["src_tokens"], gold.to(self.device)
-
-
 def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
     """Train, predict, attack, store: ``out`` is there whole or not at all.
 
@@ -135,7 +84,6 @@ def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
     """
     leave_with_parent()
     os.nice(NICENESS)
-    allow_fairseq_checkpoints()
     save_dir = Path(arguments[arguments.index("--save-dir") + 1])
     shutil.rmtree(save_dir, ignore_errors=True)  # of a run that was cut off: fairseq would go on from there
     try:
@@ -146,24 +94,28 @@ def main(out: Path, beside: Mapping[str, Any], arguments: list[str]) -> None:
     logger.info(json.dumps(said))
 
 
+def predicted(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [N, K], labels [N]) of the valid split."""
+    labels = Source(model.folder).labels("valid")
+    logits = model.predict("valid", MAX_TOKENS).logits.astype(np.float32)
+    return logits, labels.astype(np.float32) if model.task.regression else labels
+
+
 def _train_and_store(
     out: Path, beside: Mapping[str, Any], arguments: list[str], checkpoint: Path
 ) -> dict[str, int | float]:
     """Rows and processor time, for the log."""
-    watch = train(arguments)
-    trained = Trained(checkpoint, arguments[0])
-    logits, labels = trained.predict()
-    if not np.isfinite(logits).all():
-        sys.exit(f"{int((~np.isfinite(logits)).any(1).sum())} rows have no finite logits: the training diverged")
+    watch, data = train(arguments), Path(arguments[0])
+    model = Model(checkpoint, data, cpu="--cpu" in arguments)
+    logits, labels = predicted(model)
     stored: dict[str, Any] = {"logits": logits, "labels": labels}
     if beside["attack"]:
-        asked = Attack(**beside["attack"])
-        stored |= attacked(asked, beside["seed"], logits, labels, trained.sizes, trained.forward)
+        stored |= attacked(Attack(**beside["attack"]), beside["seed"], model, logits, labels)
     rows = {"rows": len(labels)}
     for name, folder in beside["transfer"].items():
-        trained.open(folder)
-        stored[f"logits_on_{name}"], stored[f"labels_on_{name}"] = trained.predict()
-        rows[f"rows_on_{name}"] = len(trained.dataset)
+        logits, labels = predicted(model.on(Path(folder)))
+        stored |= {f"logits_on_{name}": logits, f"labels_on_{name}": labels}
+        rows[f"rows_on_{name}"] = len(labels)
     with whole_file(out) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **stored)
     return {**rows, "cpu_seconds": time.process_time(), "cpu_seconds_per_update": watch.per_update()}
