@@ -395,7 +395,8 @@ def test_bad_plans_are_refused_before_any_run(
     text = PLAN.replace("{model}", MODEL) if old.startswith("arch") else PLAN
     assert old in text
     plan = write_plan(tmp_path, study_data, text.replace(old, new))
-    assert expected in error_line("study", main, [plan], capsys)
+    line, of_the_data = error_line("study", main, [plan], capsys), new.startswith("{data}/nowhere")
+    assert expected in line and (of_the_data or line.startswith(f"study: error: {plan}:"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 from ..commands.options import imported_flags, plugin_flags
 from ..commands.preprocess import task_flags
-from ..data.lines import located, shown
+from ..data.lines import shown
 from ..data.tasks import CORRELATIONS
-from ..errors import UsageError
 from ..evaluation.metrics import METRICS
 from . import recipe
 from .attacked import Attack
 from .recipe import Flag
 from .rows import Draw, Source
-from .values import boolean, load, mapping, must_be, named, number, some_of, whole
+from .values import Wrong, boolean, load, mapping, must_be, named, number, read_from, some_of, whole
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train", "transfer")
@@ -160,13 +159,13 @@ class Plan:
         flags = {**recipe.COMMON, "warmup": recipe.WARMUP, **self.train, **task.train, **self.methods[method]}
         flags.update(variant)
         where = f"{task.name}, {method}: "
-        must_be(self.path, "epochs" in flags, where + "epochs", "not set", "a number above 0, as in train: {epochs: 3}")
-        epochs, warmup = (number(self.path, name, flags.pop(name), 0) for name in ("epochs", "warmup"))
-        must_be(self.path, epochs > 0, where + "epochs", epochs, "above 0, in train: or a method")
-        must_be(self.path, warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
-        number(self.path, where + "batch-size", flags["batch-size"], 1)
+        must_be("epochs" in flags, where + "epochs", "not set", "a number above 0, as in train: {epochs: 3}")
+        epochs, warmup = (number(name, flags.pop(name), 0) for name in ("epochs", "warmup"))
+        must_be(epochs > 0, where + "epochs", epochs, "above 0, in train: or a method")
+        must_be(warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
+        number(where + "batch-size", flags["batch-size"], 1)
         for name in ("criterion", "optimizer"):
-            must_be(self.path, name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
+            must_be(name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
         attack, start = self.attacks.get((method, seed)), self.starts.get(method, self.checkpoint)
         return Asked(task, method, variant, seed, flags, epochs, warmup, attack, start)
 
@@ -189,121 +188,118 @@ def read_plan(path: Path, files: bool = True) -> Plan:
 
     files: look at data and encoder too; a report needs neither.
     """
-    given = mapping(path, "the plan", load(path), KEYS)
-    for key in ("out", "tasks", "methods", "seeds"):
-        must_be(path, given.get(key), key, given.get(key), "given")
-    methods, starts = _methods(path, given, files)
-    tasks = [_task(path, name, value, files) for name, value in named(path, given, "tasks").items()]
-    seeds = given["seeds"]
-    right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
-    must_be(
-        path, right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each"
-    )
-    checkpoint, encoder_flags = _encoder(path, given.get("encoder")) if files else (None, [])
-    plan = Plan(
-        path=path,
-        out=Path(str(given["out"])),
-        work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
-        checkpoint=checkpoint,
-        encoder_flags=encoder_flags,
-        train=_flags(path, "train", given.get("train") or {}),
-        tasks=tasks,
-        methods=methods,
-        seeds=seeds,
-        axes=_axes(path, given.get("grid") or [], [task.name for task in tasks], list(methods)),
-        keep=boolean(path, "keep", given.get("keep", False)),
-        attacks=_attacks(path, given.get("attack"), list(methods), seeds),
-        starts=starts,
-    )
-    names = [asked.name for asked in plan.runs()]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    must_be(path, twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
-    return plan
+    with read_from(path):
+        given = mapping("the plan", load(path), KEYS)
+        for key in ("out", "tasks", "methods", "seeds"):
+            must_be(given.get(key), key, given.get(key), "given")
+        methods, starts = _methods(given, files)
+        tasks = [_task(name, value, files) for name, value in named(given, "tasks").items()]
+        seeds = given["seeds"]
+        right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
+        must_be(right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each")
+        checkpoint, encoder_flags = _encoder(given.get("encoder")) if files else (None, [])
+        plan = Plan(
+            path=path,
+            out=Path(str(given["out"])),
+            work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
+            checkpoint=checkpoint,
+            encoder_flags=encoder_flags,
+            train=_flags("train", given.get("train") or {}),
+            tasks=tasks,
+            methods=methods,
+            seeds=seeds,
+            axes=_axes(given.get("grid") or [], [task.name for task in tasks], list(methods)),
+            keep=boolean("keep", given.get("keep", False)),
+            attacks=_attacks(given.get("attack"), list(methods), seeds),
+            starts=starts,
+        )
+        names = [asked.name for asked in plan.runs()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        must_be(twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
+        return plan
 
 
-def _methods(path: Path, given: Mapping[str, Any], files: bool) -> tuple[dict[str, dict[str, Flag]], dict[str, Path]]:
+def _methods(given: Mapping[str, Any], files: bool) -> tuple[dict[str, dict[str, Flag]], dict[str, Path]]:
     """Each method's flags, and the checkpoints of those that have a ``from``."""
     methods, starts = {}, {}
-    for name, value in named(path, given, "methods").items():
-        flags = _flags(path, f"methods.{name}", value)
+    for name, value in named(given, "methods").items():
+        flags = _flags(f"methods.{name}", value)
         if "from" in flags:
             start = starts[name] = Path(str(flags.pop("from")))
-            must_be(path, not files or start.is_file(), f"methods.{name}: from", start, "an existing checkpoint")
+            must_be(not files or start.is_file(), f"methods.{name}: from", start, "an existing checkpoint")
         methods[name] = flags
     return methods, starts
 
 
-def _flags(path: Path, where: str, value: Any) -> dict[str, Flag]:
-    found = mapping(path, where, value)
+def _flags(where: str, value: Any) -> dict[str, Flag]:
+    found = mapping(where, value)
     for name, setting in found.items():
         if name in OURS:
-            raise located(path, f"{where}: {name} cannot be set; {OURS[name]}")
-        must_be(path, not isinstance(setting, dict | list), f"{where}: {name}", setting, "one value (lists: grid)")
+            raise Wrong(f"{where}: {name} cannot be set; {OURS[name]}")
+        must_be(not isinstance(setting, dict | list), f"{where}: {name}", setting, "one value (lists: grid)")
     return found
 
 
-def _task(path: Path, name: str, value: Any, files: bool) -> Task:
+def _task(name: str, value: Any, files: bool) -> Task:
     where = f"tasks.{name}"
-    given = mapping(path, where, value, TASK_KEYS)
-    must_be(path, given.get("data"), f"{where}: data", given.get("data"), "a folder that preprocess wrote")
+    given = mapping(where, value, TASK_KEYS)
+    must_be(given.get("data"), f"{where}: data", given.get("data"), "a folder that preprocess wrote")
     source = Source(Path(str(given["data"])))
-    flip = number(path, f"{where}: flip", given.get("flip", 0), 0)
-    must_be(path, flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
+    flip = number(f"{where}: flip", given.get("flip", 0), 0)
+    must_be(flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
     vocabulary = given.get("vocabulary", "whole")
-    must_be(path, vocabulary in ("whole", "cut"), f"{where}: vocabulary", vocabulary, "whole or cut")
+    must_be(vocabulary in ("whole", "cut"), f"{where}: vocabulary", vocabulary, "whole or cut")
     draw = Draw(
         vocabulary=vocabulary,
-        rows=whole(path, f"{where}: rows", given.get("rows")),
-        stratified=boolean(path, f"{where}: stratified", given.get("stratified", False)),
+        rows=whole(f"{where}: rows", given.get("rows")),
+        stratified=boolean(f"{where}: stratified", given.get("stratified", False)),
         flip=flip,
-        evaluate=whole(path, f"{where}: evaluate", given.get("evaluate"), 2),  # half of the rows fits a temperature
+        evaluate=whole(f"{where}: evaluate", given.get("evaluate"), 2),  # half of the rows fits a temperature
     )
-    flags = _flags(path, f"{where}.train", given.get("train") or {})
-    others = named(path, given, "transfer", where)
+    flags = _flags(f"{where}.train", given.get("train") or {})
+    others = named(given, "transfer", where)
     transfer = {other: Source(Path(str(folder))) for other, folder in others.items()}
     if not files:
         return Task(name, source, draw, (), flags, transfer)
     source.check()
     most = source.train_rows
-    must_be(path, (draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
+    must_be((draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
     for key in ("flip", "stratified") if source.regression else ():
-        must_be(path, not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
-    must_be(path, not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")
+        must_be(not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
+    must_be(not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")
     for other, there in transfer.items():
         there.check(train=False)
         for what in ("inputs", "classes", "words_in_order"):
             if getattr(there, what) != getattr(source, what):
                 words = {"inputs": "texts in a row", "words_in_order": "dictionary"}.get(what, what)
-                raise located(
-                    path, f"{where}: transfer: {other}: {there.folder} has other {words} than {source.folder}"
-                )
-    return Task(name, source, draw, _metrics(path, where, given.get("metrics"), source), flags, transfer)
+                raise Wrong(f"{where}: transfer: {other}: {there.folder} has other {words} than {source.folder}")
+    return Task(name, source, draw, _metrics(where, given.get("metrics"), source), flags, transfer)
 
 
-def _attacks(path: Path, given: Any, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Attack]:
+def _attacks(given: Any, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Attack]:
     """By method and seed the runs that are attacked: all that the key ``attack`` does not leave out."""
     if given is None:
         return {}
-    found = mapping(path, "attack", given, ("radii", "rows", "methods", "seeds"))
-    radii, rows = found.get("radii"), whole(path, "attack: rows", found.get("rows", 256))
+    found = mapping("attack", given, ("radii", "rows", "methods", "seeds"))
+    radii, rows = found.get("radii"), whole("attack: rows", found.get("rows", 256))
     right = isinstance(radii, list) and bool(radii) and all(type(r) in (float, int) and 0 < r <= 1 for r in radii)
     right = right and sorted(set(radii or [])) == radii
-    must_be(path, right, "attack: radii", radii, "a list of rising shares, above 0 and up to 1")
-    attacked_methods = some_of(path, "attack: methods", found.get("methods", list(methods)), methods)
-    attacked_seeds = some_of(path, "attack: seeds", found.get("seeds", list(seeds)), seeds)
+    must_be(right, "attack: radii", radii, "a list of rising shares, above 0 and up to 1")
+    attacked_methods = some_of("attack: methods", found.get("methods", list(methods)), methods)
+    attacked_seeds = some_of("attack: seeds", found.get("seeds", list(seeds)), seeds)
     asked = Attack(list(map(float, radii or [])), rows or 0)
     return dict.fromkeys(itertools.product(attacked_methods, attacked_seeds), asked)
 
 
-def _metrics(path: Path, where: str, given: Any, source: Source) -> tuple[str, ...]:
+def _metrics(where: str, given: Any, source: Source) -> tuple[str, ...]:
     """Those that the plan names; else those of the task that the folder was made from."""
     allowed = [name for name in METRICS if name != "top1" and (name in CORRELATIONS) == source.regression]
     if given is None:
         return source.task.metrics
-    return tuple(some_of(path, f"{where}: metrics", given, allowed))
+    return tuple(some_of(f"{where}: metrics", given, allowed))
 
 
-def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str]]:
+def _encoder(given: Any) -> tuple[Path | None, list[str]]:
     """(checkpoint, the architecture's flags)."""
     if isinstance(given, str):
         folder = Path(given)
@@ -311,31 +307,31 @@ def _encoder(path: Path, given: Any) -> tuple[Path | None, list[str]]:
             return folder / "model.pt", imported_flags(folder)
         except (OSError, ValueError, KeyError):
             allowed = "a folder that import-hf wrote, or checkpoint: and flags:"
-            raise UsageError(f"{path}: encoder is {shown(given)}; it must be {allowed}") from None
-    found = mapping(path, "encoder", given, ("checkpoint", "flags"))
-    flags = recipe.as_flags(_flags(path, "encoder.flags", found.get("flags") or {}))
+            raise Wrong(f"encoder is {shown(given)}; it must be {allowed}") from None
+    found = mapping("encoder", given, ("checkpoint", "flags"))
+    flags = recipe.as_flags(_flags("encoder.flags", found.get("flags") or {}))
     checkpoint = Path(str(found["checkpoint"])) if found.get("checkpoint") else None
-    must_be(path, checkpoint is None or checkpoint.is_file(), "encoder: checkpoint", checkpoint, "an existing file")
+    must_be(checkpoint is None or checkpoint.is_file(), "encoder: checkpoint", checkpoint, "an existing file")
     return checkpoint, flags
 
 
-def _axes(path: Path, given: Any, tasks: Sequence[str], methods: Sequence[str]) -> list[Block]:
+def _axes(given: Any, tasks: Sequence[str], methods: Sequence[str]) -> list[Block]:
     """The grid's blocks; one that names no tasks or methods is for all."""
     found: list[Block] = []
     seen: set[tuple[str, str, str]] = set()
     for block in given if isinstance(given, list) else [given]:
-        block = mapping(path, "grid", block)
+        block = mapping("grid", block)
         for_tasks, for_methods = (
-            some_of(path, f"grid: {key}", block.pop(key, list(allowed)), allowed)
+            some_of(f"grid: {key}", block.pop(key, list(allowed)), allowed)
             for key, allowed in (("tasks", tasks), ("methods", methods))
         )
         for name, values in block.items():
-            must_be(path, isinstance(values, list) and values, f"grid: {name}", values, "a list of values")
-            must_be(path, len(set(map(str, values))) == len(values), f"grid: {name}", values, "different values")
+            must_be(isinstance(values, list) and values, f"grid: {name}", values, "a list of values")
+            must_be(len(set(map(str, values))) == len(values), f"grid: {name}", values, "different values")
             for value in values:
-                _flags(path, "grid", {name: value})
+                _flags("grid", {name: value})
             for place in itertools.product([name], for_tasks, for_methods):
-                must_be(path, place not in seen, "grid", name, "in one block for the same task and method")
+                must_be(place not in seen, "grid", name, "in one block for the same task and method")
                 seen.add(place)
         found.append((for_tasks, for_methods, block))
     return found
