@@ -6,19 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from processes import FORKS, join
 from study_samples import MODEL, PLAN, study_of, without_plain, write_data, write_fake, write_plan
 from toolkit import ROOT, command, error_line, train
 
-from smart_fairseq.convert.checkpoint import EMBEDDINGS, LM_HEAD
-from smart_fairseq.data.binarize import indexed_writer, read_indexed
+from smart_fairseq.data.binarize import read_indexed
 from smart_fairseq.errors import UsageError
 from smart_fairseq.inference import Model
 from smart_fairseq.study import studying, worker
@@ -26,7 +23,6 @@ from smart_fairseq.study.__main__ import main
 from smart_fairseq.study.lines import read_lines, write_lines
 from smart_fairseq.study.plan import read_plan
 from smart_fairseq.study.rows import Draw, Source, cut_out, drawn, flipped
-from smart_fairseq.study.vocabulary import cut_checkpoint
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
@@ -107,37 +103,6 @@ def test_too_few_rows_to_evaluate_on_are_refused(left: int, tmp_path: Path) -> N
         cut_out(source, tmp_path / "cut", Draw(), seed=3)
     cut_out(source, tmp_path / "cut", Draw(rows=4 + left), seed=3)
     assert len(Source(tmp_path / "cut").labels("valid")) == 2
-
-
-def test_a_cut_vocabulary_says_the_same_in_fewer_rows(tmp_path: Path) -> None:
-    """Every row of the folder has the same words; a word's embedding is the one that it had, <mask>'s stays last."""
-    source = Source(write_data(tmp_path / "data"))
-    train(command(source.folder, "--no-epoch-checkpoints", save_dir=tmp_path, optimizer="adam", max_update=1))
-    with open(source.folder / "input0" / "dict.txt", "r+") as dictionary:
-        lines = dictionary.read()
-        dictionary.seek(0)
-        dictionary.write("never 1\n" + lines)
-    state = torch.load(tmp_path / "checkpoint_last.pt")
-    old = state["model"][EMBEDDINGS]
-    for name in (EMBEDDINGS, LM_HEAD, "encoder.lm_head.bias"):  # a row for the word that does not occur
-        tensor = state["model"][name]
-        state["model"][name] = torch.cat([tensor[:4], tensor[:1] + 9, tensor[4:]])
-    torch.save(state, tmp_path / "whole.pt")
-    for split in ("train", "valid"):
-        rows = [row + (row >= 4) for row in read_indexed(source.folder / "input0" / split)]
-        with indexed_writer(source.folder / "input0" / split, "H") as add:
-            for row in rows:
-                add(array("H", row.tolist()), [len(row)])
-    cut_checkpoint(tmp_path / "whole.pt", source, tmp_path / "cut.pt")
-    assert torch.equal(torch.load(tmp_path / "cut.pt")["model"][EMBEDDINGS], old)
-    for name in ("whole", "cut"):
-        cut_out(source, tmp_path / name, Draw(rows=9, vocabulary=name), 3)
-    assert (tmp_path / "cut" / "input0" / "dict.txt").read_text() == lines
-    for split in ("train", "valid"):
-        whole, cut = texts(tmp_path / "whole", split), texts(tmp_path / "cut", split)
-        assert [([i - (i >= 4) for i in ids], label) for ids, label in whole] == cut
-    with pytest.raises(UsageError, match=r"has 17 embeddings, and the dictionary of .* 18 symbols"):
-        cut_checkpoint(tmp_path / "checkpoint_last.pt", source, tmp_path / "other.pt")
 
 
 # Trainings

@@ -44,7 +44,7 @@ def test_the_key_of_a_run_without_attack_is_what_it_was(tmp_path: Path) -> None:
         "method": "plain",
         "variant": {},
         "seed": 1,
-        "draw": {"rows": 12, "stratified": False, "flip": 0.0, "evaluate": None, "vocabulary": "whole"},
+        "draw": {"rows": 12, "stratified": False, "flip": 0.0, "evaluate": None},
         "flags": dict(sorted(asked.flags.items())),
         "epochs": 2.0,
         "warmup": 0.1,

@@ -19,7 +19,7 @@ from .rows import Draw, Source
 from .values import Wrong, boolean, load, mapping, must_be, named, number, read_from, some_of, whole
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
-TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "vocabulary", "metrics", "train", "transfer")
+TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "metrics", "train", "transfer")
 OURS = {  # flags that the study gives
     **{name: "name the encoder with encoder:" for name in ("restore-file", "finetune-from-model")},
     **{name: "say epochs: and warmup: (a share)" for name in ("max-update", "max-epoch", "total-num-update")},
@@ -247,10 +247,7 @@ def _task(name: str, value: Any, files: bool) -> Task:
     source = Source(Path(str(given["data"])))
     flip = number(f"{where}: flip", given.get("flip", 0), 0)
     must_be(flip <= 1, f"{where}: flip", flip, "a share of the training labels, 0 to 1")
-    vocabulary = given.get("vocabulary", "whole")
-    must_be(vocabulary in ("whole", "cut"), f"{where}: vocabulary", vocabulary, "whole or cut")
     draw = Draw(
-        vocabulary=vocabulary,
         rows=whole(f"{where}: rows", given.get("rows")),
         stratified=boolean(f"{where}: stratified", given.get("stratified", False)),
         flip=flip,
@@ -266,7 +263,6 @@ def _task(name: str, value: Any, files: bool) -> Task:
     must_be((draw.rows or 1) <= most, f"{where}: rows", draw.rows, f"at most {most}, what {source.folder} has")
     for key in ("flip", "stratified") if source.regression else ():
         must_be(not getattr(draw, key), f"{where}: {key}", given.get(key), "left out: the task has no classes")
-    must_be(not transfer or vocabulary == "whole", f"{where}: vocabulary", vocabulary, "whole beside transfer")
     for other, there in transfer.items():
         there.check(train=False)
         for what in ("inputs", "classes", "words_in_order"):

@@ -29,14 +29,12 @@ class Draw:
 
     flip: share of the drawn rows whose label becomes another class.
     evaluate: so many of the rows that are left, drawn as well; None for all.
-    vocabulary: whole, or cut to the words that the folder has (`study.vocabulary`).
     """
 
     rows: int | None = None
     stratified: bool = False
     flip: float = 0.0
     evaluate: int | None = None
-    vocabulary: str = "whole"
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,6 @@ class Source:
             return np.array(Path(f"{prefix}.label").read_text(encoding="utf-8").split())
         return np.array(read_classes(prefix), dtype=np.int64)
 
-    def words(self) -> np.ndarray:
-        """The ids that occur in the labelled splits, in order, the specials before them."""
-        texts = [read_indexed(self.folder / name / split) for name in self.inputs for split in self.splits]
-        return np.union1d(np.arange(len(SPECIAL_SYMBOLS)), np.concatenate([row for rows in texts for row in rows]))
-
     def digest(self) -> str:
         """SHA-256 over everything that `cut_out` reads."""
         digest = hashlib.sha256()
@@ -155,7 +148,7 @@ def cut_out(source: Source, target: Path, draw: Draw, seed: int) -> None:
     if draw.flip:
         labels["train"][train] = flipped(labels["train"][train], len(source.classes), draw.flip, seed)
     parts = {"train": [("train", int(place)) for place in train], "valid": left}
-    _write(source, target, labels, parts, source.words() if draw.vocabulary == "cut" else None)
+    _write(source, target, labels, parts)
 
 
 def take_all(source: Source, target: Path) -> None:
@@ -165,21 +158,15 @@ def take_all(source: Source, target: Path) -> None:
     _write(source, target, labels, {"valid": rows})
 
 
-def _write(
-    source: Source, target: Path, labels: dict[str, np.ndarray], parts: Parts, words: np.ndarray | None = None
-) -> None:
-    """A data folder of some rows.
-
-    labels: of the source's rows, by split.
-    words: the ids that keep a place in the dictionary, in order, the specials first; None for all.
-    """
+def _write(source: Source, target: Path, labels: dict[str, np.ndarray], parts: Parts) -> None:
+    """A data folder of some rows; ``labels`` of all of the source's, by split."""
     count = len(parts["valid"])
     if count < 2:
         what = f"has {count} labelled rows to evaluate on, and 2 are needed: half of them fits a temperature"
         raise located(source.folder, f"{what}; draw fewer rows, or name a folder with more")
     with whole_folder(target) as folder:
         for name in source.inputs:
-            _write_input(source, folder, name, parts, words)
+            _write_input(source, folder, name, parts)
         (folder / "label").mkdir()
         (folder / "ids").mkdir()
         if not source.regression:
@@ -199,17 +186,14 @@ def _write(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_input(source: Source, folder: Path, name: str, parts: Parts, words: np.ndarray | None) -> None:
+def _write_input(source: Source, folder: Path, name: str, parts: Parts) -> None:
     (folder / name).mkdir()
-    lines = (source.folder / name / "dict.txt").read_bytes().splitlines(keepends=True)
-    if words is None:
-        words = np.arange(len(SPECIAL_SYMBOLS) + len(lines))
-    kept = [lines[word - len(SPECIAL_SYMBOLS)] for word in words[len(SPECIAL_SYMBOLS) :]]
-    (folder / name / "dict.txt").write_bytes(b"".join(kept))
-    typecode = integer_typecode(len(words))
+    dictionary = (source.folder / name / "dict.txt").read_bytes()
+    (folder / name / "dict.txt").write_bytes(dictionary)
+    typecode = integer_typecode(len(SPECIAL_SYMBOLS) + len(dictionary.splitlines()))
     texts = {split: read_indexed(source.folder / name / split) for split in source.splits}
     for part, rows in parts.items():
         with indexed_writer(folder / name / part, typecode) as add:
             for split, place in rows:
-                ids = np.searchsorted(words, texts[split][place])
+                ids = texts[split][place]
                 add(array(typecode, ids.tolist()), [len(ids)])

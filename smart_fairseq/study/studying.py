@@ -90,14 +90,6 @@ class Study:
         folder, source, checkpoint = self.folder(asked), asked.task.source, asked.start
         if not folder.is_dir():
             cut_out(source, folder, asked.task.draw, asked.seed)
-        if asked.task.draw.vocabulary == "cut" and checkpoint is not None:
-            known_by = _short([self.data[asked.task.name], self.encoders[checkpoint]])
-            target = self.plan.work / "vocabulary" / f"{known_by}.pt"
-            if not target.is_file():
-                from .vocabulary import cut_checkpoint  # takes seconds to load
-
-                cut_checkpoint(checkpoint, source, target)
-            checkpoint = target
         logits = self.logits(self.key(asked))
         logits.parent.mkdir(parents=True, exist_ok=True)
         attack, transfer = asked.attack and asdict(asked.attack), self.elsewhere(asked.task)
