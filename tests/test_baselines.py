@@ -247,16 +247,20 @@ def test_freeat_at_radius_0_is_so_many_plain_updates_on_each_batch(
         assert_close(weights[name], parameter.detach())
 
 
-def test_freeat_divides_by_what_an_update_of_fewer_batches_holds(class_data: Path) -> None:
-    """Six batches with --update-freq 4: the gradient of the last two is their mean, as in plain fine-tuning."""
-    flags = [*NO_DROPOUT, "--curriculum", "9", "--update-freq", "4", "--lr", "1e-9"]
-    flags += ["--required-batch-size-multiple", "1"]
+def plain_and_freeat_at_radius_0(data: Path, *flags: str, updates: int) -> list[Any]:
+    """The logs of plain fine-tuning and of FreeAT with two updates on each batch, in the data's order."""
+    flags = (*NO_DROPOUT, "--curriculum", "9", "--lr", "1e-9", "--required-batch-size-multiple", "1", *flags)
     logs = []
     for name, more in (("sentence_prediction", []), ("freeat_sentence_prediction", ["--freeat-epsilon", "0"])):
         times = ["--freeat-steps", "2"] if more else []
-        arguments = command(class_data, *flags, *more, *times, criterion=name, optimizer="sgd", max_update=4)
+        arguments = command(data, *flags, *more, *times, criterion=name, optimizer="sgd", max_update=updates)
         logs.append(train(arguments)["train_inner"])
-    plain, freeat = logs
+    return logs
+
+
+def test_freeat_divides_by_what_an_update_of_fewer_batches_holds(class_data: Path) -> None:
+    """Six batches with --update-freq 4: the gradient of the last two is their mean, as in plain fine-tuning."""
+    plain, freeat = plain_and_freeat_at_radius_0(class_data, "--update-freq", "4", updates=4)
     assert [line["bsz"] for line in plain] == [16, 8, 16, 8] and [line["bsz"] for line in freeat] == [16, 16, 8, 8]
     for ours, theirs in ((freeat[1], plain[0]), (freeat[2], plain[1]), (freeat[3], plain[1])):
         assert ours["gnorm"] == pytest.approx(theirs["gnorm"], rel=2e-3)
@@ -265,13 +269,7 @@ def test_freeat_divides_by_what_an_update_of_fewer_batches_holds(class_data: Pat
 
 def test_freeat_is_right_where_fewer_examples_are_left_than_batches_in_an_update(class_data: Path) -> None:
     """24 examples, one a batch, seven an update: the last three are there three times, and their mean is the same."""
-    flags = [*NO_DROPOUT, "--curriculum", "9", "--update-freq", "7", "--batch-size", "1", "--lr", "1e-9"]
-    flags += ["--required-batch-size-multiple", "1"]
-    logs = []
-    for name, more in (("sentence_prediction", []), ("freeat_sentence_prediction", ["--freeat-epsilon", "0"])):
-        times = ["--freeat-steps", "2"] if more else []
-        arguments = command(class_data, *flags, *more, *times, criterion=name, optimizer="sgd", max_update=8)
-        logs.append(train(arguments)["train_inner"])
+    logs = plain_and_freeat_at_radius_0(class_data, "--update-freq", "7", "--batch-size", "1", updates=8)
     plain, freeat = logs[0][3], logs[1][7]
     assert plain["bsz"] == 3 and freeat["bsz"] == 9
     assert freeat["gnorm"] == pytest.approx(plain["gnorm"], rel=2e-3)
