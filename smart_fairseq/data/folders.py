@@ -120,6 +120,14 @@ def data_of(state: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def labels_in(folder: Path) -> list[str] | None:
+    """`label_order` of all classes; None for a folder that does not tell."""
+    try:
+        return list(label_order(folder))
+    except UsageError:
+        return None
+
+
 def what_is_in(folder: Path) -> dict[str, Any]:
     """What a checkpoint remembers of the data folder that it is trained on, which may be written anew or go.
 
@@ -127,8 +135,9 @@ def what_is_in(folder: Path) -> dict[str, Any]:
     to train on, and these rows' SHA-256 as ``train``; what the folder does not tell is left out.
     """
     found: dict[str, Any] = {}
-    with contextlib.suppress(UsageError):
-        found["labels"] = list(label_order(folder))
+    labels = labels_in(folder)
+    if labels is not None:
+        found["labels"] = labels
     with contextlib.suppress(UsageError):
         manifest = read_manifest(folder)
         found |= {"divisor": float(manifest.get("divisor", 1)), "rows": manifest["rows"].get("train", 0)}

@@ -16,7 +16,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..config.flags import AdversaryFlags, RegularizedConfig
 from ..data.binarize import FILLER, read_manifest
-from ..data.folders import DATA, what_is_in
+from ..data.folders import DATA, labels_in, what_is_in
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from ..patches import trained_on
@@ -68,7 +68,7 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
 def check_classes(task: Any) -> None:
     """A checkpoint is evaluated on its own classes, in their order: fairseq-validate looks at their number alone."""
     was = task.state.state_dict.get(DATA, {}).get("labels")  # in fairseq-validate the checkpoint's
-    now = what_is_in(Path(str(task.cfg.data))).get("labels")
+    now = labels_in(Path(str(task.cfg.data)))
     if was and now and was != now:
         raise UsageError(
             f"the checkpoint was trained with the classes {', '.join(was)}, and {task.cfg.data} has {', '.join(now)}; "
@@ -104,7 +104,7 @@ def _task_of(folder: str) -> str | None:
 
 def _classes_of(folder: str) -> str | None:
     """The labels of a data folder in their order; None where it has no such dictionary."""
-    labels = what_is_in(Path(folder)).get("labels")
+    labels = labels_in(Path(folder))
     return None if labels is None else f"the classes {', '.join(labels)}"
 
 
