@@ -1,13 +1,14 @@
-"""Does every recipe of examples/ act? Each is started on the demo's encoder; its terms beside its task loss.
+"""Do the recipes of examples/ and README's command act? Each on the demo's encoder; its terms beside its task loss.
 
     make demo                                                # once, for the encoder and the sentences
     python benchmarks/recipes.py --out benchmarks/results/recipes.json
 
 What is measured is the size of the terms, so the data are the demo's movie sentences, in pairs where the task has two
 texts; the label is how positive the first text is, in as many steps as the task has labels. All settings are the
-recipe's but data, model, the end after 60 updates, of which 6 warm up, and the learning rate: the one that `preprocess`
-prints for an encoder of this width. The recipes' rates are RoBERTa-large's: at them, or with nothing to learn, a fresh
-head on this encoder is after 60 updates still as flat as it began, and so are its terms. On two cores it takes an hour.
+recipe's (the command's) but data, model, the end after 60 updates, of which 6 warm up, and the learning rate: the one
+that `preprocess` prints for an encoder of this width. The printed rates are RoBERTa-large's: at them, or with nothing
+to learn, a fresh head on this encoder is after 60 updates still as flat as it began, and so are its terms. On two cores
+it takes an hour.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,9 @@ from facts import ROOT, facts
 from omegaconf import OmegaConf
 
 from smart_fairseq.commands import preprocess
-from smart_fairseq.commands.options import imported_flags
-from smart_fairseq.data.readers import Row, read_task
+from smart_fairseq.commands.options import imported_flags, plugin_flags
+from smart_fairseq.data.lines import Row
+from smart_fairseq.data.readers import read_task
 from smart_fairseq.data.tasks import TASKS, Task
 from smart_fairseq.study.recipe import prepare
 
@@ -60,13 +63,13 @@ def task_of(recipe: Any) -> Task:
     return TASKS[{(2, False): "CoLA", (2, True): "MRPC", (3, True): "MNLI"}[recipe.task.num_classes, pair]]
 
 
-def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]:
-    """Start one recipe; means of its log's entries over the last 20 updates."""
+def recipe_command(path: Path, data: Path, imported: Path, logs: Path) -> list[str]:
+    """What starts a recipe on these data and this encoder."""
     flags = imported_flags(imported)
     model = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2])}
     arch = model.pop("arch")
-    command = [
-        *(sys.executable, "-c", "from fairseq_cli.hydra_train import cli_main; cli_main()"),
+    return [
+        *("-c", "from fairseq_cli.hydra_train import cli_main; cli_main()"),
         *("--config-dir", str(path.parent), "--config-name", path.stem),
         *(f"task.data={data}", f"checkpoint.restore_file={imported / 'model.pt'}"),
         *(f"common.user_dir={ROOT / 'smart_fairseq'}", "common.cpu=true", "common.log_interval=1"),
@@ -74,16 +77,36 @@ def run(path: Path, data: Path, imported: Path, scratch: Path) -> dict[str, Any]
         *("dataset.num_workers=0", "dataset.disable_validation=true"),
         *(f"optimization.max_update={UPDATES}", f"lr_scheduler.warmup_updates={WARMUP}", "dataset.valid_subset=valid"),
         f"optimization.lr=[{preprocess.SMALL_RATE}]",
-        *("checkpoint.no_save=true", "task.separator_token=null", f"hydra.run.dir={scratch / path.stem}"),
+        *("checkpoint.no_save=true", "task.separator_token=null", f"hydra.run.dir={logs}"),
     ]
+
+
+def readme_command(data: Path, imported: Path) -> list[str]:
+    """README's command for RTE on these data and this encoder; of two values of a flag the second counts."""
+    printed = re.search(r"^fairseq-train RTE-bin (.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert printed
+    # the separator is for fairseq's RoBERTa; this encoder marks pairs itself
+    words = shlex.split(printed[1].replace("\\\n", " ").replace(" --separator-token 2", ""))
+    return [
+        *("-c", "from fairseq_cli.train import cli_main; cli_main()", str(data), *words),
+        *(*plugin_flags(), "--finetune-from-model", str(imported / "model.pt"), *imported_flags(imported)),
+        *("--cpu", "--num-workers", "0", "--disable-validation", "--no-save", "--save-dir", str(data / "none")),
+        *("--log-format", "json", "--log-interval", "1", "--max-update", str(UPDATES), "--warmup-updates", str(WARMUP)),
+        *("--lr", preprocess.SMALL_RATE),
+    ]
+
+
+def run(name: str, command: list[str], logs: Path) -> dict[str, Any]:
+    """Run it; means of its log's entries over the last 20 updates."""
+    command = [sys.executable, *command]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = done.stdout + done.stderr + "".join(p.read_text() for p in (scratch / path.stem).rglob("*.log"))
+    log = done.stdout + done.stderr + "".join(p.read_text() for p in logs.rglob("*.log"))
     lines = [json.loads(text) for text in dict.fromkeys(re.findall(r'\{"epoch".*?"task_loss".*?\}', log))]
     if done.returncode or len(lines) < UPDATES:
-        sys.exit(f"recipes: error: {path}: ended with status {done.returncode}\n{done.stderr[-2000:]}")
+        sys.exit(f"recipes: error: {name}: ended with status {done.returncode}\n{done.stderr[-2000:]}")
     last = lines[UPDATES - 20 : UPDATES]
     found = {n: sum(float(line[n]) for line in last) / 20 for n in ("task_loss", "smart_loss", "bregman_loss")}
-    return {"recipe": str(path.relative_to(ROOT)), **found, "share": found["smart_loss"] / found["task_loss"]}
+    return {"recipe": name, **found, "share": found["smart_loss"] / found["task_loss"]}
 
 
 def main() -> None:
@@ -98,16 +121,20 @@ def main() -> None:
     print(
         "| recipe | task_loss | smart_loss | bregman_loss | smart_loss / task_loss |\n| --- | --- | --- | --- | --- |"
     )
-    with tempfile.TemporaryDirectory() as name:
-        for path in sorted((ROOT / "examples").glob("*/config/*.yaml")):
-            if str(path.relative_to(ROOT)) in done:
-                continue
-            data, recipe = Path(name) / path.stem, OmegaConf.load(path)
+    recipes = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "examples").glob("*/config/*.yaml"))}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [name for name in [*recipes, "README.md"] if name not in done]:
+            recipe = OmegaConf.load(recipes.get(name, ROOT / "examples/glue/config/rte.yaml"))
+            data, logs = Path(folder) / Path(name).stem, Path(folder) / "logs" / Path(name).stem
             write_data(task_of(recipe), recipe.dataset.batch_size, sentences, imported, data)
-            found = run(path, data, imported, Path(name) / "runs")
-            rows.append(found)
+            if name in recipes:
+                command = recipe_command(recipes[name], data, imported, logs)
+            else:
+                command = readme_command(data, imported)
+            found = run(name, command, logs)
+            rows.append({**found, "commit": facts(__file__)["commit"]})
             cells = [f"{found[n]:.3g}" for n in ("task_loss", "smart_loss", "bregman_loss", "share")]
-            print(f"| {found['recipe']} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
             if args.out:
                 args.out.write_text(json.dumps({**facts(__file__), "updates": UPDATES, "rows": rows}, indent=1) + "\n")
     if any(found["share"] < LEAST for found in rows):
