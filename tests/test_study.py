@@ -345,6 +345,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("epochs: 2", "epochs: 2, warmup: 1", "warmup is '1.0'"),
         ("epochs: 2", "epochs: 2, learning-rate: 1", "fairseq-train says: unrecognized arguments: --learning-rate 1"),
         ("smart-weight: 0", "from: x.pt", "methods.smart: from is 'x.pt'; it must be an existing checkpoint"),
+        ("lr: 1e-3", "lr: 1e-4x", "letters, plain: 1e-4x is not a value that fairseq-train reads"),
         ("smart-weight: 0", "smart-wait: 0", "letters, smart: fairseq-train says: unrecognized"),
         ("smart-weight: 0", "smart-weight: -1", "letters, smart: --smart-weight is -1"),
         ("smart-weight: 0", "lr-scheduler: cosinus", "invalid choice: 'cosinus'"),

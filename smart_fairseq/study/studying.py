@@ -53,6 +53,8 @@ def check_flags(plan: Plan) -> None:
             except SystemExit:
                 reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
                 raise located(plan.path, f"{arm}: fairseq-train says: {reason}") from None
+            except SyntaxError as error:  # fairseq evaluates the values of some flags
+                raise located(plan.path, f"{arm}: {error.text} is not a value that fairseq-train reads") from None
             except Exception as error:  # whatever a flag's value leads fairseq to
                 reason = explain(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise located(plan.path, f"{arm}: {reason}") from None
