@@ -234,6 +234,15 @@ def test_only_the_rounds_of_anli_are_written_as_its_letters(tmp_path):
     assert path.suffix == ".tsv" and table(path)[1] == ["1", "1"]
 
 
+def test_held_out_rows_of_all_rounds_of_anli_are_written_by_id(tmp_path):
+    (tmp_path / "preprocess.json").write_text('{"task": "ANLI", "rows": {"valid": 1}, "parts": {}}')
+    row = Predictions(TASKS["ANLI-R1"], "valid", ["u1"], ["neutral"], np.ones((1, 3)), TASKS["ANLI-R1"].labels)
+    known = argparse.Namespace(predict=lambda split, max_tokens: row, folder=tmp_path)
+    options = argparse.Namespace(max_tokens=8, probabilities=False)
+    (path,) = predict.predict_task("ANLI", known, "valid", tmp_path, options)
+    assert path.suffix == ".tsv" and table(path)[1] == ["u1", "neutral"]
+
+
 def test_metrics_equal_those_of_scikit_learn_and_scipy():
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

@@ -167,6 +167,17 @@ def test_anli_rounds_with_others(tmp_path, bpe, capsys):
     assert read_manifest(out)["parts"]["valid"] == [["R2", 3]]
 
 
+@pytest.mark.parametrize("draw, folder", [("--subsample", "0.5"), ("--hold-out", "")])
+def test_drawn_rows_of_anli_make_a_folder_that_can_be_read(draw, folder, tmp_path, bpe):
+    """The rounds no longer follow each other in it; in what was not drawn they do."""
+    data, out = make_anli(tmp_path / "data"), tmp_path / "ANLI-bin"
+    for name in ("R1", "R2", "R3") if draw == "--hold-out" else ():
+        (data / "anli_v1.0" / name / "dev.jsonl").unlink()
+    assert anli_main(["--data-dir", str(data), "--bpe-dir", str(bpe), "--out", str(out), draw, "0.5"]) == 0
+    manifest = read_manifest(out / folder)
+    assert "train" not in manifest["parts"] and manifest["parts"]["test"] == [["R1", 3], ["R2", 4], ["R3", 5]]
+
+
 # Replacement ------------------------------------------------------------------------------------------------------
 
 

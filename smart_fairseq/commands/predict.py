@@ -132,8 +132,10 @@ def predict_task(name: str, model: Model, split: str, out: Path, options: argpar
     """The files that were written for a split of a task."""
     found = model.predict(split, options.max_tokens)
     if name in (*ANLI, ANLI_JOINED.name) and split != "train":
-        parts = read_manifest(model.folder).get("parts", {}).get(split)
-        return write_anli(found, out, parts or [(name[5:], len(found.ids))])
+        whole = [(name[5:], len(found.ids))]
+        parts = whole if name in ANLI else read_manifest(model.folder).get("parts", {}).get(split)
+        if parts:  # which rows that were held out, of all rounds, have not
+            return write_anli(found, out, parts)
     if split in found.task.submission:
         return [write_submission(found, out)]
     return [write_predictions(found, out, options.probabilities)]

@@ -142,7 +142,9 @@ def write_folder(data: Data, target: Path, pool: Pool, train: Sequence[Row] | No
         progress = Progress(len(rows[split]), f"{data.task.name} {split}")
         folder.write(split, rows[split], progress.advance)
         progress.close(_note(data, folder, split))
-    folder.finish(parts=data.parts, **facts)
+    # rows that were drawn are no longer one data set after the other
+    parts = {split: found for split, found in data.parts.items() if sum(n for _, n in found) == len(rows[split])}
+    folder.finish(parts=parts, **facts)
     _check_known(folder)
 
 
