@@ -246,6 +246,17 @@ def test_a_damaged_data_folder_is_named(content: str, plan: Path, capsys: pytest
     assert f"{data}/preprocess.json: " in refused(plan, capsys, "--dry-run")
 
 
+def test_f1_needs_the_class_whose_it_is(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a class 1 it would be 0 whatever was predicted."""
+    data = shutil.copytree(re.search(r"data: (\S+),", plan.read_text())[1], tmp_path / "words")  # type: ignore[index]
+    labels = (data / "label" / "dict.txt").read_text()
+    plan.write_text(re.sub(r"data: \S+,", f"data: {data}, metrics: [f1],", plan.read_text()))
+    assert main([str(plan), "--dry-run"]) == 0
+    (data / "label" / "dict.txt").write_text(labels.replace("1 ", "good ", 1).replace("0 ", "bad ", 1))
+    expected = "tasks.letters: metrics is \"['f1']\"; it must be a list of accuracy, mcc"
+    assert refused(plan, capsys, "--dry-run").endswith(expected)
+
+
 def test_a_folder_of_candidates_is_refused(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its first two texts and its labels look like those of pairs."""
     data = prepared(tmp_path / "wnli")

@@ -10,7 +10,7 @@ from typing import Any
 from ..commands.options import imported_flags, plugin_flags
 from ..commands.preprocess import task_flags
 from ..data.lines import shown
-from ..data.tasks import CORRELATIONS
+from ..data.tasks import CORRELATIONS, RIGHT
 from ..evaluation.metrics import METRICS
 from . import recipe
 from .attacked import Attack
@@ -290,6 +290,8 @@ def _attacks(given: Any, methods: Sequence[str], seeds: Sequence[int]) -> dict[t
 def _metrics(where: str, given: Any, source: Source) -> tuple[str, ...]:
     """Those that the plan names; else those of the task that the folder was made from."""
     allowed = [name for name in METRICS if name != "top1" and (name in CORRELATIONS) == source.regression]
+    if RIGHT not in source.classes:  # whose F1 it is
+        allowed = [name for name in allowed if not name.endswith("f1")]
     if given is None:
         return source.task.metrics
     return tuple(some_of(f"{where}: metrics", given, allowed))
