@@ -246,6 +246,15 @@ def test_a_damaged_data_folder_is_named(content: str, plan: Path, capsys: pytest
     assert f"{data}/preprocess.json: " in refused(plan, capsys, "--dry-run")
 
 
+def test_a_place_without_room_for_lines_is_named_before_any_training(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    plan.write_text(plan.read_text().replace(f"out: {tmp_path}/out", f"out: {tmp_path}/file/out"))
+    assert "file/out/runs.jsonl: cannot be written" in refused(plan, capsys)
+    assert not (tmp_path / "work" / "logs").exists()
+
+
 def test_f1_needs_the_class_whose_it_is(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a class 1 it would be 0 whatever was predicted."""
     data = shutil.copytree(re.search(r"data: (\S+),", plan.read_text())[1], tmp_path / "words")  # type: ignore[index]
