@@ -261,6 +261,7 @@ def test_a_table_goes_between_its_marks(plan: Any, tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("nothing", "has no marks"),
+        ("caf\udce9", "--into: is not UTF-8 text; convert it"),
         ("<!-- study:movie begin -->", r"page\.md:1: --into: this mark begins a table, and .* end --> must come next"),
         ("a\n<!-- study:movie end -->\n<!-- study:movie begin -->", r"page\.md:2: .* ends a table, and .* before it"),
         ("<!-- study:movie begin -->\n<!-- study:movie begin -->\n<!-- study:movie end -->", r"page\.md:1: .* begins"),
@@ -274,10 +275,10 @@ def test_a_table_goes_between_its_marks(plan: Any, tmp_path: Path) -> None:
 )
 def test_marks_that_are_not_right(text: str, expected: str, plan: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(text)
+    page.write_text(text, errors="surrogateescape")
     with pytest.raises(UsageError, match=expected):
         document.put_into(plan, page)
-    assert page.read_text() == text
+    assert page.read_text(errors="surrogateescape") == text
 
 
 def test_a_mark_chooses_columns_rows_and_whom_they_are_compared_with(plan: Any, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def put_into(plan: Plan, document: Path, against: str | None = None) -> list[str
         text = document.read_text(encoding="utf-8")
     except OSError as error:
         raise located(document, f"--into: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise located(document, "--into: is not UTF-8 text; convert it") from None
     tasks = [name for name, arms in arms_of(plan).items() if arms]
     marks = list(_marks(document, text, tasks))
     if not marks:
