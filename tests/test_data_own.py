@@ -59,9 +59,9 @@ def test_the_forms_hold_the_same(
             "--text",
             "first,second",
             "--label",
-            "kind",
+            "Kind",
             "--id",
-            "KEY" if form != ".jsonl" else "key",
+            "KEY",
         ]
         assert main(["--task", "mine", *flags, *bpe, "--out", str(out)]) == 0
         folders.append(out)

@@ -27,6 +27,13 @@ def form_of(flag: str, path: Path) -> str:
     return FORMS[name.suffix]
 
 
+def _spelt(flag: str, column: str, path: Path, named: Sequence[str]) -> str:
+    """The column as the file spells it, which may differ in case. Raises `UsageError` where there is none."""
+    found = [name for name in named if name == column] or [name for name in named if name.lower() == column.lower()]
+    require(bool(found), flag, shown(column), f"a column of {path}, which has {', '.join(named)}")
+    return found[0]
+
+
 def _sources(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, Source]:
     """Of each split; the label's column may be left out of ``--test``, and the ids' of all."""
     texts = tuple(text.strip() for text in options.text.split(","))
@@ -36,15 +43,14 @@ def _sources(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, S
     for split, path in files.items():
         form = form_of(f"--{split}", path)
         named = columns_of(form, path)
-        there = [name.lower() for name in named]
-        label = options.label if split != "test" or options.label.lower() in there else None
-        for flag, column in (*(("--text", text) for text in texts), ("--label", label), ("--id", options.id)):
-            known = column is None or column.lower() in there
-            require(known, flag, shown(str(column)), f"a column of {path}, which has {', '.join(named)}")
-        if label is None:
+        columns = tuple(_spelt("--text", text, path, named) for text in texts)
+        label, id = None, None if options.id is None else _spelt("--id", options.id, path, named)
+        if split != "test" or options.label.lower() in map(str.lower, named):
+            label = _spelt("--label", options.label, path, named)
+        else:
             print(f"{split}: no column {options.label}, so its rows have no labels")
         hidden = ("",) if split == "test" else ()
-        found[split] = Source((path.name,), texts, label, options.id, form, hidden_labels=hidden, numbers=True)
+        found[split] = Source((path.name,), columns, label, id, form, hidden_labels=hidden, numbers=True)
     return found
 
 
