@@ -223,6 +223,17 @@ def test_train_evaluate_and_predict_rows_without_labels(
     assert [line.split("\t")[0] for line in lines[1:]] == ["n0", "n1", "n2", "n3"]
 
 
+def test_rows_that_lack_an_id_or_a_label(tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An id that is null is none; labels of a part of the rows are left out, and that is said."""
+    rows = [{"text": "a", "label": "x", "id": "r0"}, {"text": "b", "label": None, "id": None}, {"text": "c"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--test", str(tmp_path / "t.jsonl"), "--text", "text", "--id", "id", "--labels", "x,y"]
+    assert main(["--task", "mine", *flags, *bpe, "--out", str(tmp_path / "o")]) == 0
+    ids = (tmp_path / "o" / "ids" / "test.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[0] for line in ids] == ["r0", "1", "2"]
+    assert "2 rows have no label, so none is written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

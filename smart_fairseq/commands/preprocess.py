@@ -161,6 +161,9 @@ def _note(data: Data, folder: Folder, split: str) -> str:
     notes += [f"read {path.stem} and not {path.name}, which is beside it" for path in compressed]
     if split == "train" and not data.task.regression and len({row.label for row in data.rows[split]}) == 1:
         notes.append(f"warning: every label is {data.rows[split][0].label}, and a model learns nothing from one class")
+    unlabelled = sum(row.label is None for row in data.rows[split])
+    if 0 < unlabelled < count.rows:
+        notes.append(f"{unlabelled} rows have no label, so none is written")
     if count.empty:
         notes.append(f"{count.empty} rows with an empty text")
     if count.unknown:

@@ -166,7 +166,8 @@ def _object_row(source: Source, path: Path, number: int, line: str) -> Row:
             raise located(path, f"key {shown(str(key))} holds {type(value).__name__}, and a list is needed", number)
         votes += [str(vote) for vote in value if vote]
     word = None if source.label is None else entry.get(source.label) or ""
-    identity = "" if source.id is None else str(entry.get(source.id, ""))
+    named = entry.get(source.id)
+    identity = "" if named is None else str(named)
     texts = [entry[key] for key in source.texts]
     if any("\0" in text for text in (identity, *texts)):
         raise located(path, "holds a zero byte, and text is needed", number)
