@@ -223,6 +223,15 @@ def test_train_evaluate_and_predict_rows_without_labels(
     assert [line.split("\t")[0] for line in lines[1:]] == ["n0", "n1", "n2", "n3"]
 
 
+@pytest.mark.parametrize("name", ["caf\udce9.csv", "a\tb\nc.csv"], ids=ascii)
+def test_a_file_whose_name_no_table_can_hold(name: str, tmp_path: Path, bpe: list[str]) -> None:
+    write(tmp_path / name, rows_of(6))
+    flags = ["--train", str(tmp_path / name), "--text", "first", "--label", "kind"]
+    assert main(["--task", "mine", *flags, *bpe, "--out", str(tmp_path / "o")]) == 0
+    lines = (tmp_path / "o" / "ids" / "train.tsv").read_text().splitlines()
+    assert len(lines) == 7 and all(line.count("\t") == 2 for line in lines)
+
+
 def test_rows_that_lack_an_id_or_a_label(tmp_path: Path, bpe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """An id that is null is none; labels of a part of the rows are left out, and that is said."""
     rows = [{"text": "a", "label": "x", "id": "r0"}, {"text": "b", "label": None, "id": None}, {"text": "c"}]

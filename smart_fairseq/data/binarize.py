@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import parse_json, refuse
+from ..errors import one_line, parse_json, refuse
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
 from .lines import Row, as_number, located, read_lines, shown
@@ -219,7 +219,8 @@ class Folder:
             table.write("id\tfile\tline\n")
             for row in rows:
                 # without the path before the task's folder, which differs from one machine to the next
-                table.write(f"{row.id}\t{'/'.join(Path(row.file).parts[-2:])}\t{row.line}\n")
+                file = one_line("/".join(Path(row.file).parts[-2:]))
+                table.write(f"{row.id}\t{file}\t{row.line}\n")
         if self.task.rated:
             (self.path / "annotators").mkdir(exist_ok=True)
             text = annotators_table(rows)
