@@ -160,7 +160,7 @@ def _clear_up(target: Path) -> None:
     with contextlib.suppress(OSError):  # what it stands in the way of will say so
         for stale in list(target.parent.glob(f".{glob.escape(target.name)}.*-*")):
             kind, _, number = stale.name[len(target.name) + 2 :].rpartition("-")
-            if kind not in ("partial", "old") or not number.isdigit() or _process_runs(int(number)):
+            if kind not in ("partial", "old") or not number.isdigit() or _another_runs(int(number)):
                 continue
             if kind == "old" and not target.exists():
                 stale.rename(target)
@@ -170,7 +170,10 @@ def _clear_up(target: Path) -> None:
                 stale.unlink()
 
 
-def _process_runs(number: int) -> bool:
+def _another_runs(number: int) -> bool:
+    """Whether a process of that number runs beside this one, which may have the number of one that was killed."""
+    if number == os.getpid():
+        return False
     try:
         os.kill(number, 0)
     except OSError as error:  # one that is another user's runs as well

@@ -254,3 +254,11 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path,
     assert not (tmp_path / "pipe").is_file() and len(list(tmp_path.iterdir())) == 2
     check_place(tmp_path / "new" / "file")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """In a container every start may have the same number."""
+    for kind in ("partial", "old"):
+        write_folder(tmp_path / f".target.{kind}-{os.getpid()}", kind)
+    write_folder(tmp_path / "target", "new")
+    assert content(tmp_path) == {"target/deep/new": "new"}
