@@ -1,5 +1,6 @@
 """The door to the commands: python -m smart_fairseq.commands."""
 
+import io
 import json
 import logging
 import os
@@ -29,6 +30,13 @@ def test_unknown_name(capsys):
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1
     assert "'prepare'" in error and all(name in error for name in COMMANDS)
+
+
+def test_signs_that_the_terminal_lacks_are_escapes(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "latin-1"))
+    assert run("it", lambda: print("caf\xe9 \u732b \udce9")) == 0
+    assert written.getvalue() == b"caf\xe9 \\u732b \\udce9\n"
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "import_hf"])

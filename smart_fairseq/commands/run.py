@@ -15,7 +15,10 @@ Given = ParamSpec("Given")
 
 
 class _Output:
-    """Standard output whose reader may go, as ``head`` does: then the rest is thrown away, and the work goes on."""
+    """Standard output whose reader may go, as ``head`` does: then the rest is thrown away, and the work goes on.
+
+    Signs that its encoding lacks are written as escapes.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -25,7 +28,10 @@ class _Output:
 
     def write(self, text: str) -> int:
         with self._thrown_away():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:
