@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from data_samples import ROOT, checkpoint, make_anli, make_place, train
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import validate
-from toolkit import USER_DIR, capture_log
+from toolkit import USER_DIR, capture_log, error_line
 
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.commands.preprocess import anli_main
@@ -170,6 +171,15 @@ def test_scores_for_the_server_are_clipped_and_others_are_not(tmp_path):
     found = Predictions(TASKS["STS-B"], "test", ["1", "0"], ["5.200000", "-0.100000"], np.zeros((2, 1)))
     assert table(predict.write_submission(found, tmp_path))[1:] == [["0", "0.000"], ["1", "5.000"]]
     assert table(predict.write_predictions(found, tmp_path))[1:] == [["1", "5.200000"], ["0", "-0.100000"]]
+
+
+def test_ids_that_the_server_does_not_know_are_named_before_the_work(place, tmp_path, capsys):
+    data = shutil.copytree(place / "bins" / "CoLA-bin", tmp_path / "CoLA-bin")
+    ids = data / "ids" / "test.tsv"
+    ids.write_text(ids.read_text().replace("\n1\t", "\nx1\t"))
+    flags = ["--checkpoint", checkpoint(place, "CoLA"), "--data-dir", data, "--out", tmp_path / "out", "--cpu"]
+    line = error_line("predict", predict.main, flags, capsys)
+    assert f"{ids}: id 'x1' is no whole number" in line and not (tmp_path / "out").exists()
 
 
 def test_anli_by_uid_and_by_round(place, tmp_path, capsys):

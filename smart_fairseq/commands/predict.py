@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.binarize import read_manifest
-from ..data.folders import read_ids
+from ..data.folders import read_ids, task_of
 from ..data.lines import located, shown
 from ..data.readers import find_sources
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS
@@ -43,6 +43,14 @@ def _server_file(path: Path, rows: Iterable[tuple[int, str]]) -> Path:
     lines = "".join(f"{number}\t{label}\n" for number, label in rows)
     replace_file(path, "index\tprediction\n" + lines)
     return path
+
+
+def _check_index(folder: Path, split: str, ids: Sequence[str]) -> None:
+    """Raise `UsageError` where the GLUE server's file would need whole numbers, and the ids are others."""
+    wrong = [identity for identity in ids if not identity.isdecimal()]
+    if wrong and split in task_of(folder).submission:
+        what = f"id {shown(wrong[0])} is no whole number, and the GLUE server's index is made of these"
+        raise located(folder / "ids" / f"{split}.tsv", f"{what}; preprocess the official file")
 
 
 def write_submission(found: Predictions, out: Path) -> Path:
@@ -178,7 +186,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
                 other = ", ".join(read_manifest(folders[name])["rows"])
                 raise located(folders[name], f"has no test split of {name}; name another one with --split: {other}")
             for split in splits[name]:
-                read_ids(folders[name], split, by_id=True)
+                ids = read_ids(folders[name], split, by_id=True)
+                _check_index(folders[name], split, ids)
         for_server = False
         for name, checkpoint in checkpoints.items():
             model = Model(checkpoint, folders[name], options.cpu, options.fp16)
