@@ -110,6 +110,14 @@ def test_command(tmp_path, capsys):
         assert found == pytest.approx({name: other[name] for name in found})
 
 
+def test_a_path_may_have_the_sign_of_a_name(tmp_path):
+    file = tmp_path / "lr=1" / "a.tsv"
+    assert agreement._named([f"b={file}"]) == {"b": file}
+    file.parent.mkdir()
+    file.touch()
+    assert agreement._named([str(file), f"b={file}"]) == {"a": file, "b": file}
+
+
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     data, file = make_mnli(tmp_path / "glue"), make_file(tmp_path / "a.tsv", UNIFORM)

@@ -71,6 +71,7 @@ def test_scores_of_predictions_equal_what_fairseq_validate_logs(place, tmp_path,
     assert predict.main([*flags, "--checkpoint", checkpoint(place, name), "--split", "valid", "--out", str(out)]) == 0
     file = out / f"{name}.valid.tsv"
     scored = tmp_path / "scores.json"
+    file = file.rename(tmp_path / "with, a comma.tsv")
     assert evaluate.main([*flags, "--predictions", str(file), "--json", str(scored)]) == 0
     ours = json.loads(scored.read_text())["splits"]["valid"]["runs"][str(file)]
     assert len({row[1] for row in table(file)[1:]}) > 1  # a constant would prove nothing

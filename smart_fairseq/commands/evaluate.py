@@ -160,7 +160,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 raise UsageError(f"--predictions needs one split; say --split with one of {', '.join(splits)}")
             ids = read_ids(folder, splits[0])
             for text in options.predictions:
-                predicted = _from_files([Path(part) for part in text.split(",")], task, ids)
+                paths = [text] if Path(text).is_file() else text.split(",")
+                predicted = _from_files(list(map(Path, paths)), task, ids)
                 if task.ranking:
                     _check_picks(Path(text), predicted, read_groups(folder, splits[0], len(ids)))
                 runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
