@@ -47,6 +47,13 @@ def check_place(path: str | Path | None) -> None:
             pass
 
 
+def check_file(path: str | Path | None) -> None:
+    """The same for a file alone."""
+    if path is not None and Path(path).is_dir():
+        raise UsageError(f"{path}: cannot be written (it is a folder); name a file")
+    check_place(path)
+
+
 @contextlib.contextmanager
 def _named(target: Path, partial: Path) -> Iterator[None]:
     """Turn a failure of the disk, which names the hidden place or none, into a `UsageError` that names the target."""

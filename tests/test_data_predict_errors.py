@@ -45,6 +45,9 @@ def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
     for flag in ("--json", "--outputs", "--picture"):
         line = refused(evaluate.main, capsys, "--checkpoint", "nowhere.pt", *data, flag, below)
         assert f"{below}: cannot be written ({tmp_path / 'file'}: " in line
+    for flag in ("--json", "--outputs"):
+        line = refused(evaluate.main, capsys, "--checkpoint", "nowhere.pt", *data, flag, str(tmp_path))
+        assert f"{tmp_path}: cannot be written (it is a folder); name a file" in line
     assert "gives 3 outputs, and RTE has 2" in says(checkpoint(place, "MNLI"))
     assert "is a regression, and RTE has classes: another task's" in says(checkpoint(place, "STS-B"))
     regression = ["--checkpoint", checkpoint(place, "RTE"), "--data-dir", str(place / "bins" / "STS-B-bin")]

@@ -22,7 +22,7 @@ from ..evaluation.calibration import divergence_from
 from ..evaluation.intervals import interval, mean_of, resampled
 from ..evaluation.labels import vote_shares
 from ..evaluation.report import pyplot, save
-from ..files import check_place, write_json
+from ..files import check_file, write_json
 from .evaluate import in_order
 from .options import existing
 from .run import run
@@ -215,7 +215,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     options = parser.parse_args(argv)
     task = TASKS[options.task]
     for place in (options.json, options.picture):
-        check_place(place)
+        check_file(place)
     require(options.split in task.splits, "--split", shown(options.split), f"one of {', '.join(task.splits)}")
     rows = annotated_rows(task, Path(options.data_dir), options.split)
     models = {name: analyse(task, rows, path) for name, path in _named(options.predictions).items()}

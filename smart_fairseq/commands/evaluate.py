@@ -22,7 +22,7 @@ from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
 from ..evaluation.metrics import score
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
-from ..files import check_place, write_json
+from ..files import check_file, check_place, write_json
 from ..inference import Model
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .predict import LETTERS
@@ -267,8 +267,9 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
-    for path in (options.json, options.outputs, options.picture):
-        check_place(path)
+    for path in (options.json, options.outputs):
+        check_file(path)
+    check_place(options.picture)
     options.attack = options.attack or options.attack_rows is not None
     if options.full or options.attack or options.typos or options.outputs or options.picture:
         _show_fully(evaluate_fully(options), options)

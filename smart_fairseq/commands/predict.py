@@ -14,7 +14,7 @@ from ..data.lines import located, shown
 from ..data.readers import find_sources
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS
 from ..errors import UsageError
-from ..files import check_place, replace_file, whole_file
+from ..files import check_file, replace_file, whole_file
 from ..inference import Model, Predictions
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
@@ -163,7 +163,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
     data_dir, out = Path(options.data_dir), Path(options.out)
     folders = data_folders(data_dir)
-    check_place(out / "submission.zip")
+    check_file(out / "submission.zip")
     with tempfile.TemporaryDirectory() as scratch:
         for text in options.checkpoint if not folders else ():
             name = text.partition("=")[0]

@@ -17,7 +17,7 @@ import numpy as np
 from .. import register
 from ..data.lines import located
 from ..errors import explain
-from ..files import check_place, sha256
+from ..files import check_file, sha256
 from .attacked import scores_under_attack
 from .lines import Line, alone, facts, lines_to_change, read_lines
 from .plan import Asked, Plan, Task
@@ -160,7 +160,7 @@ class Study:
 
     def go(self, jobs: int) -> list[str]:
         """Run what is left; the names of those that failed. A line is written as each ends."""
-        check_place(self.jsonl)  # before trainings whose lines could not be written
+        check_file(self.jsonl)  # before trainings whose lines could not be written
         with alone(self.plan.work / "lock"):
             left = {asked.name: asked for asked in self.left()}
             total = len(self.plan.runs())
