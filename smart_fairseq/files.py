@@ -126,9 +126,12 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside ``target``, to be filled: it takes its place, old files and all, when the block ends well.
 
-    Behind a link, its folder is what is replaced. ``target`` stays as it was when the block fails.
+    Behind a link, its folder is what is replaced. ``target`` stays as it was when the block fails. Raises `UsageError`
+    where this process works in it, which would be nowhere then.
     """
     target = Path(os.path.realpath(target))
+    if Path.cwd().is_relative_to(target):
+        raise UsageError(f"{target}: cannot be replaced (the command is called in it); call it in another folder")
     with hidden_folder(target) as partial:
         yield partial
         old = _beside(target, "old")

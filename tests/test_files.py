@@ -262,3 +262,13 @@ def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_pat
         write_folder(tmp_path / f".target.{kind}-{os.getpid()}", kind)
     write_folder(tmp_path / "target", "new")
     assert content(tmp_path) == {"target/deep/new": "new"}
+
+
+def test_the_folder_of_work_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever works in it would be nowhere."""
+    write_folder(tmp_path / "target", "old")
+    monkeypatch.chdir(tmp_path / "target" / "deep")
+    for place in (tmp_path / "target", Path(), Path("..")):
+        with pytest.raises(UsageError, match=r"cannot be replaced \(the command is called in it\)"):
+            write_folder(place, "new")
+    assert content(tmp_path) == {"target/deep/old": "old"}
