@@ -14,6 +14,7 @@ from toolkit import USER_DIR, error_line, saving, train
 from smart_fairseq.commands import evaluate, predict
 from smart_fairseq.commands.preprocess import main
 from smart_fairseq.data.binarize import read_classes, read_indexed, read_manifest
+from smart_fairseq.data.folders import read_ids
 
 KINDS = ("praise", "complaint", "neither")
 
@@ -302,6 +303,9 @@ def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pyt
     path.write_text("text,label\na,b,x\nc,d,y\n")
     line = error_line("preprocess", main, [*flags, "--skip-bad-rows"], capsys)
     assert f"{path}: holds no rows but 2 that were left out; the first: {path}:2: 3 comma-separated columns" in line
+    path.write_text("text,label\na,x\na,b,x\nc,y\n")
+    main([*flags, "--skip-bad-rows", "--out", str(tmp_path / "o")])  # an id is the position in the file
+    assert read_ids(tmp_path / "o", "train") == ["0", "2"]
     for name, text, said in (
         ("t.csv", "text;label\na;x\n", "t.csv:1: columns are separated by semicolons, and commas are needed"),
         ("t.jsonl", '[{"text": "a"}]', "t.jsonl:1: a JSON list; each line must be one object"),

@@ -148,6 +148,13 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.90 <= hits / 400 <= 0.97
 
 
+def test_samples_without_the_rows_of_a_mean_do_not_count():
+    """Of 40 rows one is among those meant: a third of the samples lacks it, and in the others it is the mean."""
+    values, some = np.arange(40.0), np.arange(40) == 7
+    found = intervals.resampled({"m": intervals.mean_of(values, some)}, 40, 400)["m"]
+    assert 0.25 < np.isnan(found).mean() < 0.5 and intervals.interval(found) == (7.0, 7.0)
+
+
 def test_mean_of_some_rows():
     values, some = np.array([1.0, np.nan, 5.0]), np.array([True, False, True])
     assert intervals.mean_of(values, some)(np.array([[3.0, 1, 1]]))[0] == 2.0

@@ -44,13 +44,13 @@ def _sources(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, S
         form = form_of(f"--{split}", path)
         named = columns_of(form, path)
         columns = tuple(_spelt("--text", text, path, named) for text in texts)
-        label, id = None, None if options.id is None else _spelt("--id", options.id, path, named)
+        label, identity = None, None if options.id is None else _spelt("--id", options.id, path, named)
         if split != "test" or options.label.lower() in map(str.lower, named):
             label = _spelt("--label", options.label, path, named)
         else:
             print(f"{split}: no column {options.label}, so its rows have no labels")
         hidden = ("",) if split == "test" else ()
-        found[split] = Source((path.name,), columns, label, id, form, hidden_labels=hidden, numbers=True)
+        found[split] = Source((path.name,), columns, label, identity, form, hidden_labels=hidden, numbers=True)
     return found
 
 

@@ -20,6 +20,8 @@ from .sentiment import rated_rows
 from .tasks import Column, Source, Task
 from .winograd import aligned_row, wsc_rows
 
+BAD = "not in order (--skip-bad-rows)"  # why a row was left out
+
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
@@ -238,7 +240,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
             if in_dev is not None and next(in_dev) != (source.dev_ids == "dev"):
                 continue
             if isinstance(item, Row):
-                item = _finished(task, source, path, item, len(rows))
+                item = _finished(task, source, path, item, len(rows) + report.left_out[BAD])
             if isinstance(item, Row):
                 rows.append(item)
                 continue
@@ -246,7 +248,7 @@ def read_source(task: Task, source: Source, folder: Path, skip_bad_rows: bool = 
             if isinstance(item, Skip):
                 report.left_out[str(item)] += 1
             elif skip_bad_rows:
-                report.left_out["not in order (--skip-bad-rows)"] += 1
+                report.left_out[BAD] += 1
             else:
                 raise _not_in_order(item)
     if not rows and first is not None:

@@ -38,12 +38,16 @@ def resampled(
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of the samples of `resampled`.
+    """The middle 95 % of the samples of `resampled` for which the metric is defined; nan where it is for none.
 
     >>> interval(np.arange(-1.0, 101.0))  # the first is the value itself
     (2.5, 97.5)
     """
-    low, high = np.percentile(values[1:], [50 - LEVEL / 2, 50 + LEVEL / 2])
+    drawn = values[1:]
+    known = drawn[np.isfinite(drawn)]
+    if not known.size:
+        return float("nan"), float("nan")
+    low, high = np.percentile(known, [50 - LEVEL / 2, 50 + LEVEL / 2])
     return float(low), float(high)
 
 

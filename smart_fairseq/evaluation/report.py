@@ -83,6 +83,8 @@ def short(names: Sequence[str]) -> list[str]:
 
     >>> short(["runs/plain-1/best.pt", "runs/smart-1/best.pt"]), short(["runs/plain-1/best.pt"])
     (['plain-1', 'smart-1'], ['plain-1/best.pt'])
+    >>> short(["runs/runs/best.pt", "runs/best.pt"])
+    ['runs/runs/best.pt', 'runs/best.pt']
     """
     parts = [Path(name).parts for name in names]
     if len(parts) == 1:
@@ -92,7 +94,8 @@ def short(names: Sequence[str]) -> list[str]:
         return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*lists))))
 
     start, end = shared(parts), shared([part[::-1] for part in parts])
-    return ["/".join(part[start : len(part) - end]) or part[-1] for part in parts]
+    found = ["/".join(part[start : len(part) - end]) or part[-1] for part in parts]
+    return found if len(set(found)) == len(set(names)) else list(names)
 
 
 def for_json(results: Mapping[str, Result]) -> dict[str, Any]:
