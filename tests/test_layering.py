@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -57,19 +58,18 @@ def code_of(path: Path) -> str:
 # --- who imports whom ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", METHOD, ids=name_of)
-def test_mathematics_imports_torch_alone(path: Path) -> None:
-    siblings = {"." + other.stem for other in METHOD}
-    assert imports(path) <= {"torch", *sys.stdlib_module_names, *siblings}
-
-
-def test_there_is_mathematics_to_hold_to_that() -> None:
+def test_mathematics_imports_torch_alone() -> None:
     assert {"divergence.py", "adversary.py", "teacher.py"} <= {path.name for path in METHOD}
+    allowed = {"torch", *sys.stdlib_module_names, *("." + path.stem for path in METHOD)}
+    assert not {name_of(path): others for path in METHOD if (others := imports(path) - allowed)}
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "data").glob("*.py")), ids=name_of)
-def test_data_imports_no_part_that_imports_it(path: Path) -> None:
-    assert {name for name in imports(path) if name.startswith("..")} <= {"..errors", "..files"}
+def test_data_imports_no_part_that_imports_it() -> None:
+    above = {
+        name_of(path): {name for name in imports(path) if name.startswith("..")} - {"..errors", "..files"}
+        for path in (PACKAGE / "data").glob("*.py")
+    }
+    assert above and not any(above.values()), above
 
 
 def loaded_with(path: Path) -> set[str]:
@@ -100,33 +100,32 @@ def test_no_two_parts_import_each_other() -> None:
     assert order.index("method") < order.index("terms") < order.index("training") < order.index("criterions")
 
 
-@pytest.mark.parametrize("path", TESTS, ids=name_of)
-def test_no_test_file_imports_another(path: Path) -> None:
+def test_no_test_file_imports_another() -> None:
     """What two of them need stands in a file that is no test's."""
-    assert not [module for module in imports(path) if module.startswith("test_")]
+    assert not [path.name for path in TESTS if any(module.startswith("test_") for module in imports(path))]
 
 
 # --- who knows what --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if not name_of(p).startswith(KNOW_AN_ENCODER)], ids=name_of)
-def test_an_encoders_insides_are_known_in_one_place(path: Path) -> None:
-    code = code_of(path)
-    assert not re.search(r"sentence_encoder|embed_tokens|\.module\b|\"module\"|'module'", code)
+def with_code(pattern: str, files: list[Path]) -> list[str]:
+    assert files
+    return [name_of(path) for path in files if re.search(pattern, code_of(path))]
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if name_of(p).startswith(("config/", "training/", "terms/", "criterions/"))], ids=name_of
-)
-def test_configurations_have_types(path: Path) -> None:
-    assert not re.search(r"\b(cfg|config|flags|settings): Any\b", code_of(path))
+def test_an_encoders_insides_are_known_in_one_place() -> None:
+    others = [path for path in FILES if not name_of(path).startswith(KNOW_AN_ENCODER)]
+    assert not with_code(r"sentence_encoder|embed_tokens|\.module\b|\"module\"|'module'", others)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_postponed_annotations_beside_a_fairseq_dataclass(path: Path) -> None:
-    """fairseq reads annotations at run time; as strings they end in `issubclass() arg 1 must be a class`."""
-    text = path.read_text(encoding="utf-8")
-    assert "@dataclass" not in text or "import fairseq" not in text or "import annotations" not in text
+def test_configurations_have_types() -> None:
+    typed = [path for path in FILES if name_of(path).startswith(("config/", "training/", "terms/", "criterions/"))]
+    assert not with_code(r"\b(cfg|config|flags|settings): Any\b", typed)
+
+
+def test_no_postponed_annotations() -> None:
+    """fairseq reads those of a dataclass at run time; as strings they end in `issubclass() arg 1 must be a class`."""
+    assert not with_code("import annotations", FILES)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +146,12 @@ def test_one_file_per_registered_name(folder: str, registry: dict[str, type]) ->
 # --- how large -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_file_is_long(path: Path) -> None:
-    assert lines_of(path) <= LONGEST_FILE
+def test_no_file_is_long() -> None:
+    assert not [name_of(path) for path in FILES if lines_of(path) > LONGEST_FILE]
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {PACKAGE}), ids=name_of)
-def test_no_folder_outweighs_the_rest(folder: Path) -> None:
-    whole, part = (sum(lines_of(path) for path in where.rglob("*.py")) for where in (PACKAGE, folder))
-    assert part <= LARGEST_FOLDER * whole
+def test_no_folder_outweighs_the_rest() -> None:
+    sizes = Counter[str]()
+    for path in FILES:
+        sizes[path.relative_to(PACKAGE).parts[0]] += lines_of(path)
+    assert max(sizes.values()) <= LARGEST_FOLDER * sizes.total(), sizes
