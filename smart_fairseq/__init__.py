@@ -25,6 +25,7 @@ def register() -> None:
         allow_fairseq_checkpoints,
         copy_at_once,
         copy_checkpoints_whole,
+        load_normalized_heads,
         mend_amp,
         read_checkpoints_with_care,
         remember_data,
@@ -34,6 +35,7 @@ def register() -> None:
     allow_fairseq_checkpoints()
     copy_at_once()
     copy_checkpoints_whole()
+    load_normalized_heads()
     mend_amp()
     read_checkpoints_with_care()
     remember_data()

@@ -16,6 +16,8 @@
   update of RoBERTa-large (`copy_at_once`).
 - Its AMPOptimizer divides the gradients by the loss scale twice, and saves the state of the innermost optimizer, which
   knows no teacher (`mend_amp`).
+- A head trained with --spectral-norm-classification-head is saved, and cannot be loaded: fairseq asks for its sizes
+  by a name that such a head has not (`load_normalized_heads`).
 - A checkpoint names its data folder, and not what was in it: with it goes `data.folders.what_is_in` (`remember_data`).
 - Criterion and optimizer meet in ``task.train_step`` alone (`smart_fairseq.training.link`).
 """
@@ -141,6 +143,25 @@ def mend_amp() -> None:
     AMPOptimizer.clip_grad_norm = clip_and_remember
     AMPOptimizer.state_dict = lambda self: self.fp32_optimizer.state_dict()
     AMPOptimizer.load_state_dict = lambda self, *args, **kwargs: self.fp32_optimizer.load_state_dict(*args, **kwargs)
+
+
+def load_normalized_heads() -> None:
+    """Let RoBERTa load the head of R4F, whose weight is `weight_orig`."""
+    from fairseq.models.roberta import RobertaModel
+
+    upgrade = RobertaModel.upgrade_state_dict_named
+
+    @functools.wraps(upgrade)
+    def upgrade_with_sizes(self: Any, state_dict: dict[str, Any], name: str) -> None:
+        end = ".out_proj.weight_orig"
+        names = [key for key in state_dict if "classification_heads." in key and key.endswith(end)]
+        stand_ins = {key.removesuffix("_orig"): state_dict[key] for key in names}
+        state_dict.update(stand_ins)
+        upgrade(self, state_dict, name)
+        for key in stand_ins:
+            state_dict.pop(key, None)
+
+    RobertaModel.upgrade_state_dict_named = upgrade_with_sizes
 
 
 # by the path of a checkpoint that fairseq has loaded, the data folder and what was in it

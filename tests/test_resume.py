@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig, open_dict
-from toolkit import BOLD, HEAD, ROOT, assert_equal, assert_same_state, batch, command, train
+from toolkit import BOLD, HEAD, ROOT, assert_equal, assert_resumes, assert_same_state, batch, command, train
 
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
 
@@ -29,6 +29,17 @@ def test_three_and_three_equal_six(more: list[str], class_data: Path, tmp_path: 
     teacher = torch.load(last)["last_optimizer_state"]["mbpp"]
     assert teacher["updates"] == 6
     assert all(average.dtype == torch.float32 for average in teacher["teacher"])
+
+
+def test_r4f_resumes_and_is_loaded(class_data: Path, tmp_path: Path) -> None:
+    """The head's spectral norm and its vectors too; fairseq's tools load what was trained."""
+    flags = ["--spectral-norm-classification-head", "--save-interval-updates", "3"]
+    arguments = command(class_data, *flags, criterion="r3f_sentence_prediction", save_dir=tmp_path / "run")
+    assert_resumes(arguments, tmp_path / "run", 3)
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(last)])
+    name = f"classification_heads.{HEAD}.out_proj.weight_orig"
+    assert_equal(model.state_dict()[name], torch.load(last)["model"][name])
 
 
 def test_a_checkpoint_that_names_removed_flags_goes_on(class_data: Path, tmp_path: Path) -> None:
