@@ -421,5 +421,5 @@ def test_a_worker_that_did_not_read_the_checkpoint_itself_warns_of_nothing(class
             (tmp_path / "checkpoint_last.pt").touch()
         with capture_log() as log:
             task, _, criterion = set_up(class_data, save_dir=tmp_path)
-            check_start(criterion.cfg, task.cfg)
+            check_start(criterion.cfg, task.cfg, criterion.objectives)
         assert ("training starts from random weights" in str(log["text"])) is not there

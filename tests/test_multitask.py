@@ -400,6 +400,17 @@ def test_a_resumed_run_equals_one_that_went_on(alpha: str, place: Path, tmp_path
     assert_resumes(arguments, tmp_path / "run", 15)
 
 
+def test_a_run_on_other_tasks_or_in_another_order_does_not_go_on(place: Path, tmp_path: Path) -> None:
+    """Heads of one shape, one of which would go on with the other's teacher and moments."""
+    where = {"save_dir": tmp_path / "run", "max_update": 2}
+    train(command(place / "bins", ["RTE", "MRPC"], **where))
+    for tasks in (["MRPC", "RTE"], ["RTE", "CoLA"]):
+        message = refused(command(place / "bins", tasks, **{**where, "max_update": 4}))
+        assert f"on the tasks RTE, MRPC, and this one is on {', '.join(tasks)}; --multitask-tasks" in message
+    anew = command(place / "bins", ["MRPC", "RTE"], "--reset-optimizer", "--reset-dataloader", **where)
+    assert train(anew)["train_inner"]
+
+
 def test_two_workers_equal_one(place: Path, tmp_path: Path) -> None:
     """Two workers, whose batches are of different tasks, and one that accumulates the same two; validation as well."""
     # sgd, because adam turns a gradient of rounding into a whole step

@@ -134,6 +134,7 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_lr_scheduler: Any = II("lr_scheduler")
     smart_restore_file: str = II("checkpoint.restore_file")
     smart_finetune_from: Any = II("checkpoint.finetune_from_model")
+    smart_reset_optimizer: Any = II("checkpoint.reset_optimizer")  # Any: see smart_amp
     smart_best_metric: str = II("checkpoint.best_checkpoint_metric")
     smart_maximize_best: Any = II("checkpoint.maximize_best_checkpoint_metric")  # Any: see smart_amp
     smart_disable_validation: Any = II("dataset.disable_validation")

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
-def check_start(cfg: RegularizedConfig, task: Any) -> None:
+def check_start(cfg: RegularizedConfig, task: Any, objectives: Sequence[Objective]) -> None:
     """What the run begins with: no other task's run goes on, and who trains from random weights, or reads a word in the
     place of the first token, is told so. ``task``: its configuration.
     """
@@ -49,6 +49,9 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
                 f"--save-dir holds {last}, of a run on {names[0]} ({folder}), and this one is on {names[1]} "
                 f"({task.data}); give another --save-dir, and to start from those weights --finetune-from-model"
             )
+        if not cfg.smart_reset_optimizer:
+            tasks = [name for name, of_one in was.items() if isinstance(of_one, dict)]
+            _check_tasks(tasks, [objective.name for objective in objectives if objective.name], last)
         if was.get("train", now.get("train")) != now.get("train"):
             logger.warning(
                 f"--save-dir holds {last}, of a run on {was.get('rows')} training rows, and the {now.get('rows')} of "
@@ -62,6 +65,16 @@ def check_start(cfg: RegularizedConfig, task: Any) -> None:
         logger.warning(
             "--init-token is not set: the classification head reads the first word of a row in the place of the token "
             "that the encoder was pretrained with there; RoBERTa and BERT need --init-token 0"
+        )
+
+
+def _check_tasks(was: Sequence[str], now: Sequence[str], last: str) -> None:
+    """The state of optimizer and teacher is by place: another head in a place would go on with it."""
+    if was and now and was != now:
+        raise UsageError(
+            f"--save-dir holds {last}, of a run on the tasks {', '.join(was)}, and this one is on {', '.join(now)}; "
+            "--multitask-tasks must name the same in the same order, or give another --save-dir, and to start from "
+            "those weights --finetune-from-model"
         )
 
 

@@ -152,7 +152,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
     def _check_before_training(self, model: nn.Module) -> None:
         if self._checked:
             return
-        checks.check_start(self.cfg, self.task.cfg)
+        checks.check_start(self.cfg, self.task.cfg, self.objectives)
         for objective in self.objectives:
             if objective.judge is None:  # otherwise its own data set has looked
                 checks.check_labels(self.cfg, objective.task, objective.regression)
