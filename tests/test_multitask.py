@@ -365,8 +365,11 @@ def test_a_constant_regression_counts_as_zero(place: Path) -> None:
 
 
 def test_every_split_that_some_tasks_have(place: Path) -> None:
-    """MNLI's second validation set is validated beside the first, without the others."""
-    flags = ["--valid-subset", "valid,valid1"]
+    """MNLI's second validation set is validated beside the first, without the others, whose metrics cannot select."""
+    flags = ["--valid-subset", "valid,valid1", "--maximize-best-checkpoint-metric", "--best-checkpoint-metric"]
+    message = refused(command(place / "bins", ["RTE", "MNLI"], *flags, "RTE_accuracy", validate=True))
+    assert "--best-checkpoint-metric is RTE_accuracy; it must be one of average, loss, nll_loss, MNLI_acc" in message
+    flags.append("MNLI_accuracy")
     log = train(command(place / "bins", ["RTE", "MNLI"], *flags, max_update=1, validate=True))
     first, second = log["valid"], log["text"]
     assert len(first) == 1 and "valid_RTE_accuracy" in first[0] and "valid_MNLI_accuracy" in first[0]

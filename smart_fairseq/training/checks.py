@@ -140,9 +140,9 @@ def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[
 def _check_known(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:
     if objectives[0].name:
         known = ["average", "loss", "nll_loss"]
-        train = cfg.smart_train_subset
-        validated = [objective for objective in objectives if objective.task.datasets.keys() - {train}]
-        for objective in validated or objectives:
+        # fairseq looks it up in each validation set
+        splits = {split for objective in objectives for split in objective.task.datasets} - {cfg.smart_train_subset}
+        for objective in (objective for objective in objectives if objective.task.datasets.keys() >= splits):
             calibration = ["calibration_error"] if cfg.smart_report_calibration and objective.classes else []
             known += [f"{objective.name}_{what}" for what in (*objective.metrics, *calibration, "loss")]
         require(metric in known, "--best-checkpoint-metric", metric, f"one of {', '.join(known)}")
