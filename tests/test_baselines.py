@@ -356,6 +356,13 @@ def test_r4f_holds_the_head_at_a_spectral_norm_of_1(class_data: Path) -> None:
 # --- the adversary is seen ---------------------------------------------------------------------------
 
 
+def test_pgd_climbs_with_the_layers_of_its_update(class_data: Path) -> None:
+    """At a point next to the start the loss is the start's, though layers are dropped and the teacher has a pass."""
+    flags = [*flags_of("pgd", epsilon="1e-6", step_size="1e-6", start="0"), "--encoder-layerdrop", "0.5"]
+    log = train(command(class_data, *flags, criterion="pgd_sentence_prediction"))
+    assert all(abs(line["pgd_rise"]) < 1e-4 for line in log["train_inner"])
+
+
 @pytest.mark.parametrize("name", ["pgd", "freelb", "freeat"])
 def test_the_ascent_raises_the_loss(name: str, class_data: Path) -> None:
     """By more than a twentieth, over the random start."""

@@ -16,7 +16,8 @@ from . import TermValue
 
 def teacher_output(forward: Forward, weights: Mapping[str, Tensor], perturbation: Tensor | None = None) -> Tensor:
     """The teacher's logits [B, K], without dropout and without gradients."""
-    with torch.no_grad(), forward.encoder.without_dropout():
+    # --encoder-layerdrop draws in evaluation too: the passes after this one have the masks that they have without it
+    with torch.no_grad(), forward.encoder.without_dropout(), torch.random.fork_rng([]):
         return forward(forward.encoder.cast(weights), perturbation)
 
 
