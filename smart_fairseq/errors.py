@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 NOT_SHARDED = (
     "--ddp-backend is fully_sharded; this plugin needs whole weights on each worker: use legacy_ddp or pytorch_ddp"
 )
+_ANOTHER = "give another --save-dir, and to start from its weights --finetune-from-model"
 
 
 class UsageError(ValueError):
@@ -129,6 +130,13 @@ def _explained(error: BaseException) -> str | None:
         if " and --restore-file (" in text:
             return "--finetune-from-model is set with --restore-file; leave one of them out"
         return f"{text}; name an existing checkpoint"
+    other = re.match(r"(Criterion|Optimizer) does not match; .* (\S+) vs (\S+)$", text)
+    if isinstance(error, AssertionError) and other:
+        what = f"the checkpoint to go on from is of a run with {other[2]}, and this one has {other[3]}"
+        return f"--{other[1].lower()}: {what}; {_ANOTHER}"
+    if isinstance(error, ValueError) and text.startswith("loaded state dict ") and "parameter group" in text:
+        what = "the checkpoint's optimizer has another number of weights than this run, as with other tasks or heads"
+        return f"{what}; {_ANOTHER}"
     if isinstance(error, ImportError) and "FullyShardedDataParallel" in text:
         return NOT_SHARDED  # fairseq asks for fairscale before the criterion can say so
     if "lr_scheduler.total_num_update=null" in text:  # hydra's, where polynomial_decay was not told

@@ -371,6 +371,22 @@ def test_a_checkpoint_of_another_shape(flags: str, checkpoint: Path, class_data:
     assert re.match(expected, line), line
 
 
+def test_resuming_with_another_criterion_optimizer_or_head(checkpoint: Path, class_data: Path, tmp_path: Path) -> None:
+    """fairseq asserts the first two without a word about --save-dir; torch finds a weight too few or too many."""
+    folder = checkpoint.parent
+    for other in ({"criterion": "rdrop_sentence_prediction"}, {"optimizer": "adam"}):
+        line = library_refusal(command(class_data, save_dir=folder, **other))
+        assert line.startswith(f"--{next(iter(other))}: the checkpoint to go on from is of a run with "), line
+        assert line.endswith("; give another --save-dir, and to start from its weights --finetune-from-model")
+    train(command(class_data, save_dir=tmp_path, optimizer="adam", max_update=1))
+    last = tmp_path / "checkpoint_last.pt"
+    state = torch.load(last)
+    state["last_optimizer_state"]["param_groups"][0]["params"].pop()
+    torch.save(state, last)
+    line = library_refusal(command(class_data, save_dir=tmp_path, optimizer="adam"))
+    assert line.startswith("the checkpoint's optimizer has another number of weights than this run"), line
+
+
 def test_resuming_with_another_precision(checkpoint: Path, class_data: Path) -> None:
     """The teacher is one tensor per parameter here, and there one per parameter of another model."""
     optimizer = optim.build_optimizer(parse(command(class_data)).optimizer, [torch.nn.Parameter(torch.zeros(3))])
