@@ -69,6 +69,7 @@ CASES = [
     (["--mbpp-warmup-ratio", "-1"], "--mbpp-warmup-ratio is -1.0; it must be a number from 0 to 1"),
     (["--mbpp-inner-steps", "0"], "--mbpp-inner-steps is 0; it must be a whole number from 1"),
     (["--mbpp-base", "adamm"], "--mbpp-base is adamm; it must be one of adadelta"),
+    (["--use-bmuf"], "--use-bmuf is set; it must be left out with --optimizer mbpp, which it would hide"),
     (["--zero-sharding", "os"], "--zero-sharding is os; it must be none with --optimizer mbpp"),
     (["--max-update", "0", "--max-epoch", "1"], "--mbpp-warmup-ratio is 0.1, a fraction of the updates"),
     (["--regression-target", "--num-classes", "2"], "--num-classes is 2; it must be 1 with --regression-target"),

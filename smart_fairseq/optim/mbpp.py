@@ -58,6 +58,7 @@ class MBPPConfig(FairseqAdamConfig):
     mbpp_max_update: int = II("optimization.max_update")
     mbpp_lr_scheduler: Any = II("lr_scheduler")
     mbpp_zero_sharding: str = II("distributed_training.zero_sharding")
+    mbpp_use_bmuf: Any = II("optimization.use_bmuf")  # of the type bool, the interpolation would be taken for true
 
 
 class _RAdam(FairseqAdam):
@@ -145,6 +146,7 @@ class MBPP(FairseqOptimizer):
         require(cfg.mbpp_inner_steps >= 1, "--mbpp-inner-steps", cfg.mbpp_inner_steps, "a whole number from 1")
         needed = "none with --optimizer mbpp, whose teacher needs all weights on each worker"
         require(cfg.mbpp_zero_sharding == "none", "--zero-sharding", cfg.mbpp_zero_sharding, needed)
+        require(not cfg.mbpp_use_bmuf, "--use-bmuf", "set", "left out with --optimizer mbpp, which it would hide")
         # the length of training that the momentum refers to; 0 if it is not known
         self.total_updates = int(cfg.mbpp_max_update or getattr(cfg.mbpp_lr_scheduler, "total_num_update", 0) or 0)
         self.warmup_momentum, self.momentum = _momentum(cfg, self.total_updates)
