@@ -264,7 +264,7 @@ def test_a_full_disk_while_copying_to_checkpoint_last(tmp_path: Path) -> None:
 # --- workers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dying", [0, 1])
+@pytest.mark.parametrize("dying", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_dying_worker_stops_the_other(dying: int, class_data: Path, tmp_path: Path) -> None:
     """With an error and within a minute, whichever of the two it is; the checkpoint of before loads."""
     arguments = command(

@@ -245,7 +245,7 @@ def test_every_criterion_ranks(place: Path, way: str) -> None:
         assert 0 < log[0][f"{name}_delta"] <= 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("criterion", ["smart", "pgd"])
+@pytest.mark.parametrize("criterion", ["smart", pytest.param("pgd", marks=pytest.mark.slow)])
 def test_a_toy_is_learned(place: Path, criterion: str) -> None:
     """Ranking accuracy on the training and on the validation set, from less to all."""
     regularised = CRITERIA[criterion]
