@@ -120,7 +120,12 @@ def _explained(error: BaseException) -> str | None:
             advice = "name a folder that examples/glue/preprocess.py or fairseq-preprocess wrote"
             from .data.binarize import one_of_those_in  # which imports this module
 
-            advice = one_of_those_in(Path(missing.strip("'")).parent.parent) or advice
+            folder = Path(missing.strip("'")).parent
+            advice = one_of_those_in(folder.parent) or advice
+            if (folder / "input0").is_dir():
+                advice = (
+                    "is the checkpoint an encoder that is not fine-tuned, or of another --task than this data folder?"
+                )
             if os.path.basename(os.path.dirname(missing)) == "label":
                 advice = "if this is a regression task, give --regression-target --num-classes 1"
             return f"{missing}: no such file; {advice}"
@@ -130,6 +135,8 @@ def _explained(error: BaseException) -> str | None:
         if " and --restore-file (" in text:
             return "--finetune-from-model is set with --restore-file; leave one of them out"
         return f"{text}; name an existing checkpoint"
+    if isinstance(error, AssertionError) and text.startswith("could not find dataset: "):
+        return f"{text.removeprefix('could not find dataset: ')}: no such part in the data folder; name another folder"
     other = re.match(r"(Criterion|Optimizer) does not match; .* (\S+) vs (\S+)$", text)
     if isinstance(error, AssertionError) and other:
         what = f"the checkpoint to go on from is of a run with {other[2]}, and this one has {other[3]}"

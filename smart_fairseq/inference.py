@@ -56,7 +56,8 @@ class Model:
 
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
         if not checkpoint.is_file():
-            raise located(checkpoint, "--checkpoint: no such file")
+            what = "a folder; name a file in it, such as checkpoint_best.pt" if checkpoint.is_dir() else "no such file"
+            raise located(checkpoint, f"--checkpoint: {what}")
         self.folder, self.task = folder, task_of(folder)
 
         import torch  # what takes seconds to load comes after what can be said without
@@ -127,6 +128,9 @@ class Model:
         with as_written(self._path):
             self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
             check_head(self._path, state["model"], self.head)
+            if config.criterion.get("smart_validate_with") == "teacher":
+                what = "in training the teacher was validated, and these are the model's own weights"
+                print(f"{self._path}: {what}; export --teacher writes the teacher's", flush=True)
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:

@@ -238,6 +238,30 @@ def test_finetune_from_a_missing_model(class_data: Path) -> None:
     assert line == "--finetune-from-model gone.pt does not exist; name an existing checkpoint"
 
 
+def test_finetune_from_a_folder(class_data: Path, tmp_path: Path) -> None:
+    line = library_refusal(command(class_data, "--finetune-from-model", str(tmp_path)))
+    assert line.startswith(f"--finetune-from-model {tmp_path}: a folder, ") and line.endswith("such as its model.pt")
+
+
+def test_a_folder_without_a_training_part(class_data: Path) -> None:
+    line = library_refusal(command(class_data, "--train-subset", "gone"))
+    assert line == f"{class_data}/input0/gone: no such part in the data folder; name another folder"
+
+
+def test_an_encoder_in_the_place_of_a_checkpoint(class_data: Path) -> None:
+    """fairseq-validate builds its task, masked_lm, which looks for a dictionary beside the data."""
+    line = explain(FileNotFoundError(2, "No such file", str(class_data / "dict.txt")))
+    assert line and line.startswith(f"{class_data}/dict.txt: no such file; is the checkpoint an encoder")
+
+
+def test_a_warm_up_that_never_ends_is_said(class_data: Path) -> None:
+    for updates, said in ((2, True), (3, False)):
+        with capture_log() as log:
+            train(command(class_data, "--lr-scheduler", "polynomial_decay", "--total-num-update", "9",
+                          "--warmup-updates", "2", max_update=updates))  # fmt: skip
+        assert ("--warmup-updates 2 is not below --max-update 2: the learning" in str(log["text"])) is said
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

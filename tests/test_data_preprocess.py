@@ -163,6 +163,10 @@ def test_anli_rounds_with_others(tmp_path, bpe, capsys):
     assert manifest["parts"]["test"] == [["R1", 3], ["R2", 4], ["R3", 5]]
     assert manifest["labels"] == ["contradiction", "neutral", "entailment"]
     assert ids(out, "train")[-3:] == ["s0", "s2", "f0"] and ids(out, "test")[3] == "R2test0"
+    (train,) = data.rglob("snli_1.0_train.jsonl")
+    train.rename(train.with_name("snli_1.0_dev.jsonl"))
+    line = error_line("preprocess", anli_main, [*flags, "--with", "SNLI"], capsys)
+    assert line.endswith("holds no training rows of SNLI, which --with names; leave it out")
     assert anli_main([*flags, "--rounds", "R2"]) == 0
     assert read_manifest(out)["parts"]["valid"] == [["R2", 3]]
 

@@ -11,6 +11,7 @@ import torch
 from data_samples import make_bert_bpe
 from toolkit import USER_DIR, capture_log, error_line, refused, saving, train
 
+from smart_fairseq import export
 from smart_fairseq.commands import evaluate
 from smart_fairseq.commands.preprocess import main
 from smart_fairseq.data.folders import DATA
@@ -108,6 +109,18 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other(prepare, tmp_path) 
         Model(tmp_path / "run" / "checkpoint_last.pt", data, cpu=True)
 
 
+def test_that_the_teacher_was_validated_is_said_of_other_weights(prepare, tmp_path, capsys) -> None:
+    data, run = prepare(), tmp_path / "run" / "checkpoint_last.pt"
+    train(command(data, tmp_path / "run", "--optimizer", "mbpp", "--smart-validate-with", "teacher"))
+    assert export.main([str(run), str(tmp_path / "teacher.pt"), "--teacher"]) == 0
+    capsys.readouterr()
+    said = []
+    for checkpoint in (run, tmp_path / "teacher.pt"):
+        Model(checkpoint, data, cpu=True)
+        said.append("in training the teacher was validated" in capsys.readouterr().out)
+    assert said == [True, False]
+
+
 def test_scores_on_another_scale_are_refused(prepare, tmp_path, capsys) -> None:
     scores = ["--label", "stars", "--scores"]
     data = prepare(*scores, "4")
@@ -126,6 +139,9 @@ def test_fairseq_validate_takes_the_checkpoints_classes_alone(prepare, tmp_path)
     given += ["--criterion", "smart_sentence_prediction", "--path", str(checkpoint), "--batch-size", "4", "--cpu"]
     program = [str(Path(sys.executable).parent / "fairseq-validate"), str(data), *given, "--num-workers", "0"]
     assert subprocess.run(program, capture_output=True).returncode == 0
+    prepare("--text", "text,kind")
+    failed = subprocess.run(program, capture_output=True, text=True)
+    assert "was trained on single texts, and" in failed.stderr.splitlines()[-1] and failed.returncode == 1
     prepare("--labels", "good,bad,fair")
     failed = subprocess.run(program, capture_output=True, text=True)
     assert failed.returncode == 1 and "trained with the classes bad, fair, good, and" in failed.stderr.splitlines()[-1]

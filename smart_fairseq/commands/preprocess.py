@@ -357,7 +357,10 @@ def _anli(argv: Sequence[str] | None, prog: str) -> None:
         task = TASKS[f"ANLI-{name}" if name in rounds else name]
         parts[name], reports[name] = read_task(task, Path(options.data_dir), options.skip_bad_rows)
         needed = {split: rows for split, rows in parts[name].items() if name in rounds or split == "train"}
-        _say_missing(task.name, task.splits if name in rounds else ("train",), needed)
+        if name in extra and "train" not in needed:
+            raise located(Path(options.data_dir), f"holds no training rows of {name}, which --with names; leave it out")
+        if name in rounds:
+            _say_missing(task.name, task.splits, needed)
         for split, rows in needed.items():
             dropped = reports[name][split].left_out
             notes = "".join(f"; {number} left out ({reason})" for reason, number in dropped.items())

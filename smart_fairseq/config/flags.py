@@ -139,6 +139,7 @@ class RegularizedConfig(SentencePredictionConfig):
     smart_maximize_best: Any = II("checkpoint.maximize_best_checkpoint_metric")  # Any: see smart_amp
     smart_disable_validation: Any = II("dataset.disable_validation")
     smart_train_subset: str = II("dataset.train_subset")
+    smart_max_update: Any = II("optimization.max_update")
     smart_update_freq: Any = II("optimization.update_freq")
     smart_save_dir: str = II("checkpoint.save_dir")
     smart_amp: Any = II("common.amp")  # of the type bool, fairseq would take the interpolation itself for true

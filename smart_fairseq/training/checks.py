@@ -32,6 +32,16 @@ def check_start(cfg: RegularizedConfig, task: Any, objectives: Sequence[Objectiv
     """What the run begins with: no other task's run goes on, and who trains from random weights, or reads a word in the
     place of the first token, is told so. ``task``: its configuration.
     """
+    if cfg.smart_finetune_from and os.path.isdir(cfg.smart_finetune_from):
+        raise UsageError(
+            f"--finetune-from-model {cfg.smart_finetune_from}: a folder, of which fairseq would read nothing and start "
+            "from random weights; name the checkpoint in it, such as its model.pt"
+        )
+    warmup, updates = getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0, cfg.smart_max_update or math.inf
+    if warmup >= updates:
+        logger.warning(
+            f"--warmup-updates {warmup} is not below --max-update {updates}: the learning rate never reaches --lr"
+        )
     last = os.path.join(cfg.smart_save_dir, DEFAULT_RESTORE_FILE)
     before = trained_on(last)
     if cfg.smart_restore_file != DEFAULT_RESTORE_FILE:
@@ -79,12 +89,19 @@ def _check_tasks(was: Sequence[str], now: Sequence[str], last: str) -> None:
 
 
 def check_classes(task: Any) -> None:
-    """A checkpoint is evaluated on its own classes, in their order: fairseq-validate looks at their number alone."""
-    was = task.state.state_dict.get(DATA, {}).get("labels")  # in fairseq-validate the checkpoint's
-    now = labels_in(Path(str(task.cfg.data)))
+    """A checkpoint is evaluated on its own classes, in their order, and on as many texts: fairseq looks at neither."""
+    remembered = task.state.state_dict.get(DATA, {})  # in fairseq-validate the checkpoint's
+    was, now = remembered.get("labels"), labels_in(Path(str(task.cfg.data)))
     if was and now and was != now:
         raise UsageError(
             f"the checkpoint was trained with the classes {', '.join(was)}, and {task.cfg.data} has {', '.join(now)}; "
+            "validate on the data of its own task"
+        )
+    kinds = {1: "single texts", 2: "pairs"}
+    before, texts = remembered.get("texts"), len(list(Path(str(task.cfg.data)).glob("input*")))
+    if before and before != texts:
+        raise UsageError(
+            f"the checkpoint was trained on {kinds[before]}, and {task.cfg.data} has {kinds[texts]}; "
             "validate on the data of its own task"
         )
 
