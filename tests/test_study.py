@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import FORKS, join
 from study_samples import MODEL, PLAN, study_of, without_plain, write_data, write_fake, write_plan
-from toolkit import ROOT, command, error_line, train
+from toolkit import ROOT, TINY_MODEL, command, error_line, train
 
 from smart_fairseq.data.binarize import read_indexed
 from smart_fairseq.errors import UsageError
@@ -349,7 +349,7 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("smart-weight: 0", "smart-wait: 0", "letters, smart: fairseq-train says: unrecognized"),
         ("smart-weight: 0", "smart-weight: -1", "letters, smart: --smart-weight is -1"),
         ("smart-weight: 0", "lr-scheduler: cosinus", "invalid choice: 'cosinus'"),
-        ("criterion: smart_sentence_prediction, ", "", "criterion is 'not set'"),
+        ("criterion: smart", "criterionn: smart", "criterion: ...; smart sets criterionn, optimizer"),
         ("arch: roberta", "arch: robert", "invalid choice: 'robert'"),
         ("encoder:\n  flags: {{{model}}}", "encoder: nowhere", "encoder is 'nowhere'; it must be a folder"),
         ("  flags:", "  checkpoint: x.pt\n  flags:", "encoder: checkpoint is 'x.pt'"),
@@ -364,6 +364,22 @@ def test_bad_plans_are_refused_before_any_run(
     line, of_the_data = error_line("study", main, [plan], capsys), new.startswith("{data}/nowhere")
     assert expected in line and (of_the_data or line.startswith(f"study: error: {plan}:"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
+
+
+def test_data_of_another_encoder_are_refused(tmp_path: Path, study_data: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "import.json").write_text(json.dumps({"flags": TINY_MODEL}))
+    text = PLAN.replace("encoder:\n  flags: {{{model}}}", f"encoder: {encoder}")
+    words = (study_data / "input0" / "dict.txt").read_bytes()
+    for found in (words, words + b"more 1\n"):
+        (encoder / "dict.txt").write_bytes(found)
+        plan = write_plan(tmp_path, study_data, text)
+        if found == words:
+            read_plan(plan)
+        else:
+            with pytest.raises(UsageError, match=r"plan.yaml: tasks.letters: .* has another dictionary than the enc"):
+                read_plan(plan)
 
 
 def test_a_method_begins_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ class Plan:
         must_be(warmup < 1, where + "warmup", warmup, "a share of the updates, from 0 to below 1")
         number(where + "batch-size", flags["batch-size"], 1)
         for name in ("criterion", "optimizer"):
-            must_be(name in flags, where + name, "not set", f"one of fairseq-train's, as in {name}: ...")
+            allowed = f"one of fairseq-train's, as in {name}: ...; {method} sets {', '.join(self.methods[method])}"
+            must_be(name in flags, where + name, "not set", allowed)
         attack, start = self.attacks.get((method, seed)), self.starts.get(method, self.checkpoint)
         return Asked(task, method, variant, seed, flags, epochs, warmup, attack, start)
 
@@ -198,6 +199,11 @@ def read_plan(path: Path, files: bool = True) -> Plan:
         right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
         must_be(right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each")
         checkpoint, encoder_flags = _encoder(given.get("encoder")) if files else (None, [])
+        if checkpoint and (words := checkpoint.with_name("dict.txt")).is_file():  # an imported encoder's
+            for task in tasks:
+                what = f"{task.source.folder} has another dictionary than the encoder, {words}"
+                if words.read_bytes() != task.source.words_in_order:
+                    raise Wrong(f"tasks.{task.name}: {what}; preprocess it with the encoder's --bpe-dir")
         plan = Plan(
             path=path,
             out=Path(str(given["out"])),
