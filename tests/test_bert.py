@@ -236,7 +236,8 @@ def test_an_old_import_trains_on_without(old: Path, tmp_path: Path, pairs: bool)
     assert torch.load(tmp_path / "teacher.pt", weights_only=True)["model"].keys() == state["model"].keys()
 
 
-@pytest.mark.parametrize("kind", ["imported", pytest.param("old", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["imported", "old"])
 def test_two_workers_equal_one(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """`legacy_ddp`, which has wrapped the model before a checkpoint without token types takes them away."""
     folder = request.getfixturevalue(kind)

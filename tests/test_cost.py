@@ -20,6 +20,7 @@ from toolkit import (
     command,
     flops,
     set_up,
+    slow_but,
     step,
     train,
 )
@@ -113,7 +114,7 @@ def peak(data: Path, dtype: torch.dtype, *flags: str, **options: Any) -> int:
     return memory.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.bfloat16, torch.float16]))
 def test_memory(dtype: torch.dtype, class_data: Path) -> None:
     """Activations at most 1.9 times plain fine-tuning's, in either form; with --smart-recompute 1.1 times."""
     shared = ["--dropout", "0.1", "--attention-dropout", "0.1"]

@@ -10,7 +10,7 @@ import torch
 from processes import finish, start
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
-from toolkit import HEAD, command, train, write_data
+from toolkit import HEAD, command, slow_but, train, write_data
 
 import smart_fairseq  # noqa: F401  allow-lists what checkpoints hold
 
@@ -80,6 +80,7 @@ def test_any_batch_size(batch_size: str, trained: Any) -> None:
     assert {key: log["valid"][-1][f"valid_{key}"] for key in KEYS[kind]} == pytest.approx(expected, abs=0.051)
 
 
+@pytest.mark.parametrize("trained", slow_but(["classes"], KEYS), indirect=True)
 def test_two_workers(trained: Any, tmp_path: Path) -> None:
     """23 examples in batches of 2 over two workers: the last batch of one of them is empty."""
     kind, data, checkpoint, expected = trained

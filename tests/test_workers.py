@@ -77,7 +77,7 @@ HALF_ON_CUDA = {"fp16": {"fp16": True}, "amp": {"amp": True}}
     ("precision", "mode"),
     [
         ("fp16-no-flatten-grads", "finite"),
-        ("bf16", "tangent"),
+        pytest.param("bf16", "tangent", marks=pytest.mark.slow),
         *(pytest.param(name, "finite", marks=pytest.mark.slow) for name in HALF if name != "fp16-no-flatten-grads"),
         pytest.param("fp16-no-flatten-grads", "tangent", marks=pytest.mark.slow),
         *(pytest.param(name, mode, marks=pytest.mark.gpu) for name in HALF_ON_CUDA for mode in ("finite", "tangent")),
@@ -189,7 +189,7 @@ def in_ddp(rank: int, port: int, data: Path, way: str, unused: bool, out: Path) 
 
 @pytest.mark.parametrize(
     ("way", "unused"),
-    slow_but([("two forwards", True), ("first order", False)], itertools.product(WAYS, [True, False])),
+    slow_but([("two forwards", True)], itertools.product(WAYS, [True, False])),
 )
 def test_torch_ddp(way: str, unused: bool, class_data: Path, tmp_path: Path) -> None:
     """Two workers' gradients, averaged by DDP's reducer, against one with all examples; accumulation in between."""
