@@ -92,6 +92,7 @@ def test_batches_change_nothing(place, tmp_path):
     np.testing.assert_allclose(small.scores.sum(1), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_as_a_program_it_predicts_the_same(place, tmp_path):
     """A program registers what the checkpoint needs by itself, and fairseq says nothing while it loads."""
     flags = ["--checkpoint", checkpoint(place, "MRPC"), "--data-dir", str(place / "bins" / "MRPC-bin")]

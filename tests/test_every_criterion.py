@@ -185,7 +185,7 @@ def test_three_and_three_equal_six(way: Regularised, data: Path, tmp_path: Path)
     assert_resumes(command(data, *flags, criterion=way.criterion, save_dir=tmp_path / "run"), tmp_path / "run", 3)
 
 
-@pytest.mark.parametrize("way", slow_but(["smart", "freelb"], CRITERIA), indirect=True)
+@pytest.mark.parametrize("way", slow_but(["freelb"], CRITERIA), indirect=True)
 def test_two_workers_equal_one(way: Regularised, tmp_path: Path) -> None:
     """`legacy_ddp`: 2 workers x 4 examples, one x 8; two epochs of three updates."""
     data = write_data(tmp_path / "data")

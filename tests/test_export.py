@@ -107,6 +107,7 @@ def test_trained_model_predicts_the_same_without_this_package(
         assert (actual - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_as_a_program_it_does_the_same(trained: dict[str, Path], tmp_path: Path) -> None:
     """A program registers what the checkpoint needs by itself."""
     outs = [tmp_path / "here.pt", tmp_path / "program.pt"]

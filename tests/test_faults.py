@@ -132,6 +132,7 @@ def pretend_cuda() -> None:
         torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_overflow_with_two_workers(class_data: Path, tmp_path: Path) -> None:
     """The first updates overflow: both workers skip them, and go on alike when the loss scale has come down."""
     arguments = command(
@@ -279,7 +280,8 @@ def test_a_dying_worker_stops_the_other(dying: int, class_data: Path, tmp_path: 
     assert torch.load(tmp_path / "run" / "checkpoint_last.pt")["last_optimizer_state"]["mbpp"]["updates"] >= 2
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.slow
 def test_another_number_of_workers_keeps_the_teacher(before: int, after: int, class_data: Path, tmp_path: Path) -> None:
     """Three updates with some workers and three with others equal six with one."""
 

@@ -80,7 +80,7 @@ def exact(
 @pytest.mark.parametrize(
     ("kind", "classes", "place", "steps"),
     slow_but(
-        [("classes", 5, "token", 2), ("regression", 1, "input", 1)],
+        [("classes", 5, "token", 2)],
         [
             (*case, place, steps)
             for case in [("classes", 2), ("classes", 5), ("classes", 3), ("regression", 1)]

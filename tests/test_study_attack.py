@@ -184,7 +184,8 @@ def test_an_attack_on_its_way_to_the_worker() -> None:
     assert Attack(**json.loads(json.dumps(asdict(asked)))) == asked
 
 
-@pytest.mark.parametrize("kind", ["classes", pytest.param("regression", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classes", "regression"])
 def test_a_run_is_attacked_before_its_checkpoint_goes(kind: str, tmp_path: Path) -> None:
     """As `evaluation.attack` does it on the same rows from the same start; it does harm, more than random signs."""
     data = write_data(tmp_path / "data", kind=kind, valid=40)

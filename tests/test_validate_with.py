@@ -78,6 +78,7 @@ def test_a_flat_teacher(class_data: Path, tmp_path: Path) -> None:
         assert_equal(one[name], other[name])
 
 
+@pytest.mark.slow
 def test_two_workers_validate_with_the_teacher(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", valid=23)
     arguments = command(
