@@ -193,7 +193,7 @@ def test_train_evaluate_and_predict_rows_without_labels(
     tiny += ["--encoder-attention-heads", "2", "--max-positions", "64", "--max-epoch", "1", "--cpu"]
     flags = ["--task", "sentence_prediction", "--num-classes", "3", "--init-token", "0", "--user-dir", USER_DIR]
     flags += ["--criterion", "smart_sentence_prediction", "--optimizer", "adam", "--lr", "1e-3", "--batch-size", "8"]
-    train(["mine-bin", *flags, *tiny, *saving(tmp_path / "run")])
+    train(["mine-bin", *flags, *tiny, *saving(tmp_path / "run"), "--num-workers", "0"])
     checkpoint = ["--checkpoint", str(tmp_path / "run" / "checkpoint_last.pt"), "--cpu"]
     capsys.readouterr()
     assert evaluate.main(["--data-dir", "mine-bin", *checkpoint]) == 0
