@@ -10,7 +10,7 @@ import numpy as np
 
 from . import register
 from .data.binarize import read_ids_of, read_targets
-from .data.folders import data_of, label_order, read_ids, task_of
+from .data.folders import ROWS_OF, data_of, label_order, read_ids, task_of
 from .data.lines import located
 from .data.ranking import parts, read_groups
 from .data.tasks import RIGHT, Task
@@ -148,9 +148,8 @@ class Model:
             )
         texts = self._was.get("texts", self.task.texts)
         if texts != self.task.texts:
-            kinds = {1: "single texts", 2: "pairs"}
             self._refuse(
-                f"was trained on {kinds[texts]}, and {self.folder} has {kinds[self.task.texts]}: another task's"
+                f"was trained on {ROWS_OF[texts]}, and {self.folder} has {ROWS_OF[self.task.texts]}: another task's"
             )
         if self.task.num_classes == 1:
             return ()

@@ -43,18 +43,9 @@ def prepare(tmp_path: Path):
 
 
 def command(data: Path, save_dir: Path, *flags: str, updates: int = 2) -> list[str]:
-    tiny = ["--num-workers", "0", "--arch", "roberta", "--encoder-layers", "1", "--encoder-embed-dim", "16"]
-    tiny += [
-        "--encoder-ffn-embed-dim",
-        "16",
-        "--encoder-attention-heads",
-        "2",
-        "--max-positions",
-        "64",
-        "--max-update",
-        str(updates),
-        "--cpu",
-    ]
+    tiny = ["--arch", "roberta", "--encoder-layers", "1", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"]
+    tiny += ["--encoder-attention-heads", "2", "--max-positions", "64", "--max-update", str(updates), "--cpu"]
+    tiny += ["--num-workers", "0"]
     given = ["--task", "sentence_prediction", "--num-classes", "3", "--init-token", "0", "--user-dir", USER_DIR]
     given += ["--criterion", "smart_sentence_prediction", "--optimizer", "adam", "--lr", "1e-3", "--batch-size", "4"]
     return [str(data), *given, *tiny, "--disable-validation", *saving(save_dir), *flags]

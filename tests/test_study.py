@@ -349,7 +349,8 @@ def test_the_plan_of_the_documents_is_one(tmp_path: Path) -> None:
         ("smart-weight: 0", "smart-wait: 0", "letters, smart: fairseq-train says: unrecognized"),
         ("smart-weight: 0", "smart-weight: -1", "letters, smart: --smart-weight is -1"),
         ("smart-weight: 0", "lr-scheduler: cosinus", "invalid choice: 'cosinus'"),
-        ("criterion: smart", "criterionn: smart", "criterion: ...; smart sets criterionn, optimizer"),
+        ("criterion: smart", "criterionn: smart", "smart: criterion is 'not set'; it must be one of fairseq-train's, "
+         "as in criterion: ...; smart sets criterionn, optimizer"),
         ("arch: roberta", "arch: robert", "invalid choice: 'robert'"),
         ("encoder:\n  flags: {{{model}}}", "encoder: nowhere", "encoder is 'nowhere'; it must be a folder"),
         ("  flags:", "  checkpoint: x.pt\n  flags:", "encoder: checkpoint is 'x.pt'"),

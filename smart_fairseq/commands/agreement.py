@@ -93,7 +93,6 @@ def compare(labels: Sequence[str], rows: Sequence[Row], probabilities: np.ndarra
     found = {}
     for name, chosen in among.items():
         drawn = {m: values[f"{name} {m}"] for m in METRICS}
-        # a group of a few rows is missing in some samples
         intervals = {m: interval(drawn[m]) for m in METRICS}
         found[name] = Group(int(chosen.sum()), **{m: float(drawn[m][0]) for m in METRICS}, intervals=intervals)
     return found

@@ -24,6 +24,7 @@ from .tasks import ANLI_JOINED, CORRELATIONS, TASKS, Task
 
 # in the state of fairseq's task, which a checkpoint holds: `what_is_in` its data folder
 DATA = "smart_data"
+ROWS_OF = {1: "single texts", 2: "pairs"}  # what rows of so many texts are called
 
 
 def task_of(folder: Path) -> Task:
@@ -130,6 +131,11 @@ def labels_in(folder: Path) -> list[str] | None:
         return None
 
 
+def texts_in(folder: Path) -> int:
+    """How many texts a row of a data folder has."""
+    return len(list(folder.glob("input*")))
+
+
 def what_is_in(folder: Path) -> dict[str, Any]:
     """What a checkpoint remembers of the data folder that it is trained on, which may be written anew or go.
 
@@ -143,7 +149,7 @@ def what_is_in(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(UsageError):
         manifest = read_manifest(folder)
         found |= {"divisor": float(manifest.get("divisor", 1)), "rows": manifest["rows"].get("train", 0)}
-        found["texts"] = len(list(folder.glob("input*")))
+        found["texts"] = texts_in(folder)
     with contextlib.suppress(OSError):
         found["train"] = sha256(folder / "input0" / "train.bin")
     return found

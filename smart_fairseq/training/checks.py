@@ -16,7 +16,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 
 from ..config.flags import AdversaryFlags, RegularizedConfig
 from ..data.binarize import FILLER, read_manifest
-from ..data.folders import DATA, labels_in, what_is_in
+from ..data.folders import DATA, ROWS_OF, labels_in, texts_in, what_is_in
 from ..encoder import Encoder
 from ..errors import NOT_SHARDED, UsageError, require
 from ..patches import trained_on
@@ -97,11 +97,10 @@ def check_classes(task: Any) -> None:
             f"the checkpoint was trained with the classes {', '.join(was)}, and {task.cfg.data} has {', '.join(now)}; "
             "validate on the data of its own task"
         )
-    kinds = {1: "single texts", 2: "pairs"}
-    before, texts = remembered.get("texts"), len(list(Path(str(task.cfg.data)).glob("input*")))
+    before, texts = remembered.get("texts"), texts_in(Path(str(task.cfg.data)))
     if before and before != texts:
         raise UsageError(
-            f"the checkpoint was trained on {kinds[before]}, and {task.cfg.data} has {kinds[texts]}; "
+            f"the checkpoint was trained on {ROWS_OF[before]}, and {task.cfg.data} has {ROWS_OF[texts]}; "
             "validate on the data of its own task"
         )
 
