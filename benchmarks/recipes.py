@@ -5,10 +5,10 @@
 
 What is measured is the size of the terms, so the data are the demo's movie sentences, in pairs where the task has two
 texts; the label is how positive the first text is, in as many steps as the task has labels. All settings are the
-recipe's (the command's) but data, model, the end after 60 updates, of which 6 warm up, and the learning rate: the one
-that `preprocess` prints for an encoder of this width. The printed rates are RoBERTa-large's: at them, or with nothing
-to learn, a fresh head on this encoder is after 60 updates still as flat as it began, and so are its terms. On two cores
-it takes an hour.
+recipe's (the command's) but data, the end after 60 updates, of which 6 warm up, and what `import-hf` prints for a
+recipe on this encoder (`preprocess` for a command): its architecture, and the learning rate for its width. The recipes'
+own rates are RoBERTa-large's: at them, or with nothing to learn, a fresh head on this encoder is after 60 updates still
+as flat as it began, and so are its terms. On two cores it takes an hour.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 
 from smart_fairseq.commands import preprocess
 from smart_fairseq.commands.options import imported_flags, plugin_flags
+from smart_fairseq.convert.config import SMALL_RATE
 from smart_fairseq.data.lines import Row
 from smart_fairseq.data.readers import read_task
 from smart_fairseq.data.tasks import TASKS, Task
@@ -65,19 +66,15 @@ def task_of(recipe: Any) -> Task:
 
 def recipe_command(path: Path, data: Path, imported: Path, logs: Path) -> list[str]:
     """What starts a recipe on these data and this encoder."""
-    flags = imported_flags(imported)
-    model = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2])}
-    arch = model.pop("arch")
     return [
         *("-c", "from fairseq_cli.hydra_train import cli_main; cli_main()"),
         *("--config-dir", str(path.parent), "--config-name", path.stem),
         *(f"task.data={data}", f"checkpoint.restore_file={imported / 'model.pt'}"),
         *(f"common.user_dir={ROOT / 'smart_fairseq'}", "common.cpu=true", "common.log_interval=1"),
-        *(f"model._name={arch}", *(f"+model.{name}={value}" for name, value in model.items())),
+        *json.loads((imported / "import.json").read_text())["overrides"],
         *("dataset.num_workers=0", "dataset.disable_validation=true"),
         *(f"optimization.max_update={UPDATES}", f"lr_scheduler.warmup_updates={WARMUP}", "dataset.valid_subset=valid"),
-        f"optimization.lr=[{preprocess.SMALL_RATE}]",
-        *("checkpoint.no_save=true", "task.separator_token=null", f"hydra.run.dir={logs}"),
+        *("checkpoint.no_save=true", f"hydra.run.dir={logs}"),
     ]
 
 
@@ -92,7 +89,7 @@ def readme_command(data: Path, imported: Path) -> list[str]:
         *(*plugin_flags(), "--finetune-from-model", str(imported / "model.pt"), *imported_flags(imported)),
         *("--cpu", "--num-workers", "0", "--disable-validation", "--no-save", "--save-dir", str(data / "none")),
         *("--log-format", "json", "--log-interval", "1", "--max-update", str(UPDATES), "--warmup-updates", str(WARMUP)),
-        *("--lr", preprocess.SMALL_RATE),
+        *("--lr", SMALL_RATE),
     ]
 
 

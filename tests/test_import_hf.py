@@ -299,8 +299,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = "model._name=smart_bert +model.encoder_layers=2 +model.encoder_embed_dim=16"
     model += " +model.encoder_ffn_embed_dim=40 +model.encoder_attention_heads=4 +model.activation_fn=gelu"
     model += " +model.max_positions=24 +model.smart_layer_norm_eps=1e-12"
+    rest = "task.max_positions=24 task.separator_token=null optimization.lr=[1e-4]"  # as narrow ones need
     *_, printed, _, overrides = capsys.readouterr().out.splitlines()
-    assert printed == flags and overrides == f"{model} task.max_positions=24 task.separator_token=null"
+    assert printed == flags and overrides == f"{model} {rest}"
     assert report["left_out"] == []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..convert.config import BASE_WIDTH, SMALL_RATE
 from ..data.binarize import Folder, complete_folder
 from ..data.bpe import BpeFiles
 from ..data.draw import held_out, nested_order, subset
@@ -99,8 +100,6 @@ ENCODERS = {
     "sentencepiece": ("xlmr.large/model.pt", "--arch roberta_large --max-positions 512"),
 }
 EPOCHS, BATCH, RATE = 6, 16, "2e-5"  # Jiang et al. (2020), section 4.1
-# what suited a MiniLM of width 384 (docs/study.md), for encoders narrower than BERT-base
-SMALL_RATE, BASE_WIDTH = "1e-4", 768
 
 
 def smart_flags(bpe: BpeFiles, rows: int, save_dir: str, candidates: bool = False) -> str:

@@ -9,6 +9,8 @@ from ..errors import parse_json, refuse
 MODEL_DIR_HOLDS = "MODEL_DIR must hold config.json, model.safetensors and the vocabulary"
 FAIRSEQ_LAYER_NORM_EPS = 1e-5
 MOST_SYMBOLS = 10_000_000
+# the learning rate that suited a MiniLM of width 384 (docs/study.md), for encoders narrower than BERT-base
+SMALL_RATE, BASE_WIDTH = "1e-4", 768
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # by family, their tokens in that order
 SPECIAL_TOKENS = {"bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"), "roberta": FAIRSEQ_SPECIALS}
@@ -161,8 +163,16 @@ def config_json(config: Config) -> dict[str, Any]:
     }
 
 
-def architecture_overrides(settings: dict[str, Any], separator: bool) -> list[str]:
-    """The same for fairseq-hydra-train with a recipe of examples/; ``separator``: between two texts, as RoBERTa has."""
+def recipe_overrides(settings: dict[str, Any], separator: bool) -> list[str]:
+    """What a recipe of examples/, which is for RoBERTa-large, needs changed for a model of these settings.
+
+    separator: whether one stands between two texts, as in RoBERTa.
+    """
     rest = {name: str(value).lower() if value is True else value for name, value in settings.items() if name != "arch"}
-    task = [f"task.max_positions={settings['max_positions']}", *(() if separator else ("task.separator_token=null",))]
-    return [f"model._name={settings['arch']}", *(f"+model.{name}={value}" for name, value in rest.items()), *task]
+    found = [f"model._name={settings['arch']}", *(f"+model.{name}={value}" for name, value in rest.items())]
+    found.append(f"task.max_positions={settings['max_positions']}")
+    if not separator:
+        found.append("task.separator_token=null")
+    if settings["encoder_embed_dim"] < BASE_WIDTH:
+        found.append(f"optimization.lr=[{SMALL_RATE}]")
+    return found

@@ -42,7 +42,7 @@ from torch import Tensor
 from ..errors import refuse
 from ..files import sha256, whole_files
 from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES, fairseq_checkpoint, plain
-from .config import Config, architecture, architecture_flags, architecture_overrides
+from .config import Config, architecture, architecture_flags, recipe_overrides
 from .vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
 from .weights import LM_HEAD_SEED, convert_weights, open_weights
 
@@ -78,7 +78,7 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         "lm_head": "file" if head_from_file else "initialised",
         "left_out": left_out,
         "flags": architecture_flags(settings),
-        "overrides": architecture_overrides(settings, separator=config.model_type == "roberta"),
+        "overrides": recipe_overrides(settings, separator=config.model_type == "roberta"),
     }
     with whole_files(out_dir, WRITTEN_FILES) as staging:
         for name, content in vocabulary.files.items():
