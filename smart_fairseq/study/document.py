@@ -1,9 +1,9 @@
 """A study's report from its lines, and its tables between marks of a document."""
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ..data.lines import located, shown
 from ..files import replace_file
@@ -81,20 +81,6 @@ def _made_with(lines: Sequence[Line]) -> str:
 # Marks --------------------------------------------------------------------------------------------------------------
 
 
-class _Mark(NamedTuple):
-    """A begin mark with its end mark.
-
-    line: its number.
-    start, stop: of what stands between the two.
-    """
-
-    task: str
-    options: Mapping[str, str]
-    line: int
-    start: int
-    stop: int
-
-
 def put_into(plan: Plan, document: Path, against: str | None = None) -> list[str]:
     """Put short tables between their marks in a document; the tasks that have some. Raises `UsageError`.
 
@@ -108,31 +94,23 @@ def put_into(plan: Plan, document: Path, against: str | None = None) -> list[str
     except UnicodeDecodeError:
         raise located(document, "--into: is not UTF-8 text; convert it") from None
     tasks = [name for name, arms in arms_of(plan).items() if arms]
-    marks = list(_marks(document, text, tasks))
+    marks = [match for match in MARK.finditer(text) if match[1] in tasks]
     if not marks:
         names = ", ".join(task.name for task in plan.tasks)
         raise located(document, f"--into: has no marks <!-- study:TASK begin --> for a task with runs ({names})")
-    for mark in reversed(marks):  # from the end, so that the places before stay
-        text = f"{text[: mark.start]}\n{_marked(plan, document, mark, against)}\n{text[mark.stop :]}"
+    pairs = list(itertools.zip_longest(marks[::2], marks[1::2]))
+    for begin, end in pairs:
+        if begin[3] != "begin" or end is None or (end[1], end[3]) != (begin[1], "end"):
+            what = f"<!-- study:{begin[1]} begin --> and then <!-- study:{begin[1]} end --> are needed"
+            raise located(document, f"--into: this mark of a table is one of no pair; {what}", _line_of(begin))
+    for begin, end in reversed(pairs):  # from the end, so that the places before stay
+        text = f"{text[: begin.end()]}\n{_marked(plan, document, begin, against)}\n{text[end.start() :]}"
     replace_file(document, text)
-    return list(dict.fromkeys(mark.task for mark in marks))
+    return list(dict.fromkeys(begin[1] for begin, _ in pairs))
 
 
-def _marks(document: Path, text: str, tasks: Sequence[str]) -> Iterator[_Mark]:
-    found = [match for match in MARK.finditer(text) if match[1] in tasks]
-    for place, match in enumerate(found):
-        line = text.count("\n", 0, match.start()) + 1
-        begins = match[3] == "begin"
-        other = place + 1 if begins else place - 1
-        partner = found[other] if 0 <= other < len(found) else None
-        if partner is None or (partner[1], partner[3]) != (match[1], "end" if begins else "begin"):
-            what = f"ends a table, and <!-- study:{match[1]} begin --> must come before it"
-            if begins:
-                what = f"begins a table, and <!-- study:{match[1]} end --> must come next"
-            raise located(document, f"--into: this mark {what}", line)
-        if begins:
-            options = _options(document, line, match[2].split())
-            yield _Mark(match[1], options, line, match.end(), partner.start())
+def _line_of(mark: re.Match[str]) -> int:
+    return mark.string.count("\n", 0, mark.start()) + 1
 
 
 def _options(document: Path, line: int, words: Sequence[str]) -> dict[str, str]:
@@ -146,23 +124,25 @@ def _options(document: Path, line: int, words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _marked(plan: Plan, document: Path, mark: _Mark, against: str | None) -> str:
-    """What stands between a pair of marks."""
-    against = mark.options.get("against", against)
+def _marked(plan: Plan, document: Path, begin: re.Match[str], against: str | None) -> str:
+    """What stands between a begin mark and its end mark."""
+    line = _line_of(begin)
+    options = _options(document, line, begin[2].split())
+    against = options.get("against", against)
 
     def chosen(option: str, known: Sequence[str]) -> list[str]:
-        names = mark.options[option].split(",")
+        names = options[option].split(",")
         unknown = [name for name in names if name not in known]
         if unknown:
             what = f"--into: {option} has {shown(unknown[0])}; known are {', '.join(known)}"
-            raise located(document, what, mark.line)
+            raise located(document, what, line)
         return names
 
     if against is not None and against not in plan.methods:
-        raise located(document, f"--into: against is {shown(against)}; known are {', '.join(plan.methods)}", mark.line)
-    arms = arms_of(plan, against)[mark.task]
-    columns = chosen("columns", columns_of(arms)) if "columns" in mark.options else None
-    if "rows" in mark.options:
+        raise located(document, f"--into: against is {shown(against)}; known are {', '.join(plan.methods)}", line)
+    arms = arms_of(plan, against)[begin[1]]
+    columns = chosen("columns", columns_of(arms)) if "columns" in options else None
+    if "rows" in options:
         rows = chosen("rows", list(dict.fromkeys(arm.method for arm in arms)))
         arms = sorted((arm for arm in arms if arm.method in rows), key=lambda arm: rows.index(arm.method))
     words = f" Differences to {against}." if against else ""
