@@ -3,12 +3,10 @@
 import argparse
 import contextlib
 import io
-import json
 import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..commands.options import imported_flags, plugin_flags
 from ..commands.preprocess import Data, process, training_flags
@@ -66,12 +64,6 @@ def encoder_flags(checkpoint: Path) -> list[str]:
     return [*start, "--reset-optimizer", "--reset-dataloader", "--reset-meters"]
 
 
-def bpe_of(folder: Path) -> str:
-    """The kind of byte pair encoding of an imported encoder's folder."""
-    found: dict[str, Any] = json.loads((folder / "bpe.json").read_text(encoding="utf-8"))
-    return str(found["bpe"])
-
-
 def prepare(data: Data, target: Path, imported: Path, max_tokens: int) -> None:
     """Write a data folder for an encoder from `import_hf`, and print nothing.
 
@@ -85,7 +77,7 @@ def prepare(data: Data, target: Path, imported: Path, max_tokens: int) -> None:
 def flags(task: Task, data: Path, imported: Path, method: str, seed: int, updates: int) -> list[str]:
     """Every flag; the methods differ in criterion and optimizer alone. ``imported``: the encoder, from `import_hf`."""
     # from `fairseq-train DATA --task ...`, what follows from the data
-    task_flags = shlex.split(training_flags(task, bpe_of(imported), {}, data))[2:]
+    task_flags = shlex.split(training_flags(task, find_bpe(None, imported).kind, {}, data))[2:]
     return [
         *(os.path.relpath(data), *plugin_flags(), *task_flags),
         *(*encoder_flags(imported / "model.pt"), *imported_flags(imported), *METHODS[method]),
