@@ -8,7 +8,7 @@ from toolkit import HEAD, assert_equal, batch, in_float64, set_up
 from torch import Tensor
 
 from smart_fairseq.encoder import Forward, encoder_of
-from smart_fairseq.evaluation.attack import PLACE, Attacked, attack, worst_point
+from smart_fairseq.evaluation.attack import PLACE, attack, worst_point
 from smart_fairseq.evaluation.full import RADII
 from smart_fairseq.method.divergence import symmetric_kl
 
@@ -92,7 +92,7 @@ def tiny(class_data):
     return task, in_float64(model).eval()
 
 
-def attacked(model: Any, sample: Any, gold: Tensor, **options: Any) -> Attacked:
+def attacked(model: Any, sample: Any, gold: Tensor, **options: Any) -> dict[str, Tensor]:
     inputs = sample["net_input"]
     forward = Forward(encoder_of(model), model, inputs, HEAD, PLACE)
     return attack(forward, inputs["src_tokens"], sample["id"], gold, **{"radii": RADII, **options})
@@ -110,13 +110,13 @@ def test_attacks_do_more_than_random_signs(tiny):
     gold = clean.argmax(1)  # all right without an attack
     found = attacked(model, sample, gold)
 
-    def right(outputs: list[Tensor]) -> list[float]:
+    def right(outputs: Tensor) -> list[float]:
         return [(logits.argmax(1) == gold).float().mean().item() for logits in outputs]
 
-    assert right(found.loss)[-1] < right(found.random)[-1]
-    losses = torch.stack([torch.nn.functional.cross_entropy(o, gold, reduction="none") for o in found.loss])
+    assert right(found["loss"])[-1] < right(found["random"])[-1]
+    losses = torch.stack([torch.nn.functional.cross_entropy(o, gold, reduction="none") for o in found["loss"]])
     assert (losses.diff(dim=0) >= 0).all()  # a larger ball holds the smaller one
-    for worst, random in zip(found.divergence, found.random):
+    for worst, random in zip(found["divergence"], found["random"]):
         assert (symmetric_kl(worst, clean).mean() > 2 * symmetric_kl(random, clean).mean()).all()
 
 
@@ -129,7 +129,7 @@ def test_a_rows_result_does_not_depend_on_its_batch(tiny):
     assert sizes.min() < sizes.max()
     for place in range(6):
         alone = attacked(model, batch(task, 1, place), gold[place : place + 1], temperature=1.5)
-        for one, other in zip(together, alone):
+        for one, other in zip(together.values(), alone.values()):
             for radius_one, radius_other in zip(one, other):
                 torch.testing.assert_close(radius_one[place], radius_other[0], atol=1e-5, rtol=1e-5)
 
@@ -138,7 +138,7 @@ def test_a_tiny_radius_is_the_clean_pass(tiny):
     task, model = tiny
     sample = batch(task, 4)
     found = attacked(model, sample, torch.tensor([0, 1, 0, 1]), radii=(1e-9,))
-    for outputs in found:
+    for outputs in found.values():
         torch.testing.assert_close(outputs[0], clean_of(model, sample), atol=1e-6, rtol=1e-6)
 
 
@@ -152,7 +152,8 @@ def test_radii_are_shares_of_the_embeddings_size(tiny):
     before = attacked(model, sample, gold, radii=(0.03,))
     with torch.no_grad():
         inner.embed_tokens.weight.mul_(2)
-    for one, other in zip(before, attacked(model, sample, gold, radii=(0.03,))):
+    after = attacked(model, sample, gold, radii=(0.03,))
+    for one, other in zip(before.values(), after.values()):
         torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
 
 
@@ -160,4 +161,4 @@ def test_temperature_does_not_turn_the_attack_on_two_classes(tiny):
     task, model = tiny
     sample, gold = batch(task, 4), torch.tensor([0, 1, 0, 1])
     one, other = (attacked(model, sample, gold, temperature=t, radii=(0.03,)) for t in (1.0, 4.0))
-    torch.testing.assert_close(one.loss[0], other.loss[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one["loss"][0], other["loss"][0], atol=1e-5, rtol=1e-5)

@@ -214,7 +214,7 @@ def test_a_run_is_attacked_before_its_checkpoint_goes(kind: str, tmp_path: Path)
         tokens, back = sample["net_input"]["src_tokens"], np.argsort(order)
         found = attack(forward, tokens, torch.tensor(order), gold, radii, temperature)
         for name in ("loss", "random"):
-            expected = torch.stack(getattr(found, name)).numpy()[:, back]
+            expected = found[name].numpy()[:, back]
             np.testing.assert_allclose(stored[-1][f"attack_{name}"], expected, rtol=1e-3, atol=1e-4)
     (line, _) = read_lines(tmp_path / "out" / "runs.jsonl")
     metrics, name = line["metrics"], "accuracy" if kind == "classes" else "squared_error"

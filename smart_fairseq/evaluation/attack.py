@@ -17,7 +17,6 @@ part away, and with it the direction. So damage is that of the calibrated logits
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,14 +34,6 @@ from ..progress import Progress
 STEPS = 10
 PLACE = "token"
 KINDS = ("loss", "divergence")  # of damage
-
-
-class Attacked(NamedTuple):
-    """Outputs under attack by radius, [B, K] each."""
-
-    loss: list[Tensor]  # at the worst points found for the task's loss
-    divergence: list[Tensor]  # at those for the divergence from the clean outputs
-    random: list[Tensor]  # at random corners of the ball
 
 
 def worst_point(
@@ -91,7 +82,7 @@ def attack(
     temperature: float = 1.0,
     seed: int = 1,
     kinds: Sequence[str] = KINDS,
-) -> Attacked:
+) -> dict[str, Tensor]:
     """One batch under attack; its model must be in evaluation mode.
 
     Args:
@@ -100,7 +91,10 @@ def attack(
         gold: the classes, int64 [B], or targets [B, 1] of a regression.
         radii: rising, as shares of r.
         temperature: by which logits are divided before damage is measured.
-        kinds: of damage; those that are not asked for stay empty.
+        kinds: of damage.
+    Returns:
+        Outputs by radius, [R, B, K] each: ``loss`` and ``divergence`` (from the clean outputs) at the worst points that
+        were found for them, ``random`` at random corners of the ball.
     """
     encoder, weights = forward.encoder, forward.encoder.frozen_weights()
     mask = encoder.mask(tokens)
@@ -120,16 +114,17 @@ def attack(
             return squared_error(outputs, reference)
         return symmetric_kl(outputs / temperature, reference / temperature)
 
-    found = Attacked([], [], [])
-    for kind, damage, outputs in (("loss", loss, found.loss), ("divergence", divergence, found.divergence)):
-        if kind not in kinds:
-            continue
+    damages: dict[str, Divergence] = {"loss": loss, "divergence": divergence}
+    found = {}
+    for kind in kinds:
         point = radii[0] * torch.erf(noise / math.sqrt(2))  # uniform in the first ball
+        outputs = []
         for radius in radii:
-            point, reached = worst_point(outputs_fn, clean, damage, point, mask, radius)
+            point, reached = worst_point(outputs_fn, clean, damages[kind], point, mask, radius)
             outputs.append(reached)
+        found[kind] = torch.stack(outputs)
     with torch.no_grad():
-        found.random.extend(outputs_fn(radius * noise.sign()) for radius in radii)
+        found["random"] = torch.stack([outputs_fn(radius * noise.sign()) for radius in radii])
     return found
 
 
@@ -158,7 +153,7 @@ def attacked_outputs(
         ids, answers = numbers.to(tokens.device), targets[numbers].to(tokens.device)
         result = attack(forward, tokens, ids, answers, radii, temperature, seed=seed, kinds=kinds)
         for name, outputs in found.items():
-            outputs[:, rows] = torch.stack(getattr(result, name)).cpu().numpy()
+            outputs[:, rows] = result[name].cpu().numpy()
         progress.advance(len(rows))
     progress.close(" attacked")
     return found
