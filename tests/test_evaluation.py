@@ -29,7 +29,7 @@ from smart_fairseq.evaluation.texts import decoder
 from smart_fairseq.evaluation.typos import NEIGHBOURS, misspelt, with_typos
 
 
-@pytest.mark.parametrize("module", [calibration, intervals, report, typos], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [calibration, intervals, metrics, report, typos], ids=lambda m: m.__name__)
 def test_examples_of_the_docstrings(module):
     assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe
 from ..data.folders import read_ids, task_of
@@ -20,7 +18,7 @@ from ..data.tasks import RIGHT, TASKS, Task
 from ..errors import UsageError, parse_json, refuse, require
 from ..evaluation.full import evaluate_model
 from ..evaluation.labels import gold_labels, vote_shares, write_shares
-from ..evaluation.metrics import score
+from ..evaluation.metrics import over_seeds, score
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
 from ..files import check_file, check_place, write_json
 from ..inference import Model
@@ -80,13 +78,10 @@ def metrics_of(task: Task, folder: Path, split: str, predicted: Sequence[str], g
 
 
 def summary(runs: Sequence[Scores]) -> dict[str, Scores]:
-    """Mean, median and standard deviation (with n - 1) over the runs; nan where one of them has nan."""
-    columns = {name: np.array([run[name] for run in runs]) for name in runs[0]}
-    return {
-        "mean": {name: float(values.mean()) for name, values in columns.items()},
-        "median": {name: float(np.median(values)) for name, values in columns.items()},
-        "standard deviation": {n: float(v.std(ddof=1)) if len(v) > 1 else math.nan for n, v in columns.items()},
-    }
+    """By kind what `over_seeds` gives for each metric of the runs."""
+    found = {name: over_seeds([run[name] for run in runs]) for name in runs[0]}
+    kinds = ("mean", "median", "standard deviation")
+    return {kind: {name: values[place] for name, values in found.items()} for place, kind in enumerate(kinds)}
 
 
 def table(rows: Sequence[tuple[str, Scores]]) -> str:

@@ -5,7 +5,9 @@ which is the ordinary coefficient for CoLA. Where scikit-learn and scipy define 
 so do these: 0 for F1 without positives and for Matthews without variation, nan for correlations of a constant.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from statistics import fmean, median, stdev
 
 import numpy as np
 
@@ -120,3 +122,14 @@ def score(names: Sequence[str], predicted: Sequence[str], gold: Sequence[str], n
     """The named metrics of labels, or of ``numbers`` as they stand in the files."""
     said, true = (np.array(values, dtype=float if numbers else str) for values in (predicted, gold))
     return {name: value_of(name, said, true) for name in names}
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, median and standard deviation (with n - 1), all nan where a value is; of one value the deviation is.
+
+    >>> over_seeds([1.0, 3.0]), over_seeds([1.0, math.nan])
+    ((2.0, 2.0, 1.4142135623730951), (nan, nan, nan))
+    """
+    if not all(map(math.isfinite, values)):  # at which statistics' own fail, or sort
+        return math.nan, math.nan, math.nan
+    return fmean(values), median(values), stdev(values) if len(values) > 1 else math.nan

@@ -4,9 +4,8 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median, stdev
 
-from ..evaluation.metrics import METRICS
+from ..evaluation.metrics import METRICS, over_seeds
 from .arms import SECONDS, Arm
 
 # beside the task's own and those under attack, in the short table
@@ -20,7 +19,7 @@ def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
     """
     percent = metric.partition("_on_")[0] in METRICS or metric.startswith(("calibration", "accuracy_"))
     values, found, digits = arm.numbers(metric), arm.difference(metric), 2 if percent else 4
-    middle, mean, deviation = summary(values)
+    mean, middle, deviation = over_seeds(values)
     spread = "" if math.isnan(deviation) else f" ± {deviation:.{digits}f}"
     gain = "" if found is None else f"{found.mean:+.{digits}f}"
     if found is not None and found.half is not None:
@@ -31,17 +30,6 @@ def _cells(arm: Arm, metric: str) -> tuple[str, str, str]:
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else f"{value:{form}}"
-
-
-def summary(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, mean and standard deviation (with n - 1) over seeds, all nan where one of these is; the last for one too.
-
-    >>> summary([1.0, 3.0]), summary([1.0, math.nan])
-    ((2.0, 2.0, 1.4142135623730951), (nan, nan, nan))
-    """
-    if not all(map(math.isfinite, values)):  # at which statistics' own fail, or sort
-        return math.nan, math.nan, math.nan
-    return median(values), fmean(values), stdev(values) if len(values) > 1 else math.nan
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:
@@ -92,7 +80,7 @@ def _short_cell(arm: Arm, column: str) -> str:
     if not values:
         return ""
     if "/" in column:
-        return _number(summary(values)[1], ".2g")
+        return _number(over_seeds(values)[0], ".2g")
     _, value, gain = _cells(arm, column)
     return f"{value.split(' ')[0]} ({gain})" if gain else value
 
@@ -117,7 +105,7 @@ def as_csv(tasks: Mapping[str, Sequence[Arm]]) -> str:
                 values = arm.numbers(name)
                 if not values:
                     continue
-                middle, mean, deviation = summary(values)
+                mean, middle, deviation = over_seeds(values)
                 row = [task, arm.name, name, len(values), middle, mean, deviation if len(values) > 1 else ""]
                 found = arm.difference(name)
                 if found is not None and arm.baseline is not None:
