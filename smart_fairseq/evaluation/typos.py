@@ -13,21 +13,12 @@ from collections.abc import Sequence
 
 SHARE = 0.1
 _WORD = re.compile(r"[^\W\d_]{3,}")  # runs of letters; shorter ones could become nothing
-_KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-
-
-def _neighbours() -> dict[str, str]:
-    """The keys that touch each letter; each row of keys stands half a key to the right of the one above."""
-    place = {key: (row, column) for row, keys in enumerate(_KEYS) for column, key in enumerate(keys)}
-    steps = ((0, -1), (0, 1), (-1, 0), (-1, 1), (1, -1), (1, 0))
-    at = {where: key for key, where in place.items()}
-    return {
-        key: "".join(at[row + down, column + along] for down, along in steps if (row + down, column + along) in at)
-        for key, (row, column) in place.items()
-    }
-
-
-NEIGHBOURS = _neighbours()
+# the keys that touch each letter; each row of keys stands half a key to the right of the one above
+NEIGHBOURS = dict(
+    q="wa", w="qeas", e="wrsd", r="etdf", t="ryfg", y="tugh", u="yihj", i="uojk", o="ipkl", p="ol",
+    a="sqwz", s="adwezx", d="sferxc", f="dgrtcv", g="fhtyvb", h="gjyubn", j="hkuinm", k="jliom", l="kop",
+    z="xas", x="zcsd", c="xvdf", v="cbfg", b="vngh", n="bmhj", m="njk",
+)  # fmt: skip
 
 
 def misspelt(word: str, draw: random.Random) -> str:
