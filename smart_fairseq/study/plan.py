@@ -9,14 +9,14 @@ from typing import Any
 
 from ..commands.options import imported_flags, plugin_flags
 from ..commands.preprocess import task_flags
-from ..data.lines import shown
+from ..data.lines import located, shown
 from ..data.tasks import CORRELATIONS, RIGHT
 from ..evaluation.metrics import METRICS
 from . import recipe
 from .attacked import Attack
 from .recipe import Flag
 from .rows import Draw, Source
-from .values import Wrong, boolean, load, mapping, must_be, named, number, read_from, some_of, whole
+from .values import Wrong, boolean, load, mapping, must_be, named, number, some_of, whole
 
 KEYS = ("out", "work", "encoder", "train", "tasks", "methods", "seeds", "grid", "keep", "attack")
 TASK_KEYS = ("data", "rows", "stratified", "flip", "evaluate", "metrics", "train", "transfer")
@@ -189,40 +189,45 @@ def read_plan(path: Path, files: bool = True) -> Plan:
 
     files: look at data and encoder too; a report needs neither.
     """
-    with read_from(path):
-        given = mapping("the plan", load(path), KEYS)
-        for key in ("out", "tasks", "methods", "seeds"):
-            must_be(given.get(key), key, given.get(key), "given")
-        methods, starts = _methods(given, files)
-        tasks = [_task(name, value, files) for name, value in named(given, "tasks").items()]
-        seeds = given["seeds"]
-        right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
-        must_be(right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each")
-        checkpoint, encoder_flags = _encoder(given.get("encoder")) if files else (None, [])
-        if checkpoint and (words := checkpoint.with_name("dict.txt")).is_file():  # an imported encoder's
-            for task in tasks:
-                what = f"{task.source.folder} has another dictionary than the encoder, {words}"
-                if words.read_bytes() != task.source.words_in_order:
-                    raise Wrong(f"tasks.{task.name}: {what}; preprocess it with the encoder's --bpe-dir")
-        plan = Plan(
-            path=path,
-            out=Path(str(given["out"])),
-            work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
-            checkpoint=checkpoint,
-            encoder_flags=encoder_flags,
-            train=_flags("train", given.get("train") or {}),
-            tasks=tasks,
-            methods=methods,
-            seeds=seeds,
-            axes=_axes(given.get("grid") or [], [task.name for task in tasks], list(methods)),
-            keep=boolean("keep", given.get("keep", False)),
-            attacks=_attacks(given.get("attack"), list(methods), seeds),
-            starts=starts,
-        )
-        names = [asked.name for asked in plan.runs()]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        must_be(twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
-        return plan
+    try:
+        return _plan(path, mapping("the plan", load(path), KEYS), files)
+    except Wrong as error:
+        raise located(path, str(error)) from None
+
+
+def _plan(path: Path, given: Mapping[str, Any], files: bool) -> Plan:
+    for key in ("out", "tasks", "methods", "seeds"):
+        must_be(given.get(key), key, given.get(key), "given")
+    methods, starts = _methods(given, files)
+    tasks = [_task(name, value, files) for name, value in named(given, "tasks").items()]
+    seeds = given["seeds"]
+    right = isinstance(seeds, list) and len(set(map(str, seeds))) == len(seeds)
+    must_be(right and all(type(s) is int and s >= 0 for s in seeds), "seeds", seeds, "a list of numbers, once each")
+    checkpoint, encoder_flags = _encoder(given.get("encoder")) if files else (None, [])
+    if checkpoint and (words := checkpoint.with_name("dict.txt")).is_file():  # an imported encoder's
+        for task in tasks:
+            what = f"{task.source.folder} has another dictionary than the encoder, {words}"
+            if words.read_bytes() != task.source.words_in_order:
+                raise Wrong(f"tasks.{task.name}: {what}; preprocess it with the encoder's --bpe-dir")
+    plan = Plan(
+        path=path,
+        out=Path(str(given["out"])),
+        work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
+        checkpoint=checkpoint,
+        encoder_flags=encoder_flags,
+        train=_flags("train", given.get("train") or {}),
+        tasks=tasks,
+        methods=methods,
+        seeds=seeds,
+        axes=_axes(given.get("grid") or [], [task.name for task in tasks], list(methods)),
+        keep=boolean("keep", given.get("keep", False)),
+        attacks=_attacks(given.get("attack"), list(methods), seeds),
+        starts=starts,
+    )
+    names = [asked.name for asked in plan.runs()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    must_be(twice is None, "run", twice, "named once; a grid value stands twice, or names run into each other")
+    return plan
 
 
 def _methods(given: Mapping[str, Any], files: bool) -> tuple[dict[str, dict[str, Flag]], dict[str, Path]]:

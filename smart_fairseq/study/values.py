@@ -1,8 +1,7 @@
 """A plan's YAML and its values, each checked: errors name the file, the key, the value and what is allowed."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,7 @@ from ..errors import UsageError
 
 
 class Wrong(UsageError):
-    """A value that is not allowed; `read_from` puts the file's name in front."""
-
-
-@contextlib.contextmanager
-def read_from(path: Path) -> Iterator[None]:
-    """Name the file at what is `Wrong`."""
-    try:
-        yield
-    except Wrong as error:
-        raise located(path, str(error)) from None
+    """A value that is not allowed; `plan.read_plan` puts the file's name in front."""
 
 
 def load(path: Path) -> Any:
