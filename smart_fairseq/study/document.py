@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..data.lines import located, shown
@@ -38,12 +39,16 @@ def write_report(plan: Plan, against: str | None = None) -> list[Path]:
     words = HELP.format(baseline=baseline) + (ATTACKS if attacks else "")
     parts = [f"# {plan.path.stem}", f"{there} of {wanted} runs. {words}"]
     written = [plan.out / f"report{suffix}.md", plan.out / f"report{suffix}.csv"]
+    pictures = [
+        ("", draw, f"Differences to {baseline}, with their 95 % intervals"),
+        ("-cost", draw_against_cost, f"Differences to {baseline} against the cost of an update"),
+    ]
+    if find_spec("matplotlib") is None:
+        print("no pictures: these need matplotlib; install it with pip install matplotlib")
+        pictures = []
     for name, arms in tasks.items():
         parts += [f"## {name}", _made_with(_lines(arms)), short_table(arms)]
-        for end, drawn, title in (
-            ("", draw, f"Differences to {baseline}, with their 95 % intervals"),
-            ("-cost", draw_against_cost, f"Differences to {baseline} against the cost of an update"),
-        ):
+        for end, drawn, title in pictures:
             picture = plan.out / f"{name}{suffix}{end}.svg"
             if drawn(arms, picture):
                 parts.append(f"![{title}]({picture.name})")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
 from ..evaluation.report import pyplot, save
 from .arms import Arm
 from .tables import metrics_of
@@ -15,33 +14,22 @@ from .tables import metrics_of
 LEFT_OUT = re.compile(r"^temperature$|^(cross_entropy|calibration_error)_half$|_random_|_attack_0%$")
 
 
-def _plots() -> Any:
-    """pyplot, or None with a word where matplotlib is not installed."""
-    try:
-        return pyplot()
-    except UsageError:
-        print("no picture: that needs matplotlib; install it with pip install matplotlib")
-        return None
-
-
-def _save(figure: Any, path: Path) -> bool:
+def _save(figure: Any, path: Path) -> None:
     # the same bytes for the same numbers
     with pyplot().rc_context({"svg.hashsalt": path.stem}):
         save(figure, path, metadata={"Date": None})
-    return True
 
 
 def draw(arms: Sequence[Arm], path: Path) -> bool:
     """Dots with intervals: each arm's difference to its baseline, a panel for each metric. False if there is none."""
     compared = [arm for arm in arms if arm.baseline is not None]
     metrics = [name for name in metrics_of(arms) if not LEFT_OUT.search(name)]
-    plots = _plots() if compared else None
-    if plots is None:
+    if not compared:
         return False
     columns = min(3, len(metrics))
     height = 0.9 + 0.28 * len(compared)
     rows = -(-len(metrics) // columns)
-    figure, axes = plots.subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
+    figure, axes = pyplot().subplots(rows, columns, figsize=(3.6 * columns, height * rows), sharey=True, squeeze=False)
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, metrics):
@@ -55,7 +43,8 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
         axis.set_ylim(len(compared) - 0.5, -0.5)
         axis.tick_params(axis="x", labelsize="small")
         axis.locator_params(axis="x", nbins=4)
-    return _save(figure, path)
+    _save(figure, path)
+    return True
 
 
 def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
@@ -65,11 +54,10 @@ def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
     """
     compared = [arm for arm in arms if arm.baseline is not None and not math.isnan(arm.cost())]
     metrics = [name for i, name in enumerate(metrics_of(arms)) if i == 0 or name == "cross_entropy_scaled"]
-    plots = _plots() if compared else None
-    if plots is None:
+    if not compared:
         return False
     (against,) = {arm.baseline.method for arm in compared if arm.baseline is not None}
-    figure, axes = plots.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False)
+    figure, axes = pyplot().subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False)
     for axis, name in zip(axes.flat, metrics):
         axis.axhline(0, color="grey", linewidth=0.8)
         found = [(arm.name, arm.cost(), gain) for arm in compared if (gain := arm.difference(name)) is not None]
@@ -83,4 +71,5 @@ def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
         axis.set_xlabel(f"processor time of an update, {against} = 1", fontsize="small")
         axis.tick_params(labelsize="small")
         axis.margins(x=0.2, y=0.15)
-    return _save(figure, path)
+    _save(figure, path)
+    return True
