@@ -77,9 +77,7 @@ def _value(line: Line, name: str) -> float | None:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of a mean, by Student's t: 0.975 quantile with n - 1 degrees * deviation / sqrt(n)."""
-    if len(values) < 2:
-        return math.nan
+    """Of a mean's 95 % interval, by Student's t: 0.975 quantile with n - 1 degrees * deviation / sqrt(n); n > 1."""
     return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
 
 
