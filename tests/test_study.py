@@ -417,6 +417,6 @@ def test_a_run_takes_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.Monk
     assert options.get_training_parser().get_default("distributed_world_size") == 4
     plan = read_plan(write_plan(tmp_path, write_data(tmp_path / "data")))
     asked = plan.runs()[0]
-    line = plan.command(asked, asked.task.source.folder, plan.checkpoint)
+    line = plan.command(asked, asked.task.source.folder)
     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
     assert parsed.distributed_world_size == 1 and not parsed.cpu

@@ -116,8 +116,7 @@ Block = tuple[Sequence[str], Sequence[str], Mapping[str, Sequence[Flag]]]
 class Plan:
     """A whole study.
 
-    checkpoint: that runs begin with; None for random weights.
-    starts: by method, the checkpoint that its runs begin with instead.
+    starts: by method, the checkpoint that its runs begin with; None for random weights.
     encoder_flags: the architecture's.
     axes: the grid.
     attacks: by method and seed, what the run's weights are put under at its end; not of those that have none.
@@ -126,7 +125,7 @@ class Plan:
     path: Path
     out: Path
     work: Path
-    checkpoint: Path | None
+    starts: Mapping[str, Path | None]
     encoder_flags: Sequence[str]
     train: Mapping[str, Flag]
     tasks: Sequence[Task]
@@ -135,7 +134,6 @@ class Plan:
     axes: Sequence[Block]
     keep: bool
     attacks: Mapping[tuple[str, int], Attack]
-    starts: Mapping[str, Path]
 
     def runs(self) -> list[Asked]:
         """Every run; all with the first seed come first."""
@@ -167,15 +165,15 @@ class Plan:
         for name in ("criterion", "optimizer"):
             allowed = f"one of fairseq-train's, as in {name}: ...; {method} sets {', '.join(self.methods[method])}"
             must_be(name in flags, where + name, "not set", allowed)
-        attack, start = self.attacks.get((method, seed)), self.starts.get(method, self.checkpoint)
+        attack, start = self.attacks.get((method, seed)), self.starts[method]
         return Asked(task, method, variant, seed, flags, epochs, warmup, attack, start)
 
-    def command(self, asked: Asked, data: Path, checkpoint: Path | None) -> list[str]:
-        """fairseq-train's arguments for a run on ``data`` from a checkpoint, all but --save-dir."""
+    def command(self, asked: Asked, data: Path) -> list[str]:
+        """fairseq-train's arguments for a run on ``data``, all but --save-dir."""
         source = asked.task.source
         return [
             *(str(data), *plugin_flags(), *task_flags(source.task, source.bpe)),
-            *(recipe.encoder_flags(checkpoint) if checkpoint else ()),
+            *(recipe.encoder_flags(asked.start) if asked.start else ()),
             *(*self.encoder_flags, *recipe.as_flags(asked.flags), "--seed", str(asked.seed)),
             *recipe.length_flags(asked.updates, asked.warmup, asked.flags.get("lr-scheduler")),
             # the weights once, at the end, where the worker scores them
@@ -213,7 +211,7 @@ def _plan(path: Path, given: Mapping[str, Any], files: bool) -> Plan:
         path=path,
         out=Path(str(given["out"])),
         work=Path(str(given.get("work") or Path(".cache") / "study" / path.stem)),
-        checkpoint=checkpoint,
+        starts={name: starts.get(name, checkpoint) for name in methods},
         encoder_flags=encoder_flags,
         train=_flags("train", given.get("train") or {}),
         tasks=tasks,
@@ -222,7 +220,6 @@ def _plan(path: Path, given: Mapping[str, Any], files: bool) -> Plan:
         axes=_axes(given.get("grid") or [], [task.name for task in tasks], list(methods)),
         keep=boolean("keep", given.get("keep", False)),
         attacks=_attacks(given.get("attack"), list(methods), seeds),
-        starts=starts,
     )
     names = [asked.name for asked in plan.runs()]
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -46,7 +46,7 @@ def check_flags(plan: Plan) -> None:
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
-                    line = plan.command(asked, asked.task.source.folder, asked.start)
+                    line = plan.command(asked, asked.task.source.folder)
                     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
                     cfg = convert_namespace_to_omegaconf(parsed)
                     tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
@@ -89,7 +89,7 @@ class Study:
 
     def run(self, asked: Asked) -> Run:
         """The process of a run; its data are cut out if they are not there."""
-        folder, source, checkpoint = self.folder(asked), asked.task.source, asked.start
+        folder, source = self.folder(asked), asked.task.source
         if not folder.is_dir():
             cut_out(source, folder, asked.task.draw, asked.seed)
         logits = self.logits(self.key(asked))
@@ -100,7 +100,7 @@ class Study:
             name=asked.name,
             method=f"{asked.task.name} {asked.arm}",
             seed=asked.seed,
-            flags=self.plan.command(asked, folder, checkpoint),
+            flags=self.plan.command(asked, folder),
             folder=self.plan.work,
             updates=asked.updates,
             cost=1.0 if asked.flags["criterion"] == "sentence_prediction" else 2.5,
