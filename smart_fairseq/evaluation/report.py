@@ -150,17 +150,17 @@ def save(figure: Any, path: Path, **more: Any) -> None:
 
 def draw(results: Mapping[str, Result], prefix: Path) -> list[Path]:
     """PREFIX-reliability.png, of a regression PREFIX-outputs.png; PREFIX-attack.png where there was one; the paths."""
-    results, drawn = dict(zip(short(list(results)), results.values())), []
-    if all("reliability" in result for result in results.values()):
-        drawn.append(_reliability(results, prefix.with_name(f"{prefix.name}-reliability.png")))
-    else:
-        drawn.append(_outputs(results, prefix.with_name(f"{prefix.name}-outputs.png")))
-    if all("attack" in result for result in results.values()):
-        drawn.append(_radii(results, prefix.with_name(f"{prefix.name}-attack.png")))
-    return drawn
+    results, first = dict(zip(short(list(results)), results.values())), next(iter(results.values()))
+    figures = {"reliability": _reliability(results)} if "reliability" in first else {"outputs": _outputs(results)}
+    if "attack" in first:
+        figures["attack"] = _radii(results)
+    drawn = {prefix.with_name(f"{prefix.name}-{name}.png"): figure for name, figure in figures.items()}
+    for path, figure in drawn.items():
+        save(figure, path)
+    return list(drawn)
 
 
-def _reliability(results: Mapping[str, Result], path: Path) -> Path:
+def _reliability(results: Mapping[str, Result]) -> Any:
     figure, (above, below) = pyplot().subplots(2, 1, figsize=(5, 6), sharex=True, height_ratios=(3, 1))
     above.plot((0, 1), (0, 1), color="grey", linestyle=":", linewidth=1)
     for place, (name, result) in enumerate(results.items()):
@@ -175,11 +175,10 @@ def _reliability(results: Mapping[str, Result], path: Path) -> Path:
     above.legend(fontsize="small")
     below.set_ylabel("share of rows")
     below.set_xlabel("confidence")
-    save(figure, path)
-    return path
+    return figure
 
 
-def _outputs(results: Mapping[str, Result], path: Path) -> Path:
+def _outputs(results: Mapping[str, Result]) -> Any:
     """A regression's outputs against the labels, in the labels' unit."""
     figure, axes = pyplot().subplots(
         1, len(results), figsize=(4 * len(results), 4), sharex=True, sharey=True, squeeze=False
@@ -192,8 +191,7 @@ def _outputs(results: Mapping[str, Result], path: Path) -> Path:
         axis.set_title(f"{name}, mean error {error}", fontsize="small")
         axis.set_xlabel("label")
     axes[0, 0].set_ylabel("output")
-    save(figure, path)
-    return path
+    return figure
 
 
 def quality_of(result: Result, unit: bool = False) -> str:
@@ -214,7 +212,7 @@ def under_attack(result: Result, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return values, np.maximum(0, [values - low, high - values])
 
 
-def _radii(results: Mapping[str, Result], path: Path) -> Path:
+def _radii(results: Mapping[str, Result]) -> Any:
     figure, axis = pyplot().subplots(figsize=(5, 4))
     first = next(iter(results.values()))
     ticks = ["0", *(f"{100 * radius:g} %" for radius in first["attack"]["radii"])]
@@ -226,5 +224,4 @@ def _radii(results: Mapping[str, Result], path: Path) -> Path:
     axis.set_xlabel("radius (share of the embeddings' rms)")
     axis.set_ylabel(quality_of(first, unit=True))
     axis.legend(fontsize="small")
-    save(figure, path)
-    return path
+    return figure
