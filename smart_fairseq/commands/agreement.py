@@ -192,12 +192,11 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if Path(text).is_file():  # a file's own name may have the sign
-            equals = ""
-        key = name if equals else Path(text).stem
-        if key in found:
-            raise UsageError(f"--predictions names {shown(key)} twice; write NAME=FILE with different names")
-        found[key] = Path(path if equals else text)
+        if not equals or Path(text).is_file():  # a file's own name may have the sign
+            name, path = Path(text).stem, text
+        if name in found:
+            raise UsageError(f"--predictions names {shown(name)} twice; write NAME=FILE with different names")
+        found[name] = Path(path)
     return found
 
 
