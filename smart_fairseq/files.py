@@ -1,6 +1,6 @@
 """Files and folders that are there whole or not at all, and their SHA-256.
 
-What is written goes to a hidden place beside the target, .NAME.partial-PID, and takes the target's name when it is
+What is written goes to a hidden folder beside the target, .NAME.partial-PID, and takes the target's name when it is
 complete. It is removed when the writing fails and on SIGTERM. What a process left that was killed without notice is
 removed by the next one that writes the same target.
 """
@@ -73,25 +73,21 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The path of a hidden file beside ``path``, to be written: it takes its place when the block ends well.
+    """The path of a file of that name in a hidden folder, to be written: it takes its place when the block ends well.
 
-    Close the file within the block. ``path`` stays as it was when the block fails; a failing disk is a `UsageError`.
+    Close the file within the block. ``path`` stays as it was when the block fails; folders and a failing disk as in
+    `hidden_folder`.
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: cannot be written (it is no file); choose another name")
-    _clear_up(path)
-    partial = _beside(path, "partial")
-    with tidy_on_sigterm(), _named(path, partial):
-        try:
-            yield partial
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with hidden_folder(path) as folder:
+        partial = folder / path.name
+        yield partial
+        os.replace(partial, path)
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write the whole file or nothing; folders above it are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the whole file or nothing."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
@@ -174,10 +170,8 @@ def _clear_up(target: Path) -> None:
                 continue
             if kind == "old" and not target.exists():
                 stale.rename(target)
-            elif stale.is_dir():
-                shutil.rmtree(stale, ignore_errors=True)
             else:
-                stale.unlink()
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _another_runs(number: int) -> bool:

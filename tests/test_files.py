@@ -76,12 +76,13 @@ def test_failure_leaves_nothing_where_nothing_was(tmp_path: Path, write: Write) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_above_come_and_go_with_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write, _, new", WRITERS)
+def test_folders_above_come_and_go_with_it(tmp_path: Path, write: Write, _: dict, new: dict) -> None:
     with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
-        write_folder(tmp_path / "a" / "b" / "target", "new", full_disk)
+        write(tmp_path / "a" / "b" / "target", "new", full_disk)
     assert list(tmp_path.iterdir()) == []
-    write_folder(tmp_path / "a" / "b" / "target", "new")
-    assert content(tmp_path) == {"a/b/target/deep/new": "new"}
+    write(tmp_path / "a" / "b" / "target", "new")
+    assert content(tmp_path) == {f"a/b/{name}": text for name, text in new.items()}
 
 
 def test_hidden_folder_vanishes_unless_moved(tmp_path: Path) -> None:
@@ -210,11 +211,6 @@ def test_sigterm_keeps_the_answer_that_the_program_gives(tmp_path: Path) -> None
         assert (tmp_path / "thread").read_text() == "from a thread"
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def test_missing_folder_above_a_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file"), whole_file(tmp_path / "none" / "target") as partial:
-        partial.write_text("x")
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -115,7 +115,6 @@ def write_arrays(path: Path, results: Mapping[str, Mapping[str, Result]], ids: M
     for split, models in results.items():
         for place, result in enumerate(models.values()):
             arrays |= {f"{split}.{place}.{name}": values for name, values in result["arrays"].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -141,9 +140,8 @@ def save(figure: Any, path: Path, **more: Any) -> None:
     kind, kinds = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
     if kind not in kinds:
         raise UsageError(f"{path}: no picture ends in .{kind}; allowed: {', '.join(sorted(kinds))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    with whole_file(path) as partial:  # whose own name does not end in the format
+    with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format=kind, **more)
     pyplot().close(figure)
 
