@@ -10,7 +10,6 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import UsageError, parse_json
 from .lines import Row, Skip, as_number, located, read_lines, shown, source_path
@@ -18,12 +17,6 @@ from .tasks import Source, Task
 
 EXTREME = 4  # ratings lie in -EXTREME..EXTREME
 TENTHS = {8: "valid", 9: "test"}  # of the rows, by hash; the others train
-
-
-class _Rated(NamedTuple):
-    row: Row  # the label of the middle is empty
-    key: str  # equal for equal sentences
-    consistent: bool  # is the mean that of the ratings?
 
 
 def split_of(file: str, identity: str, text: str) -> str:
@@ -81,8 +74,8 @@ def _label(task: Task, ratings: Sequence[int]) -> str:
     return task.labels[total > 0]
 
 
-def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, _Rated | UsageError]]:
-    """The split and the row of each line of the file of texts."""
+def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, Row | Skip | UsageError]]:
+    """The split and the row of each line of the file of texts; the label of the middle is empty."""
     beside = source_path(path.parent, source.ratings)
     if beside is None:
         raise located(path.parent / source.ratings, "is missing; download the data again")
@@ -104,10 +97,15 @@ def _read(task: Task, source: Source, path: Path) -> Iterator[tuple[str, _Rated 
             yield split, located(path, message, number)
         elif not text:
             yield split, located(path, "the text is empty", number)
+        elif abs(mean - sum(given) / len(given)) >= 1e-6:
+            yield split, Skip("the mean beside the text is not that of the ratings")
         else:
-            row = Row(cells[0], (text,), _label(task, given), tuple(map(str, given)), str(path), number)
-            consistent = abs(mean - sum(given) / len(given)) < 1e-6
-            yield split, _Rated(row, " ".join(text.casefold().split()), consistent)
+            yield split, Row(cells[0], (text,), _label(task, given), tuple(map(str, given)), str(path), number)
+
+
+def _words(row: Row) -> str:
+    """Equal for equal sentences."""
+    return " ".join(row.texts[0].casefold().split())
 
 
 def rated_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
@@ -115,25 +113,18 @@ def rated_rows(task: Task, source: Source, path: Path) -> Iterator[object]:
     read = list(_read(task, source, path))
     labels: dict[str, set[str | None]] = {}
     for _, item in read:
-        if isinstance(item, _Rated) and item.consistent:
-            labels.setdefault(item.key, set()).add(item.row.label)
+        if isinstance(item, Row):
+            labels.setdefault(_words(item), set()).add(item.label)
     seen: set[str] = set()
     for split, item in read:
-        again = False
-        if isinstance(item, _Rated) and item.consistent:
-            again = item.key in seen
-            seen.add(item.key)
-        if split != source.part:
-            continue
-        if not isinstance(item, _Rated):
+        if isinstance(item, Row):
+            words = _words(item)
+            if len(labels[words]) > 1:
+                item = Skip("the same sentence with another label")
+            elif words in seen:
+                item = Skip("the same sentence again")
+            elif not item.label:
+                item = Skip("mean between -0.5 and 0.5")
+            seen.add(words)
+        if split == source.part:
             yield item
-        elif not item.consistent:
-            yield Skip("the mean beside the text is not that of the ratings")
-        elif len(labels[item.key]) > 1:
-            yield Skip("the same sentence with another label")
-        elif again:
-            yield Skip("the same sentence again")
-        elif not item.row.label:
-            yield Skip("mean between -0.5 and 0.5")
-        else:
-            yield item.row
