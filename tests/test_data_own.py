@@ -312,7 +312,11 @@ def test_files_that_are_not_in_order(tmp_path: Path, bpe: list[str], capsys: pyt
         ("t.jsonl", '\n\n[{"text": "a"}]', "t.jsonl:3: a JSON list; each line must be one object"),
         ("t.jsonl", '{"text": "a", "label": "x, y"}\n{"text": "b", "label": "z"}', "the class 'x, y' holds a comma"),
         ("t.csv", 'text,label\na,"x\ny"\nb,z\n', "the class 'x\\ny' holds a comma, a tab or a line break"),
-        ("t.csv", "text,label\na,x\nb,<unk>\n", "the class '<unk>' has a name that fairseq's dictionaries keep"),
+        (
+            "t.csv",
+            "text,label\na,x\nb,<unk>\n",
+            "the class '<unk>' holds a comma, a tab or a line break, or is a symbol of fairseq's own",
+        ),
         (
             "t.csv",
             "text,label\na,4\nb,4.0\nc,5\n",

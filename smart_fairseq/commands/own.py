@@ -97,14 +97,10 @@ def _alike(labels: Iterable[str], key: Callable[[str], object]) -> tuple[str, st
 def _check_names(path: Path, labels: Iterable[str]) -> None:
     """Raise `UsageError` for a class that a dictionary or a table cannot hold."""
     for label in labels:
-        if not label.isprintable() or "," in label:
-            refuse(path, f"the class {shown(label)} holds a comma, a tab or a line break", "rename it")
-        if label in SPECIAL_SYMBOLS or label.startswith(FILLER):
-            refuse(
-                path,
-                f"the class {shown(label)} has a name that fairseq's dictionaries keep for themselves",
-                "rename it",
-            )
+        kept = label in SPECIAL_SYMBOLS or label.startswith(FILLER)  # by fairseq's dictionaries for themselves
+        if kept or not label.isprintable() or "," in label:
+            what = "holds a comma, a tab or a line break, or is a symbol of fairseq's own"
+            refuse(path, f"the class {shown(label)} {what}", "rename it")
 
 
 def own_task(options: argparse.Namespace, sources: dict[str, Source], files: dict[str, Path]) -> Task:
