@@ -239,8 +239,8 @@ def test_subsets_without_a_training_part(place, capsys):
 BPE_FILES = {
     "encoder.json missing": ("encoder.json", None, r"encoder.json: is missing; --bpe gpt2 needs"),
     "dict.txt missing": ("dict.txt", None, r"dict.txt: is missing"),
-    "encoder.json is no JSON": ("encoder.json", "x", r"encoder.json:1: not JSON"),
-    "encoder.json is a list": ("encoder.json", "[1]", r"encoder.json: is not the GPT-2 encoder.json"),
+    "encoder.json is no JSON": ("encoder.json", "x", r"encoder.json:1: cannot be read as JSON"),
+    "encoder.json is a list": ("encoder.json", "[1]", r"encoder.json: holds a list, and a JSON object"),
     "encoder.json of another BPE": ("encoder.json", '{"a": 1}', r"encoder.json: has no entry for 255 of the 256 bytes"),
     "vocab.bpe of another kind": ("vocab.bpe", "#version\n[UNK]\n", r"vocab.bpe:2: '\[UNK\]' is not a merge"),
     "vocab.bpe with other merges": ("vocab.bpe", "#version\nd o\n", r"encoder.json: has no entry for 'do'"),

@@ -281,8 +281,8 @@ def edit(name, change):
 
 NOT_OURS = "preprocess.json: is not what preprocess.py writes"
 DAMAGED = {
-    "preprocess.json cut": (edit("preprocess.json", lambda raw: raw[:9]), "preprocess.json: cannot be read"),
-    "preprocess.json null": (edit("preprocess.json", lambda raw: b"null"), NOT_OURS),
+    "preprocess.json cut": (edit("preprocess.json", lambda raw: raw[:9]), "preprocess.json:2: cannot be read"),
+    "preprocess.json null": (edit("preprocess.json", lambda raw: b"null"), "preprocess.json: holds a NoneType"),
     "brackets": (edit("preprocess.json", lambda raw: b"[" * 10_000), "preprocess.json: cannot be read"),
     "unknown task": (manifest(task="RTF", labels=None), NOT_OURS),
     "task without a form": (

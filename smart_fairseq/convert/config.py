@@ -1,10 +1,10 @@
 """What config.json says of a model, and fairseq's settings for the same architecture."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from ..errors import parse_json, refuse
+from ..data.lines import read_object
+from ..errors import refuse
 
 MODEL_DIR_HOLDS = "MODEL_DIR must hold config.json, model.safetensors and the vocabulary"
 FAIRSEQ_LAYER_NORM_EPS = 1e-5
@@ -20,7 +20,6 @@ ACTIVATIONS = {
     "bert": {"gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate", "relu": "relu"},
     "roberta": {"gelu": "gelu"},
 }
-Content = TypeVar("Content")
 
 
 class Sizes(NamedTuple):
@@ -47,33 +46,12 @@ class Config(NamedTuple):
     tied_embeddings: bool
 
 
-def _read(path: Path, kind: str, parse: Callable[[str], Content]) -> Content:
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        refuse(path, "no such file", MODEL_DIR_HOLDS)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        refuse(path, f"cannot be read as {kind} ({reason})", "copy or download it again")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; `UsageError` if the file is missing, broken, or holds something else."""
-    content = _read(path, "JSON", parse_json)
-    if not isinstance(content, dict):
-        refuse(path, f"holds a {type(content).__name__}", "a JSON object is needed")
-    return content
-
-
-def read_lines(path: Path) -> list[str]:
-    """The file's lines without line ends; `UsageError` if it is missing or not UTF-8."""
-    return _read(path, "UTF-8 text", lambda text: text.removesuffix("\n").split("\n") if text else [])
-
-
 def read_config(model_dir: Path) -> Config:
     """Read config.json; `UsageError` for what fairseq's RoBERTa cannot compute, and for sizes that are none."""
     path = model_dir / "config.json"
-    raw = read_json(path)
+    if not path.is_file():
+        refuse(path, "no such file", MODEL_DIR_HOLDS)
+    raw = read_object(path)
 
     def choice(key: str, default: Any, *allowed: Any) -> Any:
         value = raw.get(key, default)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
 from ..data.binarize import FILLER
+from ..data.lines import read_lines, read_object
 from ..errors import refuse
-from .config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config, read_json, read_lines
+from .config import FAIRSEQ_SPECIALS, SPECIAL_TOKENS, Config
 
 END_OF_TEXT = "<|endoftext|>"
 NORMALIZER_KEYS = {  # of tokenizer_config.json, and of tokenizer.json
@@ -36,13 +37,13 @@ class Vocabulary(NamedTuple):
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def read_tokenizer_json(model_dir: Path, kind: str) -> dict[str, Any]:
     """tokenizer.json's "model" of the given kind ("BPE" or "WordPiece"), its vocabulary with the added tokens."""
     path = model_dir / "tokenizer.json"
-    content = read_json(path)
+    content = read_object(path)
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", kind) != kind or not isinstance(model.get("vocab"), dict):
         refuse(path, f"holds no {kind} vocabulary", "give the vocabulary that belongs to the model")
@@ -105,9 +106,9 @@ def read_gpt2_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     """
     path, merges_path = model_dir / "vocab.json", model_dir / "merges.txt"
     if path.exists() or not (model_dir / "tokenizer.json").exists():
-        tokens = read_json(path) | _optional_json(model_dir / "added_tokens.json")
-        lines = read_lines(merges_path)
-        has_header = lines[:1] and lines[0].startswith("#version")
+        tokens = read_object(path) | _optional_json(model_dir / "added_tokens.json")
+        lines = [line for _, line in read_lines(merges_path)]
+        has_header = lines[0].startswith("#version")
         merges = [tuple(line.split()) for line in lines[1 if has_header else 0 :] if line]
     else:
         path = merges_path = model_dir / "tokenizer.json"
@@ -144,7 +145,7 @@ def gpt2_tokens(encoder: Path, symbols: Sequence[str]) -> dict[str, int]:
     ``encoder``: encoder.json; ``symbols``: of dict.txt. Raises `UsageError` where dict.txt lacks one of its tokens,
     which Hugging Face's BPE would not take for <unk>.
     """
-    ids = read_json(encoder)
+    ids = read_object(encoder)
     names = {str(number): token for token, number in ids.items()}
     all_symbols = [*FAIRSEQ_SPECIALS[:4], *symbols, FAIRSEQ_SPECIALS[4]]
     tokens = {names.get(symbol, symbol): row for row, symbol in enumerate(all_symbols)}
@@ -159,7 +160,7 @@ def read_bert_vocabulary(model_dir: Path, config: Config) -> Vocabulary:
     """BERT's WordPiece vocabulary; vocab.txt is handed on as it is."""
     path = model_dir / "vocab.txt"
     if path.exists() or not (model_dir / "tokenizer.json").exists():
-        names, content = read_lines(path), path.read_bytes()
+        names, content = [line for _, line in read_lines(path)], path.read_bytes()
     else:
         path = model_dir / "tokenizer.json"
         by_row = {row: token for token, row in read_tokenizer_json(model_dir, "WordPiece")["vocab"].items()}

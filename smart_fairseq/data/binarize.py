@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import one_line, parse_json, refuse
+from ..errors import one_line, refuse
 from ..files import whole_folder
 from .bpe import END, SPECIAL_SYMBOLS
-from .lines import Row, as_number, located, read_lines, shown
+from .lines import Row, as_number, located, read_lines, read_object, shown
 from .pool import Pool, integer_typecode
 from .ranking import write_groups
 from .sentiment import annotators_table
@@ -254,14 +254,9 @@ def one_of_those_in(folder: Path) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `Folder.finish` wrote. Raises `UsageError` if the folder was not written by preprocess."""
     path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise located(
-            folder, f"holds no {MANIFEST}; {one_of_those_in(folder) or 'make it with preprocess.py'}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise located(path, f"cannot be read ({error}); run preprocess again") from None
+    if not path.is_file():
+        raise located(folder, f"holds no {MANIFEST}; {one_of_those_in(folder) or 'make it with preprocess.py'}")
+    manifest = read_object(path)
     if not _sound(manifest):
         raise located(path, "is not what preprocess.py writes; run it again")
     return manifest

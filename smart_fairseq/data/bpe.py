@@ -11,10 +11,9 @@ import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import UsageError, parse_json, refuse, require
-from .lines import located, read_bytes, shown
+from ..errors import UsageError, refuse, require
+from .lines import located, read_bytes, read_object, shown
 
 NEEDED = {  # the files of each kind; sentencepiece's model has a name of its own
     "gpt2": ("encoder.json", "vocab.bpe", "dict.txt"),
@@ -91,13 +90,6 @@ def _text(path: Path, otherwise: str) -> str:
         raise located(path, otherwise) from None
 
 
-def _json_file(path: Path) -> Any:
-    try:
-        return parse_json(read_bytes(path).decode("utf-8"))
-    except ValueError as error:
-        raise located(path, f"not JSON ({error})", getattr(error, "lineno", 0)) from None
-
-
 def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
     """Check what ``--bpe`` and ``--bpe-dir`` name. ``kind`` None: what bpe.json in the folder says, otherwise gpt2."""
     if kind is not None:
@@ -107,8 +99,8 @@ def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
         raise located(folder, f"--bpe-dir: no such folder; it must hold dict.txt and the encoder's files ({without})")
     settings, lowercase = folder / "bpe.json", True
     if settings.is_file():
-        said = _json_file(settings)
-        if not isinstance(said, dict) or said.get("bpe") not in KINDS:
+        said = read_object(settings)
+        if said.get("bpe") not in KINDS:
             raise located(settings, f'it must be an object such as {{"bpe": "bert"}}, one of {KINDS}')
         if kind is not None and said["bpe"] != kind:
             raise located(settings, f"says {said['bpe']}, and --bpe says {kind}; leave --bpe out")
@@ -147,8 +139,8 @@ def make_encoder(files: BpeFiles) -> Encoder:
 def _gpt2_encoder(folder: Path) -> Encoder:
     """fairseq's GPT-2 BPE with a memory of whole words; symbols are ids written as numbers."""
     encoder, merges = folder / "encoder.json", folder / "vocab.bpe"
-    table = _json_file(encoder)
-    if not isinstance(table, dict) or not all(isinstance(value, int) for value in table.values()):
+    table = read_object(encoder)
+    if not all(isinstance(value, int) for value in table.values()):
         raise located(encoder, "is not the GPT-2 encoder.json: an object from byte strings to ids")
     lines = read_bytes(merges).decode("utf-8", "replace").split("\n")[1:-1]
     for number, line in enumerate(lines, start=2):

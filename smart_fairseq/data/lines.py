@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, parse_json
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -94,6 +94,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             byte = line[error.start]
             message = f"byte 0x{byte:02x} at position {error.start + 1} is not UTF-8; convert the file to UTF-8"
             raise located(path, message, number) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises `UsageError` where it holds none."""
+    try:
+        found = parse_json(read_bytes(path).decode("utf-8"))
+    except ValueError as error:
+        message = f"cannot be read as JSON ({error}); make, copy or download it again"
+        raise located(path, message, getattr(error, "lineno", 0)) from None
+    if not isinstance(found, dict):
+        raise located(path, f"holds a {type(found).__name__}, and a JSON object is needed")
+    return found
 
 
 class Skip(Exception):
