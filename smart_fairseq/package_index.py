@@ -23,10 +23,12 @@ class __legacy__:
 """
 
 
-def pip_download(pinned: str, folder: Path, wheel: bool) -> "subprocess.CompletedProcess[str]":
-    """Have pip put one file into ``folder``: the wheel, or else the source distribution.
+def fetch_file(pinned: str, folder: Path, wheel: bool, what: str, where: str, again: str) -> Path:
+    """Have pip put one file into ``folder``, an empty one: the wheel, or else the source distribution. Its path.
 
     ``pinned``: a line of a requirements file as in ``name==1.0 --hash=sha256:...``; pip refuses a file that differs.
+    Raises `UsageError` when pip fails, in whose words ``what`` was asked for, ``where`` its SHA-256 stands, and how to
+    try ``again``.
     """
     options = ["--no-deps", "--require-hashes", "--no-input", "--retries", "2"]
     environment = dict(os.environ)
@@ -44,14 +46,7 @@ def pip_download(pinned: str, folder: Path, wheel: bool) -> "subprocess.Complete
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [scratch, environment.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options]
         command += ["--requirement", f"{scratch}/requirements.txt", "--dest", str(folder)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def only_file(result: "subprocess.CompletedProcess[str]", folder: Path, what: str, where: str, again: str) -> Path:
-    """The file that pip put into ``folder``. Raises `UsageError` when it failed, or when there is not one file.
-
-    ``what`` was asked for, ``where`` its SHA-256 stands, how to try ``again``: words for the message.
-    """
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
     output = result.stdout + result.stderr
     if "DO NOT MATCH THE HASHES" in output:
         raise UsageError(
@@ -65,7 +60,5 @@ def only_file(result: "subprocess.CompletedProcess[str]", folder: Path, what: st
             f"{what} could not be fetched from the Python package index ({reason.strip()}); "
             f"connect to the network and {again}"
         )
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    if len(files) != 1:
-        raise UsageError(f"pip fetched {len(files)} files of {what}, not 1; {again}")
-    return files[0]
+    (file,) = folder.iterdir()
+    return file

@@ -19,7 +19,7 @@ from smart_fairseq.data.readers import read_task
 from smart_fairseq.data.sentiment import shares, split_of
 from smart_fairseq.data.tasks import SENTIMENT, TASKS
 from smart_fairseq.errors import UsageError
-from smart_fairseq.package_index import pip_download
+from smart_fairseq.package_index import fetch_file
 
 REAL_ARCHIVE = os.environ.get("SMART_VADER_ARCHIVE", "")
 MOVIE = TASKS["movie"].splits["train"][0]
@@ -352,12 +352,13 @@ def test_wheels_alone_or_source_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def called(command: list[str], **more: Any) -> Any:
         asked.append((command, more["env"], Path(command[command.index("--requirement") + 1]).read_text()))
+        (Path(command[command.index("--dest") + 1]) / "file").touch()
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", called)
     monkeypatch.setenv("PYTHONPATH", "before")
     for wheel in (True, False):
-        pip_download("name==1.0 --hash=sha256:00", tmp_path, wheel=wheel)
+        fetch_file("name==1.0 --hash=sha256:00", tmp_path, wheel, "it", "here", "try again")
     (first, plain, pin), (second, changed, _) = asked
     assert "--require-hashes" in first and "--no-deps" in first and pin == "name==1.0 --hash=sha256:00\n"
     assert first[first.index("--only-binary") + 1] == ":all:" and "--no-binary" not in first

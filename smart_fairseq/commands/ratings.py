@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.lines import located
 from ..data.tasks import SENTIMENT, TASKS
 from ..files import sha256, whole_files
-from ..package_index import only_file, pip_download
+from ..package_index import fetch_file
 
 SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
 PACKAGE = "vaderSentiment==2.5"
@@ -33,8 +33,8 @@ def fetch(folder: Path) -> Path:
     Raises `UsageError` if pip cannot fetch the archive, or if it is another one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        result = pip_download(f"{PACKAGE} --hash=sha256:{SHA256}", Path(scratch), wheel=False)
-        archive = only_file(result, Path(scratch), WHAT, "smart_fairseq/commands/ratings.py", "run download again")
+        pinned, where = f"{PACKAGE} --hash=sha256:{SHA256}", "smart_fairseq/commands/ratings.py"
+        archive = fetch_file(pinned, Path(scratch), False, WHAT, where, "run download again")
         unpack(archive, folder / FOLDER)
     return folder / FOLDER
 
