@@ -277,17 +277,17 @@ def test_texts_from_symbols(tmp_path, kind, make):
     make(tmp_path)
     bpe = find_bpe("sentencepiece" if kind == "sp" else None, tmp_path)
     decode = decoder(bpe)
-    with Pool(bpe, 1, None, 1) as pool:
-        names = list(pool.vocabulary)
+    pool = Pool(bpe, 1, None, 1)
+    names = list(pool.vocabulary)
 
-        def encode(text: str) -> list[str]:
-            ((ids, *_), _) = next(pool.encode([Row("0", (text,), None)]))
-            return ["[UNK]" if number == UNKNOWN else names[number] for number in ids[0][:-1]]
+    def encode(text: str) -> list[str]:
+        ((ids, *_), _) = next(pool.encode([Row("0", (text,), None)]))
+        return ["[UNK]" if number == UNKNOWN else names[number] for number in ids[0][:-1]]
 
-        for text in ("the dogs like a river.", "café houses, don't see 42"):
-            symbols = encode(text)
-            assert encode(decode(symbols)) == symbols
-            if kind == "gpt2":
-                assert decode(symbols) == text
-        if kind == "bert":
-            assert decode(encode("The dogs, [UNK]!")) == "the dogs , [UNK] !"
+    for text in ("the dogs like a river.", "café houses, don't see 42"):
+        symbols = encode(text)
+        assert encode(decode(symbols)) == symbols
+        if kind == "gpt2":
+            assert decode(symbols) == text
+    if kind == "bert":
+        assert decode(encode("The dogs, [UNK]!")) == "the dogs , [UNK] !"

@@ -82,13 +82,13 @@ def official_folder(task: Task, kind: str, target: Path, options: argparse.Names
     splits: Sequence[str] = named or [split for split in task.splits if kind in split]
     bpe = encoder_files(options)
     rows, _ = read_task(task, Path(options.data_dir))
-    with Pool(bpe, whole_number("--workers", options.workers, 1), None, task.texts) as pool:
-        folder = Folder(target, task, pool)
-        folder.start(rows.get("train", []))
-        for split in splits:
-            if split in rows:
-                folder.write(split, rows[split])
-        folder.finish()
+    pool = Pool(bpe, whole_number("--workers", options.workers, 1), None, task.texts)
+    folder = Folder(target, task, pool)
+    folder.start(rows.get("train", []))
+    for split in splits:
+        if split in rows:
+            folder.write(split, rows[split])
+    folder.finish()
     return target
 
 

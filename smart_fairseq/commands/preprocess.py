@@ -200,7 +200,8 @@ def process(data: Data, target: Path, bpe: BpeFiles, options: argparse.Namespace
         raise UsageError(f"--subsample takes rows, and {data.task.name} has groups of them; leave it out")
     if parts and "train" not in data.rows:
         raise UsageError(f"--subsample needs the training part of {data.task.name}, and --data-dir does not hold it")
-    with Pool(bpe, options.workers, options.max_tokens, data.task.texts) as pool, complete_folder(target) as partial:
+    pool = Pool(bpe, options.workers, options.max_tokens, data.task.texts)
+    with complete_folder(target) as partial:
         facts = {"max_tokens": options.max_tokens}
         if not parts:
             write_folder(data, partial, pool, **facts)

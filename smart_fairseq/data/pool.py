@@ -56,7 +56,7 @@ def _shorten(row: list[list[int]], limit: int) -> bool:
 
 
 class Pool:
-    """Workers that encode in order; none for one worker. Use as a context manager.
+    """Workers that encode in order; none for one worker.
 
     Raises `UsageError` at the start if an encoder's file is of the wrong kind.
     """
@@ -71,14 +71,6 @@ class Pool:
         _, self.vocabulary = _loaded(files)
         self._limit = None if max_tokens is None else max_tokens - self.extra
         self._workers = workers
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
 
     def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Encoded, int]]:
         """(result, number of rows) of each chunk, in order."""
@@ -87,10 +79,12 @@ class Pool:
         if self._workers == 1 or len(chunks) <= 1:
             yield from ((encode(chunk), len(chunk)) for chunk in chunks)
             return
-        self._pool = self._pool or ProcessPoolExecutor(self._workers)
+        executor = ProcessPoolExecutor(self._workers)
         try:
-            yield from zip(self._pool.map(encode, chunks), map(len, chunks))
+            yield from zip(executor.map(encode, chunks), map(len, chunks))
         except BrokenProcessPool:
             raise UsageError(
                 f"--workers is {self._workers}; one of them was killed, perhaps for want of memory: try fewer"
             ) from None
+        finally:
+            executor.shutdown(cancel_futures=True)

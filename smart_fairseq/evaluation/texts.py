@@ -57,9 +57,9 @@ def write_with_typos(folder: Path, split: str, bpe: BpeFiles, target: Path, long
     rows = decoded(folder, split, bpe)
     wrong = [row._replace(texts=tuple(with_typos(row.texts, row.id, seed=seed))) for row in rows]
     limit = min(read_manifest(folder).get("max_tokens") or longest, longest)
-    with Pool(bpe, 1, limit, len(rows[0].texts)) as pool:
-        again, typed = _encoded(pool, rows), _encoded(pool, wrong)
-        typecode = integer_typecode(pool.vocabulary.size)
+    pool = Pool(bpe, 1, limit, len(rows[0].texts))
+    again, typed = _encoded(pool, rows), _encoded(pool, wrong)
+    typecode = integer_typecode(pool.vocabulary.size)
     for place, column in enumerate(typed):
         (target / f"input{place}").mkdir(parents=True)
         with indexed_writer(target / f"input{place}" / split, typecode) as add:
