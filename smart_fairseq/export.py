@@ -80,9 +80,9 @@ def export(
     return f"wrote {out}: {whose}arch roberta, loads without this plugin (float32 or bfloat16){left_behind(state)}"
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="export", description="turn a checkpoint of this plugin into one that plain fairseq or transformers load"
+        prog=prog, description="turn a checkpoint of this plugin into one that plain fairseq or transformers load"
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="written by fairseq-train or import_hf")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for huggingface the folder")
@@ -98,9 +98,9 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"export: {export(**vars(parser.parse_args(argv)))}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "export") -> int:
     """The command; its exit status."""
-    return run("export", _main, argv)
+    return run("export", _main, argv, prog)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def import_hf(model_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dic
     return convert_folder(model_dir, config, out_dir)
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="import_hf", description="turn a Hugging Face folder (BERT, RoBERTa) into a checkpoint for fairseq"
+        prog=prog, description="turn a Hugging Face folder (BERT, RoBERTa) into a checkpoint for fairseq"
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="config.json, model.safetensors, vocabulary")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder for model.pt, dict.txt and the BPE files")
@@ -54,9 +54,9 @@ def _main(argv: Sequence[str] | None) -> None:
     print(" ".join(report["overrides"]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "import_hf") -> int:
     """The command; its exit status."""
-    return run("import_hf", _main, argv)
+    return run("import_hf", _main, argv, prog)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: no command {given!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
-    command: Callable[..., int | None] = import_module(module, __package__).main
-    # the last two are programs of their own too, which name themselves
-    names = {} if module.startswith("..") else {"prog": f"{PROGRAM} {name}"}
-    return command(rest, **names) or 0
+    command: Callable[..., int] = import_module(module, __package__).main
+    return command(rest, f"{PROGRAM} {name}")
 
 
 if __name__ == "__main__":
