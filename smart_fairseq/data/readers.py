@@ -311,8 +311,6 @@ def read_task(
     """Rows and report of every split that ``data_dir`` holds. Raises `UsageError` if it holds none."""
     found = find_sources(task, data_dir)
     if not found:
-        if not data_dir.is_dir():
-            raise located(data_dir, "--data-dir: no such folder")
         forms = [source for sources in task.splits.values() for source in sources]
         names = sorted({name for source in forms for name in (*source.files, source.ratings) if name})
         expected = ", ".join(names[:6]) + (" ..." if names[6:] else "")
