@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, refuse, require
-from .lines import located, read_bytes, read_object, shown
+from .lines import located, read_bytes, read_lines, read_object, shown
 
 NEEDED = {  # the files of each kind; sentencepiece's model has a name of its own
     "gpt2": ("encoder.json", "vocab.bpe", "dict.txt"),
@@ -58,7 +58,10 @@ def load_vocabulary(path: Path) -> Vocabulary:
     """Read a dict.txt, lines of ``symbol count [#fairseq:overwrite]``. Raises `UsageError` where fairseq would."""
     vocabulary = Vocabulary((symbol, place) for place, symbol in enumerate(SPECIAL_SYMBOLS))
     lines: list[str] = []
-    text = _text(path, "is not UTF-8, so it is not a fairseq dictionary")
+    try:
+        text = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise located(path, "is not UTF-8, so it is not a fairseq dictionary") from None
     # fairseq reads in text mode: carriage returns end lines too
     for number, line in enumerate(io.StringIO(text, newline=None).read().removesuffix("\n").split("\n"), start=1):
         symbol, _, count = line.rstrip().rpartition(" ")
@@ -81,13 +84,6 @@ def shared_vocabulary(folder: Path, bpe: BpeFiles) -> Vocabulary:
     if vocabulary != load_vocabulary(bpe.dictionary):
         refuse(bpe.dictionary, f"differs from {folder / 'input0' / 'dict.txt'}", "give the --bpe-dir of preprocess")
     return vocabulary
-
-
-def _text(path: Path, otherwise: str) -> str:
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError:
-        raise located(path, otherwise) from None
 
 
 def find_bpe(kind: str | None, folder: Path) -> BpeFiles:
@@ -184,8 +180,7 @@ def _word_pieces(files: BpeFiles) -> Encoder:
     from tokenizers import BertWordPieceTokenizer
 
     path = files.folder / "vocab.txt"
-    words = _text(path, "is not UTF-8, so it is not a BERT vocabulary").split("\n")
-    if "[UNK]" not in {word.strip() for word in words}:
+    if "[UNK]" not in {line.strip() for _, line in read_lines(path)}:
         raise located(path, "has no [UNK], so it is not a BERT vocabulary: one symbol a line")
     tokenizer = BertWordPieceTokenizer(str(path), lowercase=files.lowercase)
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).tokens)
