@@ -18,7 +18,7 @@ from .binarize import (
     read_targets,
 )
 from .bpe import SPECIAL_SYMBOLS
-from .lines import located, read_lines, shown
+from .lines import located, read_bytes, read_lines, shown
 from .ranking import parts, read_groups
 from .tasks import ANLI_JOINED, CORRELATIONS, TASKS, Task
 
@@ -69,9 +69,10 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
         if task.name in found:
             refuse(place, f"holds {task.name}, as {found[task.name][1]} does", f"choose one of the two by {flag}")
         first = next(iter(found.values()), (task, place))[1]
-        if _dictionary(place) != _dictionary(first):
+        dictionary = place / "input0" / "dict.txt"
+        if read_bytes(dictionary) != read_bytes(first / "input0" / "dict.txt"):
             other = f"that of {first}, and all tasks share one encoder; preprocess both with the same --bpe-dir"
-            raise located(place / "input0" / "dict.txt", f"is not {other}")
+            raise located(dictionary, f"is not {other}")
         found[task.name] = (task, place)
     return found
 
@@ -82,14 +83,6 @@ def _named(data: Path, name: str) -> Path:
         return data / name
     holding = [place for place in data_folders_in(data) if read_manifest(place)["task"] == name]
     return holding[0] if len(holding) == 1 else data / name
-
-
-def _dictionary(folder: Path) -> bytes:
-    path = folder / "input0" / "dict.txt"
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise located(path, f"cannot be read ({error.strerror}); run preprocess again") from None
 
 
 def read_ids(folder: Path, split: str, by_id: bool = False) -> list[str]:
