@@ -191,9 +191,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
         for_server = False
         for name, checkpoint in checkpoints.items():
             model = Model(checkpoint, folders[name], options.cpu, options.fp16)
-            written = [(split, predict_task(name, model, split, out, options)) for split in splits[name]]
-            for split, paths in written:
-                for path in paths:
+            for split in splits[name]:
+                for path in predict_task(name, model, split, out, options):
                     print(f"wrote {path} ({split})")
                     for_server |= path.name in SUBMISSION_FILES
     if for_server:
