@@ -212,7 +212,7 @@ def test_flags(place, capsys, kind):
 
 ANLI_FLAGS = {
     "unknown round": (["--rounds", "R4"], r"--rounds is 'R4'; it must be a list, each once, of R1, R2, R3"),
-    "no round": (["--rounds", ","], r"--rounds is ','; name at least one"),
+    "no round": (["--rounds", ","], r"--rounds is ','; it must be a list, each once, of R1"),
     "round twice": (["--rounds", "R1,r1"], r"each once"),
     "unknown companion": (["--with", "RTE"], r"--with is 'RTE'; it must be a list, each once, of MNLI, SNLI, FEVER"),
     "weight of a part not used": (

@@ -276,12 +276,11 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
     names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, must)
     bpe = check_shared_options(options)
     data_dir = Path(options.data_dir)
-    present = [name for name in names if find_sources(TASKS[name], data_dir)]
+    present = names  # reading what is missing says which files it needs
     if options.task == "all":
+        present = [name for name in names if find_sources(TASKS[name], data_dir)]
         if not present:
             raise located(data_dir, f"--data-dir holds none of {', '.join(names)}")
-    else:
-        present = names  # reading what is missing says which files it needs
     for name in present:
         rows, reports = read_task(TASKS[name], data_dir, options.skip_bad_rows)
         _say_missing(name, TASKS[name].splits, rows)
@@ -305,7 +304,7 @@ def _say_missing(name: str, splits: Iterable[str], rows: Mapping[str, object]) -
 
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
     must = f"a list, each once, of {', '.join(allowed)}"
-    names = chosen(flag, text, allowed, must) if text.strip(" ,") else []
+    names = chosen(flag, text, allowed, must)
     require(len(set(names)) == len(names), flag, shown(text), must)
     return names
 
@@ -347,9 +346,7 @@ def _anli(argv: Sequence[str] | None, prog: str) -> None:
     add_shared_options(parser)
     options = parser.parse_args(argv)
     rounds = _names("--rounds", options.rounds, [name[5:] for name in ANLI])
-    extra = _names("--with", options.extra, ("MNLI", "SNLI", "FEVER"))
-    if not rounds:
-        raise UsageError(f"--rounds is {shown(options.rounds)}; name at least one of R1, R2, R3")
+    extra = _names("--with", options.extra, ("MNLI", "SNLI", "FEVER")) if options.extra else []
     times = weights(options.weights, [*rounds, *extra])
     bpe = check_shared_options(options)
     parts, reports = {}, {}
