@@ -6,13 +6,20 @@ import pytest
 import torch
 from toolkit import assert_close, assert_equal
 
-from smart_fairseq.method.adversary import Adversary, find_perturbation, linearized, norm, project
-from smart_fairseq.method.divergence import squared_error, symmetric_kl
+from smart_fairseq.method.adversary import Adversary, ascend, away_from, gradient_of, linearized, norm, project
+from smart_fairseq.method.divergence import Divergence, squared_error, symmetric_kl
 
 EVERY_BALL = [
     Adversary(radius=0.3, step_size=10.0, steps=steps, norm=kind, scope=scope)
     for steps, kind, scope in itertools.product([1, 3], ["inf", "l2"], ["example", "token"])
 ]
+
+
+def find_perturbation(
+    f, clean: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor, divergence: Divergence, adversary: Adversary
+) -> torch.Tensor:
+    """The ascent away from clean outputs."""
+    return ascend(gradient_of(f, away_from(clean, divergence)), noise, mask, adversary)
 
 
 def a_network(seed: int = 0):

@@ -203,13 +203,13 @@ def test_the_ascent_computes_no_weight_gradients_and_keeps_no_activation_for_the
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
-    original = smoothness.find_perturbation
+    original = smoothness.ascend
 
     def watched(*arguments: Any) -> torch.Tensor:
         with record("ascent"):
             return original(*arguments)
 
-    monkeypatch.setattr(smoothness, "find_perturbation", watched)
+    monkeypatch.setattr(smoothness, "ascend", watched)
     step(model, criterion, sample)
     monkeypatch.undo()
     with record("ordinary"):
@@ -278,7 +278,7 @@ def test_a_perturbation_that_is_not_finite_never_reaches_the_weights(
     value: float, class_data: Path, monkeypatch: Any
 ) -> None:
     task, model, criterion = set_up(class_data, *NO_DROPOUT)
-    monkeypatch.setattr(smoothness, "find_perturbation", lambda f, clean, noise, *_: torch.full_like(noise, value))
+    monkeypatch.setattr(smoothness, "ascend", lambda gradient_fn, noise, *_: torch.full_like(noise, value))
     ours = step(model, criterion, batch(task, 4))
     monkeypatch.undo()
     criterion.weights["smart"] = 0.0
@@ -298,15 +298,15 @@ def test_a_teacher_that_overflows_is_dropped(class_data: Path, monkeypatch: Any)
 
 
 def test_dropped_terms_are_counted_in_the_log(class_data: Path, monkeypatch: Any) -> None:
-    original = smoothness.find_perturbation
+    original = smoothness.ascend
     calls = []
 
-    def sometimes(f: Any, clean: Any, noise: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def sometimes(*arguments: Any) -> torch.Tensor:
         calls.append(1)
-        found = original(f, clean, noise, *rest)
+        found = original(*arguments)
         return found * math.nan if len(calls) in (2, 3) else found
 
-    monkeypatch.setattr(smoothness, "find_perturbation", sometimes)
+    monkeypatch.setattr(smoothness, "ascend", sometimes)
     log = train(command(class_data, max_update=5))
     assert [line.get("smart_dropped", 0) for line in log["train_inner"]] == [0, 1, 1, 0, 0]
     assert log["train"][0]["train_smart_dropped"] == 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 for chatty in ("fairseq.tasks.text_to_speech", "matplotlib"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
-from smart_fairseq.method.adversary import Adversary, ascend, find_perturbation, gradient_of  # noqa: E402
+from smart_fairseq.method.adversary import Adversary, ascend, away_from, gradient_of  # noqa: E402
 from smart_fairseq.method.divergence import symmetric_kl  # noqa: E402
 from smart_fairseq.method.loss import task_loss  # noqa: E402
 from smart_fairseq.method.noise import example_noise, uniform_noise  # noqa: E402
@@ -68,7 +68,8 @@ def smart(model: Model, x: Tensor, y: Tensor, update: int) -> Tensor:
     """The worst perturbation in the ball must not change the output (Jiang et al. 2020, Algorithm 1)."""
     noise = 0.1 * RADIUS * example_noise(torch.arange(len(x)), 1, 2, seed=update)
     logits, mask = model(x), torch.ones(len(x), 1, 1)
-    found = find_perturbation(lambda d: model(x + d), logits.detach(), noise, mask, symmetric_kl, ADVERSARY)
+    gradient = gradient_of(lambda d: model(x + d), away_from(logits, symmetric_kl))
+    found = ascend(gradient, noise, mask, ADVERSARY)
     return task_loss(logits, y) + symmetric_kl(model(x + found), logits)
 
 

@@ -135,9 +135,10 @@ def ascend(
             factor for each example, which the normalisation takes out.
         noise: [B, T, C], float32 or wider: the starting point nu ~ N(0, sigma^2 I).
         mask: [B, T, 1], 1 at real tokens, 0 at padding, which is never perturbed.
-        first_gradient: [B, T, C], the gradient at the noise, where the caller has it already.
+        first_gradient: [B, T, C], the gradient at the noise, where the caller has it already: where outputs come in a
+            precision that does not resolve the noise, that of `linearized` ones.
     Returns:
-        [B, T, C], dtype of ``noise``. Not finite where a gradient was not.
+        [B, T, C], dtype of ``noise``, detached. Not finite where a gradient was not.
 
     The gradient of d^2 / 2 is d, here (0.1, -0.05), normalised (1, -0.5):
 
@@ -172,7 +173,8 @@ def gradient_of(logits_fn: LogitsFn, loss_of: Callable[[Tensor], Tensor]) -> Gra
     """The gradient, for `ascend`, of a loss or divergence of the outputs.
 
     Args:
-        logits_fn: as for `find_perturbation`.
+        logits_fn: perturbation [B, T, C] -> outputs [B, K]; differentiable in the perturbation. To spend
+            nothing on weight gradients, its weights must not require gradients.
         loss_of: outputs [B, K], in float32 or wider -> one number per example, [B].
 
     With outputs f(d) = d, the gradient of f(d)^2 is 2 d, here divided by its largest entry:
@@ -191,40 +193,8 @@ def gradient_of(logits_fn: LogitsFn, loss_of: Callable[[Tensor], Tensor]) -> Gra
     return gradient
 
 
-def find_perturbation(
-    logits_fn: LogitsFn,
-    clean_logits: Tensor,
-    noise: Tensor,
-    mask: Tensor,
-    divergence: Divergence,
-    adversary: Adversary,
-    first_gradient: Tensor | None = None,
-) -> Tensor:
-    """`ascend` along the gradient of the divergence between two outputs.
-
-    Args:
-        logits_fn: perturbation [B, T, C] -> outputs [B, K]; differentiable in the perturbation. To spend
-            nothing on weight gradients, its weights must not require gradients.
-        clean_logits: [B, K], outputs without perturbation; held fixed.
-        divergence: l_s, one number per example.
-        first_gradient: as for `ascend`; where ``logits_fn`` works in a precision that does not resolve the noise,
-            that of `linearized` outputs.
-    Returns:
-        [B, T, C], dtype of ``noise``, detached.
-
-    The example of `ascend`, from outputs f(d) = d and clean ones of 0:
-
-    >>> from .divergence import squared_error
-    >>> noise, mask, adversary = torch.tensor([[[0.1, -0.05]]]), torch.ones(1, 1, 1), Adversary(1.0, step_size=0.5)
-    >>> find_perturbation(lambda d: d[:, 0], torch.zeros(1, 2), noise, mask, squared_error, adversary)
-    tensor([[[ 0.6000, -0.3000]]])
-    """
-    gradient_fn = gradient_of(logits_fn, away_from(clean_logits, divergence))
-    return ascend(gradient_fn, noise, mask, adversary, first_gradient)
-
-
 def away_from(clean_logits: Tensor, divergence: Divergence) -> Callable[[Tensor], Tensor]:
-    """The divergence of outputs from those without perturbation, [B, K], which are held fixed.
+    """For `gradient_of`: the divergence of outputs from those without perturbation, [B, K], which are held fixed.
 
     >>> from .divergence import squared_error
     >>> away_from(torch.tensor([[1.0, 2.0]]), squared_error)(torch.tensor([[1.0, 5.0]]))

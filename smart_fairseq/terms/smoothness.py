@@ -25,7 +25,6 @@ from ..method.adversary import (
     LogitsFn,
     ascend,
     away_from,
-    find_perturbation,
     gradient_of,
     gradient_to_first_order,
     linearized,
@@ -145,6 +144,7 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
     def find(clean: Tensor, entered: list[Tensor]) -> Tensor:
         """Algorithm 1, lines 4 to 8."""
         weights, first_gradient = cache(encoder.frozen_weights), known
+        from_clean = away_from(clean, settings.divergence)
 
         def at_the_point(perturbation: Tensor) -> Tensor:
             with batch.dropout():
@@ -156,11 +156,9 @@ def two_forwards(batch: _Batch) -> Iterator[Callable[[Tensor], TermValue]]:
             if form.search is Search.EVERY_STEP:
                 logits_fn = near
             else:
-                from_clean = away_from(clean, settings.divergence)
                 first_gradient = gradient_of(near, from_clean)(batch.noise * batch.mask)
-        return find_perturbation(
-            logits_fn, clean, batch.noise, batch.mask, settings.divergence, settings.adversary, first_gradient
-        )
+        gradient_fn = gradient_of(logits_fn, from_clean)
+        return ascend(gradient_fn, batch.noise, batch.mask, settings.adversary, first_gradient)
 
     def value(clean: Tensor) -> TermValue:
         found = entered
