@@ -25,7 +25,6 @@
 import argparse
 import contextlib
 import functools
-import inspect
 import logging
 import os
 import shutil
@@ -239,16 +238,12 @@ def _demand_head(path: str, state: dict[str, Any]) -> None:
 def cover_validation_sets(task: Any, train_subset: str) -> None:
     """Let the task's batches hold every example of every split but ``train_subset``."""
     get_batch_iterator = task.get_batch_iterator
-    signature = inspect.signature(get_batch_iterator)
 
     @functools.wraps(get_batch_iterator)
-    def get_whole_batch_iterator(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        dataset = call.arguments["dataset"]
+    def get_whole_batch_iterator(dataset: Any, **options: Any) -> Any:
         if dataset is not task.datasets.get(train_subset):
-            call.arguments["required_batch_size_multiple"] = 1
-            return get_batch_iterator(*call.args, **call.kwargs)
-        iterator = get_batch_iterator(*call.args, **call.kwargs)
+            return get_batch_iterator(dataset, **{**options, "required_batch_size_multiple": 1})
+        iterator = get_batch_iterator(dataset, **options)
         used = sum(len(batch) for batch in iterator.frozen_batches)
         if used < len(dataset) and dataset.can_reuse_epoch_itr_across_epochs:  # another epoch takes others
             logger.info(

@@ -45,8 +45,8 @@ def repeat_batches(task: Any, train_subset: str, times: int, update_freq: Sequen
     get_batch_iterator = task.get_batch_iterator
 
     @functools.wraps(get_batch_iterator)
-    def get_repeated(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        iterator = get_batch_iterator(dataset, *args, **kwargs)
+    def get_repeated(dataset: Any, **options: Any) -> Any:
+        iterator = get_batch_iterator(dataset, **options)
         if dataset is task.datasets.get(train_subset):
             iterator.__class__ = RepeatedBatches
             iterator.times, iterator.update_freq = times, update_freq
