@@ -235,7 +235,7 @@ class Setting:
             clean = forward()
         found = value(clean)
         assert found.perturbation is not None
-        return Measured(float(found.value.detach()) / len(clean), found.perturbation, criterion.form.term.value)
+        return Measured(float(found.value.detach()) / len(clean), found.perturbation, criterion.forms[""].term.value)
 
 
 def cosines(ours: Tensor, reference: Tensor) -> list[float]:

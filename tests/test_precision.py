@@ -122,7 +122,7 @@ def test_two_forwards_in_float32(
     flags = [*NO_DROPOUT, "--smart-epsilon", radius, "--smart-step-size", "1"]
     task, model, criterion = set_up_wider(data, *flags, kind=kind)
     term, exact, aligned, _ = both(model, criterion, set_up_wider(data, *flags, kind=kind)[2], batch(task, 8))
-    assert criterion.form[:2] == TWO_FORWARDS
+    assert criterion.forms[""][:2] == TWO_FORWARDS
     assert term == pytest.approx(exact, rel=relative) and aligned > 1 - 1e-5
 
 
@@ -142,7 +142,7 @@ def test_two_forwards_in_half_precision(dtype: torch.dtype, flags: list[str], cl
     shared = [*NO_DROPOUT, "--smart-epsilon", "2e-2", "--smart-step-size", "1", *flags]
     task, model, criterion = set_up_wider(class_data, *shared)
     term, exact, aligned, log = both(model.to(dtype), criterion, set_up_wider(class_data, *shared)[2], batch(task, 8))
-    assert criterion.form[:2] == TWO_FORWARDS
+    assert criterion.forms[""][:2] == TWO_FORWARDS
     assert term == pytest.approx(exact, rel=0.05) and aligned > 0.99
     assert float(log["smart_delta"]) == pytest.approx(8 * criterion.cfg.smart_epsilon, rel=1e-3)
 
@@ -276,7 +276,7 @@ def test_a_first_step_from_the_clean_pass(radius: str, kind: str, class_data: Pa
     values, gradients = [], []
     for search in (Search.FORWARD, Search.CLEAN_PASS):
         task, model, criterion = set_up_wider(data, *flags, kind=kind)
-        criterion.form = Form(FormOfTerm.TWO_FORWARDS, search)
+        criterion.forms[""] = Form(FormOfTerm.TWO_FORWARDS, search)
         value, gradient, _ = term_and_gradient(in_float64(model), criterion, batch(task, 8))
         values.append(value)
         gradients.append(gradient)

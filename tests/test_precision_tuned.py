@@ -123,5 +123,6 @@ def test_auto(
             error = float(log["smart_loss"]) / size / value - 1
             cosine, others = float(cosines.median()), int((cosines < 0).sum())
             if not (abs(error) <= within and cosine > 0.99 and others <= 1) or math.isnan(error):
-                missed.append(f"{dtype} {radius:g}: {error:+.1%}, cosine {cosine:.4f}, {criterion.form.term.value}")
+                form = criterion.forms[""].term.value
+                missed.append(f"{dtype} {radius:g}: {error:+.1%}, cosine {cosine:.4f}, {form}")
     assert not missed and warned <= 2, missed

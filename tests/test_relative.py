@@ -85,7 +85,7 @@ def test_in_half_precision(epsilon: str, dtype: torch.dtype, class_data: Path) -
         sample, seen = batch(task, 8), watch_terms(criterion)
         model = model.to(dtype).to(precision)  # the same weights
         log = step(model, criterion, sample).log
-        found.append((log["smart_loss"].float(), seen[0].perturbation.float(), criterion.form.term.value))
+        found.append((log["smart_loss"].float(), seen[0].perturbation.float(), criterion.forms[""].term.value))
     (exact, direction, _), (half, half_direction, form) = found
     assert form == ("first_order" if epsilon == "1e-3" else "two_forwards")
     assert_close(half, exact, rtol=0.1)

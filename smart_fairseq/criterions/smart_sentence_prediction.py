@@ -7,7 +7,7 @@ Paper: Jiang et al. (2020), equation 1 and Algorithm 1:
     D_Breg  divergence(clean output, teacher's output)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Dict, List
 
 from fairseq.criterions import register_criterion
@@ -24,7 +24,6 @@ from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, work
 from ..terms.smoothness import Settings, smoothness
 from ..training.checks import check_adversary, check_model, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
-from ..training.objective import Objective
 
 # of the training set, at which the form of the term is chosen
 EXAMPLES = 32
@@ -49,47 +48,32 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         check_adversary(cfg, weight, all(objective.regression for objective in self.objectives))
         self.place = str(cfg.smart_embedding)
         self.divergences[False] = DIVERGENCES[divergence_name(cfg, regression=False)]
-        self.all_settings = {objective.name: self._settings_of(objective) for objective in self.objectives}
-        self.forms: Dict[str, Form] = {}  # of the term by the objective's name, once the model is known
+        self.adversary = Adversary(
+            radius=cfg.smart_epsilon,
+            step_size=cfg.smart_step_size,
+            steps=cfg.smart_steps,
+            norm=str(cfg.smart_norm),
+            scope=str(cfg.smart_norm_scope),
+            projection=str(cfg.smart_projection),
+        )
+        self.forms: Dict[str, Form] = {}  # of the term by the objective's name, once it is chosen
 
     @property
     def settings(self) -> Settings:
-        """What is the same for every batch of a task; for a ranking, of its groups, which each batch has of its own."""
-        settings, groups = self.all_settings[self.objective.name], self.groups
-        if groups is None:
-            return settings
-        of_change = of_groups(settings.divergence_of_change, groups, change=True)
-        return replace(settings, divergence=self.divergence, divergence_of_change=of_change)
-
-    def _settings_of(self, objective: Objective) -> Settings:
+        """For the batch at hand: the divergences are those of its task, for a ranking of its groups."""
         cfg = self.cfg
         # kl and js have the symmetric KL's direction; their value of a change is not there
         of_classes = squared_change_of_classes if cfg.smart_divergence == "squared" else symmetric_kl_of_change
+        of_change = squared_change if self.regression_target else of_classes
         return Settings(
-            adversary=Adversary(
-                radius=cfg.smart_epsilon,
-                step_size=cfg.smart_step_size,
-                steps=cfg.smart_steps,
-                norm=str(cfg.smart_norm),
-                scope=str(cfg.smart_norm_scope),
-                projection=str(cfg.smart_projection),
-            ),
+            adversary=self.adversary,
             noise_std=cfg.smart_noise_std,
             relative=cfg.smart_epsilon_unit == "relative",
             dropout=str(cfg.smart_dropout),
             recompute=cfg.smart_recompute,
-            divergence=self.divergences[objective.regression],
-            divergence_of_change=squared_change if objective.regression else of_classes,
+            divergence=self.divergence,
+            divergence_of_change=of_change if self.groups is None else of_groups(of_change, self.groups, change=True),
         )
-
-    @property
-    def form(self) -> Form | None:
-        """Of the term for the batch's task, once the model is known."""
-        return self.forms.get(self.objective.name)
-
-    @form.setter
-    def form(self, form: Form) -> None:
-        self.forms[self.objective.name] = form
 
     def prepare(self, encoder: Encoder) -> str:
         if not self.weights["smart"]:
@@ -107,29 +91,29 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
 
         ``sample`` stands in for them where no training set is loaded.
         """
-        form = self.form
-        if form is None:
+        name = self.objective.name
+        if name not in self.forms:
             data = self.objective.task.datasets.get(self.cfg.smart_train_subset)
             if data is not None:
                 sample = data.collater([data[index] for index in range(min(len(data), EXAMPLES))])
             # of candidates an example has as many outputs as it has of these
             several = "candidates" in sample["net_input"]
-            form = self.form = choose_form(
+            self.forms[name] = choose_form(
                 self.cfg,
                 encoder,
                 measure_place(encoder, self.place, sample["net_input"]),
                 sample["target"].shape[1] if several else self.objective.num_classes,
                 working_precision(encoder, self.cfg.smart_amp),
             )
-        return form
+        return self.forms[name]
 
     def term(self, name: str, forward: Forward, sample: Dict[str, Any]) -> Term:
         return smoothness(self.settings, self.form_for(forward.encoder, sample), forward, sample)
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Any:
         result = super().forward(model, sample, reduce)
-        if "smart_loss" in result[2] and self.form is not None:
-            result[2]["smart_form"] = result[1] * list(FormOfTerm).index(self.form.term)
+        if "smart_loss" in result[2]:
+            result[2]["smart_form"] = result[1] * list(FormOfTerm).index(self.forms[self.objective.name].term)
         return result
 
     @classmethod

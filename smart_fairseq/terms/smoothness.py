@@ -41,7 +41,7 @@ from .start import drawn
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every batch.
+    """What the flags say, and the divergences of a batch's task.
 
     noise_std: sigma, in the units of the embeddings, or with ``relative`` in their root mean square.
     relative: sizes are shares of the example's embeddings (`method.relative`).
