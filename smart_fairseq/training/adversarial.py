@@ -11,7 +11,6 @@ l2 norm, or with the norm inf along its sign, then back onto the ball. Padding i
 the same in all passes over a batch, so that they climb one function.
 """
 
-from collections.abc import Mapping
 from dataclasses import make_dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -27,7 +26,6 @@ from ..method.relative import noise_in_units
 from ..terms.start import Drawn, drawn
 from .checks import check_model
 from .criterion import RegularizedCriterion
-from .link import Result
 
 
 class Ball(NamedTuple):
@@ -82,6 +80,7 @@ class AdversarialCriterion(RegularizedCriterion):
     """
 
     name: str
+    delta: Tensor
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
         name = self.name
@@ -89,7 +88,6 @@ class AdversarialCriterion(RegularizedCriterion):
         ball = Ball(**{key: getattr(cfg, f"{name}_{key}") for key in Ball._fields})
         super().__init__(cfg, task, weights={}, adversarial=ball.epsilon > 0)
         self.ball = ball
-        self.delta: Tensor | None = None
         self.before: Tensor | None = None
         for key in ("epsilon", "start"):
             require(getattr(ball, key) >= 0, f"--{name}-{key}", getattr(ball, key), "0 or above")
@@ -119,12 +117,9 @@ class AdversarialCriterion(RegularizedCriterion):
         """The sum over a batch, in the unit of the radius as ``point`` is."""
         return norm(point.detach(), self.adversary).sum()
 
-    def rise(self, log: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {} if self.before is None else {self.name: log["task_loss"].detach() - self.before}
-
-    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> Result:
-        loss, size, log = super().forward(model, sample, reduce)
-        if model.training and self.adversarial and self.delta is not None:
-            log[f"{self.name}_delta"] = self.delta * self.examples_of_a_row
-            log |= {f"{name}_rise": value for name, value in self.rise(log).items()}
-        return loss, size, log
+    def log_adversary(self, log: dict[str, Any]) -> dict[str, Tensor]:
+        log[f"{self.name}_delta"] = self.delta * self.examples_of_a_row
+        if self.before is None:
+            return {}
+        rise = log[f"{self.name}_rise"] = log["task_loss"].detach() - self.before
+        return {self.name: rise}

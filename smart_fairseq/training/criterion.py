@@ -128,9 +128,9 @@ class RegularizedCriterion(SentencePredictionCriterion):
         """With ``adversarial``: what is added to the embeddings for the task loss of one batch, [B, T, C] float32."""
         raise NotImplementedError
 
-    def rise(self, log: Mapping[str, Any]) -> dict[str, Tensor]:
-        """With ``adversarial``: by the method's name, what it adds to the batch's task loss, where that is known."""
-        return {}
+    def log_adversary(self, log: dict[str, Any]) -> dict[str, Tensor]:
+        """With ``adversarial``: log the perturbation; by the method's name, what it adds to the task loss, if known."""
+        raise NotImplementedError
 
     def prepare(self, encoder: Encoder) -> str:
         """Look at the model before training; raise `UsageError` or return what the start of the log says."""
@@ -231,7 +231,9 @@ class RegularizedCriterion(SentencePredictionCriterion):
         if found:
             loss = self._add(loss, found, weights, log, working_precision(encoder, self.cfg.smart_amp))
         shares = {name: weights[name] * log[f"{name}_loss"] for name in found}
-        self.acting.note(self.link.update_num, log["task_loss"].detach(), shares | self.rise(log))
+        if self.adversarial:
+            shares |= self.log_adversary(log)
+        self.acting.note(self.link.update_num, log["task_loss"].detach(), shares)
         log["loss"] = loss.detach()
         return loss, sample_size, log
 
