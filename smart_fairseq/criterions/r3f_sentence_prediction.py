@@ -24,7 +24,7 @@ from ..method.dropout import RandomState
 from ..method.noise import example_noise, uniform_noise
 from ..terms import TermValue
 from ..terms.start import drawn
-from ..training.checks import check_model, check_weight
+from ..training.checks import check_weight
 from ..training.criterion import RegularizedCriterion
 
 NOISE = {"normal": example_noise, "uniform": uniform_noise}
@@ -59,8 +59,6 @@ class R3FSentencePrediction(RegularizedCriterion):
         require(cfg.r3f_epsilon > 0, "--r3f-epsilon", cfg.r3f_epsilon, "above 0 (--r3f-weight 0 switches the term off)")
 
     def prepare(self, encoder: Encoder) -> str:
-        if self.weights["r3f"]:
-            check_model(encoder)
         return f"R3F: {self.cfg.r3f_noise} noise of {self.cfg.r3f_epsilon:g} {self.cfg.r3f_epsilon_unit}, "
 
     @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.flags import ByRecipe, RegularizedConfig, flag, recipe_choices, with_recipe
 from ..encoder import Encoder, Forward
 from ..terms import TermValue
-from ..training.checks import check_model, check_weight
+from ..training.checks import check_weight
 from ..training.criterion import RegularizedCriterion
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,8 @@ class RDropSentencePrediction(RegularizedCriterion):
         super().__init__(cfg, task, weights={"rdrop": check_weight("--rdrop-weight", cfg.rdrop_weight) / 2})
 
     def prepare(self, encoder: Encoder) -> str:
-        if self.weights["rdrop"]:
-            check_model(encoder)
-            if not encoder.has_dropout:
-                logger.warning("R-Drop: every dropout rate is 0, so both passes are the same and the term is 0")
+        if self.weights["rdrop"] and not encoder.has_dropout:
+            logger.warning("R-Drop: every dropout rate is 0, so both passes are the same and the term is 0")
         return "R-Drop: "
 
     @contextmanager

@@ -22,7 +22,7 @@ from ..method.ranking import of_groups
 from ..terms import Term
 from ..terms.precision import Form, FormOfTerm, choose_form, measure_place, working_precision
 from ..terms.smoothness import Settings, smoothness
-from ..training.checks import check_adversary, check_model, check_weight, divergence_name
+from ..training.checks import check_adversary, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
 
 # of the training set, at which the form of the term is chosen
@@ -78,7 +78,6 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
     def prepare(self, encoder: Encoder) -> str:
         if not self.weights["smart"]:
             return "SMART: smoothness term not at all, "
-        check_model(encoder)
         words: Dict[str, List[str]] = {}
         for objective in self.objectives:
             self.judge_by(objective)

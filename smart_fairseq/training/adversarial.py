@@ -24,7 +24,6 @@ from ..method.adversary import Adversary, norm
 from ..method.noise import uniform_noise
 from ..method.relative import noise_in_units
 from ..terms.start import Drawn, drawn
-from .checks import check_model
 from .criterion import RegularizedCriterion
 
 
@@ -101,8 +100,6 @@ class AdversarialCriterion(RegularizedCriterion):
         self.adversary = Adversary(ball.epsilon, ball.step_size, int(ball.steps), norm=str(ball.norm), signed=True)
 
     def prepare(self, encoder: Encoder) -> str:
-        if self.adversarial:
-            check_model(encoder)
         where = "a perturbed point" if self.adversarial else "the embeddings"
         return f"{self.name}: the task loss is taken at {where}, "
 

@@ -133,7 +133,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         raise NotImplementedError
 
     def prepare(self, encoder: Encoder) -> str:
-        """Look at the model before training; raise `UsageError` or return what the start of the log says."""
+        """What the start of the log says of this criterion with this model; may raise `UsageError`."""
         return ""
 
     @property
@@ -158,6 +158,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
                 checks.check_labels(self.cfg, objective.task, objective.regression)
         checks.check_workers(self.cfg, self.encoder_for(model), self.objectives)
         checks.check_best_metric(self.cfg, self.cfg.smart_best_metric, self.objectives)
+        if self.adversarial or any(weight for name, weight in self.weights.items() if name != "bregman"):
+            checks.check_model(self.encoder_for(model))
         words = self.prepare(self.encoder_for(model))
         self._checked = True
         logger.info(f"{words}Bregman weight {self.weights['bregman']:g}; {self._flags()}")
