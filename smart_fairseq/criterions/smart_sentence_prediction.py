@@ -44,7 +44,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         cfg = with_recipe(cfg, "smart")
         weight = check_weight("--smart-weight", cfg.smart_weight)
         require(cfg.smart_every >= 1, "--smart-every", cfg.smart_every, "a whole number from 1")
-        super().__init__(cfg, task, weights={"smart": weight}, every={"smart": cfg.smart_every})
+        super().__init__(cfg, task, weights={"smart": weight}, every=cfg.smart_every)
         check_adversary(cfg, weight, all(objective.regression for objective in self.objectives))
         self.place = str(cfg.smart_embedding)
         self.divergences[False] = DIVERGENCES[divergence_name(cfg, regression=False)]

@@ -54,7 +54,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     Args:
         weights: the criterion's own terms by name; one with weight 0 is never computed.
-        every: a term here is taken at every n-th update alone, n times as heavy.
+        every: these terms are taken at every n-th update alone, n times as heavy.
         adversarial: the task loss is taken at a point of the criterion's choice, `perturbation`.
     """
 
@@ -65,7 +65,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         cfg: RegularizedConfig,
         task: Any,
         weights: Mapping[str, float],
-        every: Mapping[str, int] | None = None,
+        every: int = 1,
         adversarial: bool = False,
     ) -> None:
         super().__init__(cfg, task)
@@ -73,7 +73,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.cfg = cfg
         self.adversarial = adversarial
         self.weights = {**weights, "bregman": checks.bregman_weight(cfg)}
-        self.every = every or {}
+        self.every = every
         self.divergences: dict[bool, Divergence] = {True: squared_error, False: symmetric_kl}  # l_s, by regression
         self.objectives = objectives_of(task, cfg)
         self.groups: Tensor | None = None  # of the batch, if it is of a ranking
@@ -85,7 +85,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
         self.link = TrainingLink(on_epoch=self._check_before_training)
         self.link.listen(task)
         warmup = int(getattr(cfg.smart_lr_scheduler, "warmup_updates", 0) or 0)
-        self.acting = Acting(after=warmup, every=max(self.every.values(), default=1))
+        self.acting = Acting(after=warmup, every=every)
         cover_validation_sets(task, cfg.smart_train_subset)
 
     # --- what a batch is judged by ----------------------------------------------------------------
@@ -191,16 +191,14 @@ class RegularizedCriterion(SentencePredictionCriterion):
         return result
 
     def _evaluate(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
-        several = TASK in sample
-        with contextlib.ExitStack() as around:
-            watched = not model.training and (several or self.cfg.smart_report_calibration)
-            output = around.enter_context(_output_of(self.encoder_for(model).model)) if watched else []
+        with _output_of(self.encoder_for(model).model) as output:
             result = self._of_task(self._evaluated(model), sample, reduce)
-        place_predictions(result[2], sample["id"], self.task)
-        if output and several:
-            place_outputs(result[2], output[0], sample, self.objectives)
-        elif output:
-            place_confidence(result[2], output[0], sample, self.task)
+        if not model.training:
+            place_predictions(result[2], sample["id"], self.task)
+            if TASK in sample:
+                place_outputs(result[2], output[0], sample, self.objectives)
+            elif self.cfg.smart_report_calibration:
+                place_confidence(result[2], output[0], sample, self.task)
         return result
 
     def _of_task(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
@@ -247,7 +245,7 @@ class RegularizedCriterion(SentencePredictionCriterion):
 
     def weight_now(self, name: str) -> float:
         """The term's weight at this update."""
-        every = self.every.get(name, 1)
+        every = 1 if name == "bregman" else self.every
         return self.weights[name] * every if self.link.update_num % every == 0 else 0.0
 
     def _term(self, name: str, forward: Forward, sample: dict[str, Any], perturbation: Tensor | None) -> Term:
