@@ -82,20 +82,16 @@ class Model:
         from .convert.checkpoint import as_written, check_head, scores_candidates, task_settings
         from .convert.single_task import folder_of, of_several_tasks, single_task
 
-        path = str(self._path)
         try:
-            state = checkpoint_utils.load_checkpoint_to_cpu(path)
+            state = checkpoint_utils.load_checkpoint_to_cpu(str(self._path))
             settings = task_settings(state)
             trained_on, kind = str(settings.get("data") or ""), settings.get("_name")
             self._was = data_of(state)
-            overrides = {"data": str(self.folder), "no_shuffle": True}
-            given = None  # instead of the file
             if of_several_tasks(state):
                 name = STAND_INS.get(self.task.name, self.task.name)
                 trained_on = str(folder_of(state, name) or self.folder)
                 self._was = self._was.get(name, {})
-                given = state = single_task(self._path, state, name, self.folder)
-                state["cfg"]["task"]["no_shuffle"] = True
+                state = single_task(self._path, state, name, self.folder)
             elif self.task.candidates != scores_candidates(state):
                 needed = "smart_wnli" if self.task.candidates else "sentence_prediction"
                 self._refuse(f"was trained for the task {kind}, not {needed}, as {self.task.name} needs")
@@ -106,31 +102,31 @@ class Model:
                 )
             regression = settings.get("regression_target")
             scored = self.task.candidates or self.task.ranking  # by one output, which is no regression's
-            if given is None and not scored and regression not in (None, self.task.regression):
-                kinds = (
-                    ("classifies", "is a regression") if self.task.regression else ("is a regression", "has classes")
-                )
-                self._refuse(f"{kinds[0]}, and {self.task.name} {kinds[1]}: another task's")
-            models, config, loaded = checkpoint_utils.load_model_ensemble_and_task([path], overrides, state=given)
-            # a task with a head of its own stays smart_multitask's
-            (objective,) = getattr(loaded, "objectives", (None,))
-            self._fairseq_task = objective.task if objective else loaded
+            if not scored and regression not in (None, self.task.regression):
+                it, here = ("is a regression", "has classes") if regression else ("classifies", "is a regression")
+                self._refuse(f"{it}, and {self.task.name} {here}: another task's")
+            if not self.task.candidates:
+                with as_written(self._path):
+                    criterion = state["cfg"]["criterion"]
+                    self.head = criterion.get("classification_head_name") or "sentence_classification_head"
+                    check_head(self._path, state["model"], self.head)  # fairseq would draw what is not there
+                    if criterion.get("smart_validate_with") == "teacher":
+                        what = "in training the teacher was validated, and these are the model's own weights"
+                        print(f"{self._path}: {what}; export --teacher writes the teacher's", flush=True)
+            state["args"] = None  # of checkpoints that are older than cfg, which was made from it
+            state["cfg"]["task"].update({"data": str(self.folder), "no_shuffle": True})
+            (self.model,), _, loaded = checkpoint_utils.load_model_ensemble_and_task([str(self._path)], state=state)
         except UsageError:
             raise
         except Exception as error:
             # whatever fairseq says about a checkpoint of something else
             reason = unfit(str(error)) if "state_dict" in str(error) else f"cannot be loaded ({type(error).__name__})"
             self._refuse(f"{reason}; give a checkpoint of fairseq-train and the data folder that it was trained on")
-        self.model = models[0]
+        # a task with a head of its own stays smart_multitask's
+        (objective,) = getattr(loaded, "objectives", (None,))
+        self._fairseq_task = objective.task if objective else loaded
         if self.task.candidates:
             self.head = loaded.objectives[0].head
-            return Path(trained_on)
-        with as_written(self._path):
-            self.head = config.criterion.get("classification_head_name") or "sentence_classification_head"
-            check_head(self._path, state["model"], self.head)
-            if config.criterion.get("smart_validate_with") == "teacher":
-                what = "in training the teacher was validated, and these are the model's own weights"
-                print(f"{self._path}: {what}; export --teacher writes the teacher's", flush=True)
         return Path(trained_on)
 
     def _checked_classes(self, trained_on: Path) -> tuple[str, ...]:
