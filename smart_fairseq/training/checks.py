@@ -48,10 +48,9 @@ def check_start(cfg: RegularizedConfig, task: Any, objectives: Sequence[Objectiv
         _check_restore_file(cfg.smart_restore_file, last)
     elif before is not None:
         folder, was = before
-        names = [_task_of(folder), _task_of(task.data)]
-        if None in names:
-            names = [_classes_of(folder), _classes_of(task.data)]
+        was = was or what_is_in(Path(folder))  # of a checkpoint that does not say it
         now = what_is_in(Path(task.data))
+        names = [_task_of(folder), _task_of(task.data)]
         if was.get("labels", now.get("labels")) != now.get("labels"):
             names = [f"the classes {', '.join(found.get('labels', []))}" for found in (was, now)]
         if None not in names and names[0] != names[1]:
@@ -129,12 +128,6 @@ def _task_of(folder: str) -> str | None:
         return str(read_manifest(Path(folder))["task"])
     except UsageError:
         return None
-
-
-def _classes_of(folder: str) -> str | None:
-    """The labels of a data folder in their order; None where it has no such dictionary."""
-    labels = labels_in(Path(folder))
-    return None if labels is None else f"the classes {', '.join(labels)}"
 
 
 def check_best_metric(cfg: RegularizedConfig, metric: str, objectives: Sequence[Objective]) -> None:
