@@ -26,16 +26,13 @@ class RandomState:
         self.cpu: Tensor = torch.get_rng_state()
         self.cuda: Tensor | None = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Run a block from this state, then go on as if the block had drawn nothing."""
         with torch.random.fork_rng([] if self.cuda is None else [self.device]):
-            self.restore()
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
             yield
 
 

@@ -269,10 +269,9 @@ def judge_hybrid(model: Any, sample: dict[str, Any], beta: float, gamma: float) 
 def _judged(scores: Tensor, losses: Tensor, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
     target = sample["target"]
     loss, size = losses.sum(), int(ranked(target).sum())
-    right = scores >= best_of_others(scores)
-    number, place = sample["rows"][:, 1], sample["rows"][:, 2]
-    labels = target[number, place]
-    correct = (right[number, place] == (labels == 1)) & (labels != UNKNOWN)
+    labels = target[sample["rows"][:, 1], sample["rows"][:, 2]]
+    wrong, right = row_logits(scores, sample["rows"]).unbind(-1)
+    correct = ((right >= wrong) == (labels == 1)) & (labels != UNKNOWN)
     log = {
         "loss": loss.detach(),
         "ntokens": sample["ntokens"],
