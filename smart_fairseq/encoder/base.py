@@ -95,11 +95,6 @@ class Encoder:
             "roberta_large, smart_bert or another model of that kind"
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the weights."""
-        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
-
     def resting(self, head: str) -> list[str]:
         """The names of trained weights that a classification with this head leaves alone."""
         return []

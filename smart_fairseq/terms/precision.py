@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fairseq.utils import apply_to_sample
+from torch import Tensor
 
 from ..config.flags import AdversaryFlags
 from ..encoder import Encoder
@@ -167,8 +168,8 @@ def _own_pass(num_classes: int) -> Search:
 
 def working_precision(encoder: Encoder, amp: bool) -> torch.dtype:
     """The dtype that the model's products are taken in: autocast's under --amp, otherwise its weights'."""
-    on_cuda = next(encoder.model.parameters()).is_cuda
-    return torch.float16 if amp and on_cuda else encoder.dtype
+    weight: Tensor = next(encoder.model.parameters())
+    return torch.float16 if amp and weight.is_cuda else weight.dtype
 
 
 def _tf32_is_on() -> bool:
