@@ -150,18 +150,16 @@ class Model:
         if self.task.num_classes == 1:
             return ()
         classes = label_order(self.folder, outputs)
+        # the head's own order, where it can be known, is right even if this folder has another
         if "labels" in self._was:
-            return self._in_order(tuple(self._was["labels"]), classes, trained_on)
-        if not (trained_on / "label" / "dict.txt").is_file():
+            order = tuple(self._was["labels"])
+        elif (trained_on / "label" / "dict.txt").is_file():
+            order = label_order(trained_on, outputs)
+        else:
+            order = classes
             if trained_on != Path():  # the checkpoint names one
                 what = f"its classes were not compared with those of {self.folder}"
                 print(f"{self._path}: trained on {trained_on}, which is gone: {what}", flush=True)
-            return classes
-        # the head's own order, where it can be known, is right even if this folder has another
-        return self._in_order(label_order(trained_on, outputs), classes, trained_on)
-
-    def _in_order(self, order: tuple[str, ...], classes: tuple[str, ...], trained_on: Path) -> tuple[str, ...]:
-        """The head's order, if its classes are those of the data."""
         if set(order) != set(classes):
             what = f"was trained on {trained_on} with the classes {', '.join(order)}, and {self.folder} has "
             self._refuse(f"{what}{', '.join(classes)}: another task's")
