@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import smart_fairseq
 from smart_fairseq.commands import preprocess
-from smart_fairseq.commands.options import imported_flags
+from smart_fairseq.commands.options import import_report
 from smart_fairseq.data.readers import find_sources, read_task
 from smart_fairseq.data.tasks import TASKS, Task
 from smart_fairseq.encoder import Forward
@@ -75,7 +75,7 @@ def arguments(kind: str, data: Path, imported: Path, *flags: str) -> list[str]:
         *(str(data), "--user-dir", str(Path(smart_fairseq.__file__).parent), "--task", "sentence_prediction"),
         *("--num-classes", str(task.num_classes), "--init-token", "0", "--required-batch-size-multiple", "1"),
         *(("--regression-target",) if task.regression else ()),
-        *imported_flags(imported),
+        *import_report(imported)["flags"],
         *("--optimizer", "adam", "--lr", "1e-4", "--lr-scheduler", "polynomial_decay", "--cpu", "--seed", "1"),
         *("--warmup-updates", str(UPDATES // 10), "--total-num-update", str(UPDATES), "--max-update", str(UPDATES)),
         *("--batch-size", str(BATCH), "--num-workers", "0", "--clip-norm", "1", *flags),

@@ -28,7 +28,7 @@ from facts import ROOT, facts
 from omegaconf import OmegaConf
 
 from smart_fairseq.commands import preprocess
-from smart_fairseq.commands.options import imported_flags, plugin_flags
+from smart_fairseq.commands.options import import_report, plugin_flags
 from smart_fairseq.convert.config import SMALL_RATE
 from smart_fairseq.data.lines import Row
 from smart_fairseq.data.readers import read_task
@@ -71,7 +71,7 @@ def recipe_command(path: Path, data: Path, imported: Path, logs: Path) -> list[s
         *("--config-dir", str(path.parent), "--config-name", path.stem),
         *(f"task.data={data}", f"checkpoint.restore_file={imported / 'model.pt'}"),
         *(f"common.user_dir={ROOT / 'smart_fairseq'}", "common.cpu=true", "common.log_interval=1"),
-        *json.loads((imported / "import.json").read_text())["overrides"],
+        *import_report(imported)["overrides"],
         *("dataset.num_workers=0", "dataset.disable_validation=true"),
         *(f"optimization.max_update={UPDATES}", f"lr_scheduler.warmup_updates={WARMUP}", "dataset.valid_subset=valid"),
         *("checkpoint.no_save=true", f"hydra.run.dir={logs}"),
@@ -86,7 +86,7 @@ def readme_command(data: Path, imported: Path) -> list[str]:
     words = shlex.split(printed[1].replace("\\\n", " ").replace(" --separator-token 2", ""))
     return [
         *("-c", "from fairseq_cli.train import cli_main; cli_main()", str(data), *words),
-        *(*plugin_flags(), "--finetune-from-model", str(imported / "model.pt"), *imported_flags(imported)),
+        *(*plugin_flags(), "--finetune-from-model", str(imported / "model.pt"), *import_report(imported)["flags"]),
         *("--cpu", "--num-workers", "0", "--disable-validation", "--no-save", "--save-dir", str(data / "none")),
         *("--log-format", "json", "--log-interval", "1", "--max-update", str(UPDATES), "--warmup-updates", str(WARMUP)),
         *("--lr", SMALL_RATE),

@@ -1,7 +1,6 @@
 """Options that several commands take, and what they stand for: numbers, lists of names, data folders, encoders."""
 
 import argparse
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from ..data.binarize import MANIFEST, Folder, data_folders_in, read_manifest
 from ..data.bpe import BpeFiles, find_bpe
-from ..data.lines import located, shown
+from ..data.lines import located, read_object, shown
 from ..data.pool import Pool
 from ..data.readers import read_task
 from ..data.tasks import Task
@@ -97,19 +96,9 @@ def plugin_flags() -> list[str]:
     return ["--user-dir", os.path.relpath(Path(__file__).parents[1])]
 
 
-def imported_flags(imported: Path) -> list[str]:
-    """The architecture of an encoder that `import_hf` wrote. Raises OSError or ValueError for another folder."""
-    found: list[str] = _import(imported)["flags"]
-    return found
-
-
-def lacks_lm_head(imported: Path) -> bool:
-    """Whether `import_hf` found none in what it imported. Raises OSError or ValueError for another folder."""
-    return bool(_import(imported)["lm_head"] == "initialised")
-
-
-def _import(folder: Path) -> Any:
-    return json.loads((folder / "import.json").read_text(encoding="utf-8"))
+def import_report(folder: Path) -> dict[str, Any]:
+    """What `import_hf` wrote about an encoder, as its architecture's "flags"; `UsageError` for another folder."""
+    return read_object(folder / "import.json")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

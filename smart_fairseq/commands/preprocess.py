@@ -25,8 +25,7 @@ from .options import (
     chosen,
     encoder_files,
     existing,
-    imported_flags,
-    lacks_lm_head,
+    import_report,
     plugin_flags,
     whole_number,
 )
@@ -108,12 +107,13 @@ def smart_flags(bpe: BpeFiles, rows: int, save_dir: str, candidates: bool = Fals
     candidates: these are ranked by its LM head.
     """
     (model, arch), rate = ENCODERS[bpe.kind], RATE
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no import, or a damaged one
-        flags = imported_flags(bpe.folder)
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # no import, or a damaged one
+        report = import_report(bpe.folder)
+        flags = report["flags"]
         arch, model = shlex.join(flags), str(bpe.folder / "model.pt")
         if int(flags[flags.index("--encoder-embed-dim") + 1]) < BASE_WIDTH:
             rate = SMALL_RATE
-        if candidates and lacks_lm_head(bpe.folder):
+        if candidates and report["lm_head"] == "initialised":
             arch += " --wnli-new-lm-head"
     updates = EPOCHS * -(-rows // BATCH)
     return " ".join(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..commands.options import imported_flags, plugin_flags
+from ..commands.options import import_report, plugin_flags
 from ..commands.preprocess import task_flags
 from ..data.lines import located, shown
 from ..data.tasks import CORRELATIONS, RIGHT
@@ -310,8 +310,8 @@ def _encoder(given: Any) -> tuple[Path | None, list[str]]:
     if isinstance(given, str):
         folder = Path(given)
         try:
-            return folder / "model.pt", imported_flags(folder)
-        except (OSError, ValueError, KeyError):
+            return folder / "model.pt", import_report(folder)["flags"]
+        except (ValueError, KeyError):
             allowed = "a folder that import-hf wrote, or checkpoint: and flags:"
             raise Wrong(f"encoder is {shown(given)}; it must be {allowed}") from None
     found = mapping("encoder", given, ("checkpoint", "flags"))

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..commands.options import imported_flags, plugin_flags
+from ..commands.options import import_report, plugin_flags
 from ..commands.preprocess import Data, process, training_flags
 from ..data.bpe import find_bpe
 from ..data.tasks import Task
@@ -80,7 +80,7 @@ def flags(task: Task, data: Path, imported: Path, method: str, seed: int, update
     task_flags = shlex.split(training_flags(task, find_bpe(None, imported).kind, {}, data))[2:]
     return [
         *(os.path.relpath(data), *plugin_flags(), *task_flags),
-        *(*encoder_flags(imported / "model.pt"), *imported_flags(imported), *METHODS[method]),
+        *(*encoder_flags(imported / "model.pt"), *import_report(imported)["flags"], *METHODS[method]),
         *(*as_flags(COMMON), *length_flags(updates), "--seed", str(seed)),
         *("--no-epoch-checkpoints", "--no-save-optimizer-state", *ONE_DEVICE, *LOG),
     ]
