@@ -29,7 +29,7 @@ def sha256(path: Path) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same for JSON, which has no nan and no infinity: null in their place."""
+    """A value for JSON, which has no nan and no infinity: null in their place."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -105,14 +105,14 @@ class Model:
             if not scored and regression not in (None, self.task.regression):
                 it, here = ("is a regression", "has classes") if regression else ("classifies", "is a regression")
                 self._refuse(f"{it}, and {self.task.name} {here}: another task's")
-            if not self.task.candidates:
-                with as_written(self._path):
-                    criterion = state["cfg"]["criterion"]
+            with as_written(self._path):
+                criterion = state["cfg"]["criterion"]
+                if not self.task.candidates:
                     self.head = criterion.get("classification_head_name") or "sentence_classification_head"
                     check_head(self._path, state["model"], self.head)  # fairseq would draw what is not there
-                    if criterion.get("smart_validate_with") == "teacher":
-                        what = "in training the teacher was validated, and these are the model's own weights"
-                        print(f"{self._path}: {what}; export --teacher writes the teacher's", flush=True)
+                if criterion.get("smart_validate_with") == "teacher":
+                    what = "in training the teacher was validated, and these are the model's own weights"
+                    print(f"{self._path}: {what}; export --teacher writes the teacher's", flush=True)
             state["args"] = None  # of checkpoints that are older than cfg, which was made from it
             state["cfg"]["task"].update({"data": str(self.folder), "no_shuffle": True})
             (self.model,), _, loaded = checkpoint_utils.load_model_ensemble_and_task([str(self._path)], state=state)

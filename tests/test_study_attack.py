@@ -146,6 +146,8 @@ def test_the_attack_of_the_documents_is_one(tmp_path: Path) -> None:
 def test_against_is_for_reports(tmp_path: Path, study_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_line("study", main, [write_plan(tmp_path, study_data), "--against", "smart"], capsys)
     assert "--against is smart without --report or --into" in line
+    line = error_line("study", main, [write_plan(tmp_path, study_data), "--report", "--rescore"], capsys)
+    assert "--rescore beside --report or --into" in line
 
 
 # What is stored

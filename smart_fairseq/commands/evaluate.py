@@ -160,7 +160,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 if task.ranking:
                     _check_picks(Path(text), predicted, read_groups(folder, splits[0], len(ids)))
                 runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
-        for checkpoint in options.checkpoint or []:
+        for checkpoint in dict.fromkeys(options.checkpoint or []):
             model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
             for split in splits:
                 predicted = model.predict(split, options.max_tokens).labels

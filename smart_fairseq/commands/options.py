@@ -26,11 +26,11 @@ def whole_number(flag: str, text: str, least: int) -> int:
 
 
 def chosen(flag: str, text: str, allowed: Iterable[str], must: str) -> list[str]:
-    """Parse a list of names in any case, as ``allowed`` writes them. Raises `UsageError`: it must be ``must``."""
+    """Parse a list of names in any case, each once, as ``allowed`` has it. Raises `UsageError`: it must be ``must``."""
     by_lower = {name.lower(): name for name in allowed}
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     require(bool(names) and set(names) <= set(by_lower), flag, shown(text), must)
-    return [by_lower[name] for name in names]
+    return [by_lower[name] for name in dict.fromkeys(names)]
 
 
 def existing(data_dir: Path) -> None:

@@ -35,6 +35,11 @@ def _main(argv: Sequence[str] | None) -> None:
     looking = options.report or options.into
     if options.against and not looking:
         raise UsageError(f"--against is {options.against} without --report or --into, which it is for; add one of them")
+    if looking and (options.rescore or options.dry_run):
+        other = "--rescore" if options.rescore else "--dry-run"
+        raise UsageError(
+            f"{other} beside --report or --into: give one of them at a time (--rescore writes the report too)"
+        )
     plan = read_plan(options.plan, files=not looking)
     if looking:
         _report(plan, options.against)

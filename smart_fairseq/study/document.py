@@ -70,13 +70,14 @@ def _made_with(lines: Sequence[Line]) -> str:
         return ", ".join(dict.fromkeys(str(line[name]) for line in lines))
 
     def rows(part: str) -> str:
-        return ", ".join(sorted({str(line["rows"][part]) for line in lines if part in line["rows"]}))
+        return ", ".join(map(str, sorted({line["rows"][part] for line in lines if part in line["rows"]})))
 
     draw = lines[0]["draw"]
     flip = f", {draw['flip']:.0%} of their labels flipped" if draw["flip"] else ""
     commits, torch = all_of("commit"), all_of("torch")
-    elsewhere = "".join(f", {rows(part)} {part.replace('_', ' ')}" for part in lines[-1]["rows"] if "_" in part)
-    updates = ", ".join(sorted({str(line["updates"]) for line in lines}))
+    transferred = dict.fromkeys(part for line in lines for part in line["rows"] if "_" in part)
+    elsewhere = "".join(f", {rows(part)} {part.replace('_', ' ')}" for part in transferred)
+    updates = ", ".join(map(str, sorted({line["updates"] for line in lines})))
     return (
         f"{rows('train')} training rows{flip}, {updates} updates, evaluated on {rows('valid')} rows{elsewhere}; "
         f"commit {commits or 'unknown'}, torch {torch}, {max(line['date'] for line in lines)}."

@@ -24,7 +24,7 @@ def draw(arms: Sequence[Arm], path: Path) -> bool:
     """Dots with intervals: each arm's difference to its baseline, a panel for each metric. False if there is none."""
     compared = [arm for arm in arms if arm.baseline is not None]
     metrics = [name for name in metrics_of(arms) if not LEFT_OUT.search(name)]
-    if not compared:
+    if not compared or not metrics:
         return False
     columns = min(3, len(metrics))
     height = 0.9 + 0.28 * len(compared)
@@ -54,7 +54,7 @@ def draw_against_cost(arms: Sequence[Arm], path: Path) -> bool:
     """
     compared = [arm for arm in arms if arm.baseline is not None and not math.isnan(arm.cost())]
     metrics = [name for i, name in enumerate(metrics_of(arms)) if i == 0 or name == "cross_entropy_scaled"]
-    if not compared:
+    if not compared or not metrics:
         return False
     (against,) = {arm.baseline.method for arm in compared if arm.baseline is not None}
     figure, axes = pyplot().subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False)
