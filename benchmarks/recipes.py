@@ -3,10 +3,10 @@
     make demo                                                # once, for the encoder and the sentences
     python benchmarks/recipes.py --out benchmarks/results/recipes.json
 
-What is measured is the size of the terms, so the data are the demo's movie sentences, the shorter half, in pairs where the task has
-two texts; the label is how positive the first text is, in as many steps as the task has labels. All settings are the
-recipe's (the command's), learning rate and warm-up too, but data, architecture, and the end after 60 updates. It
-takes half an hour.
+What is measured is the size of the terms, so the data are the demo's movie sentences, the shorter half, in pairs where
+the task has two texts; the label is how positive the first text is, in as many steps as the task has labels. All
+settings are the recipe's (the command's), learning rate and warm-up too, but data, architecture, and the end after 60
+updates. It takes half an hour.
 """
 
 import argparse
