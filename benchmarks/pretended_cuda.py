@@ -276,8 +276,7 @@ class Update:
     @property
     def form(self) -> str:
         """Of the smoothness term, in words, after the first update; "" where there is none."""
-        form = getattr(self.criterion, "form", None)
-        return form.in_words() if form else ""
+        return next((form.in_words() for form in getattr(self.criterion, "forms", {}).values()), "")
 
     def take(self, sample: Any, number: int) -> Device:
         """One update, as fairseq's trainer takes it; what it asked of the device."""

@@ -13,7 +13,6 @@ import pytest
 from data_samples import ROOT, make_gpt2_bpe, make_pairs, write
 
 from smart_fairseq.commands.__main__ import COMMANDS, PROGRAM, main
-from smart_fairseq.commands.options import chosen
 from smart_fairseq.commands.run import run
 
 
@@ -192,7 +191,3 @@ def test_preprocess_joins_anlis_rounds(task, tmp_path):
     out = tmp_path / "bin"
     assert main(["preprocess", "--rounds", "R1", *task, *flags, "--out", str(out)]) == 0
     assert json.loads((out / "preprocess.json").read_text())["task"] == "ANLI"
-
-
-def test_a_list_takes_each_name_once():
-    assert chosen("--task", "rte, CoLA,RTE,", ["CoLA", "RTE"], "some of these") == ["RTE", "CoLA"]

@@ -222,7 +222,7 @@ def test_damage_inside_an_archive(server, offer, tmp_path, capsys):
 
 
 def test_flags(server, tmp_path, capsys):
-    assert "--tasks is 'RTF'; it must be a list of" in refused(capsys, server, tmp_path, "--tasks", "RTF")
+    assert "--tasks is 'RTF'; it must be a list, each once, of" in refused(capsys, server, tmp_path, "--tasks", "RTF")
     assert "--mirror is 'ftp://x'" in refused(capsys, server, tmp_path, "--mirror", "ftp://x")
     taken = write(tmp_path / "taken", "x")
     assert "taken: is a file, and a folder is needed" in refused(capsys, server, taken)

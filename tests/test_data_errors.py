@@ -185,7 +185,8 @@ def test_file_that_cannot_be_read(place, capsys):
 # Flags ------------------------------------------------------------------------------------------------------------
 
 FLAGS = {
-    "unknown task": (["--task", "RTF"], r"--task is 'RTF'; it must be one of CoLA, SST-2, .*, or all"),
+    "unknown task": (["--task", "RTF"], r"--task is 'RTF'; it must be a list, each once, of CoLA, SST-2, .*, or all"),
+    "task twice": (["--task", "RTE,rte"], r"--task is 'RTE,rte'; it must be a list, each once, of"),
     "task that is not there": (["--task", "QNLI"], r"QNLI: --data-dir holds no files of QNLI; expected dev.tsv"),
     "no such data folder": (["--data-dir", "nowhere"], r"nowhere: --data-dir: no such folder"),
     "no such BPE folder": (["--bpe-dir", "nowhere"], r"nowhere: --bpe-dir: no such folder"),

@@ -145,6 +145,8 @@ def test_a_recipe_starts_in_half_precision(precision, class_data):
     start(recipe, class_data, "checkpoint_last.pt", *more, *sizes)
 
 
+# what other tests here start with
+ELSEWHERE = "model._name=smart_bert_minilm_l6 common.cpu=true optimization.max_update=60 lr_scheduler.warmup_updates=6"
 GOING_ON = "checkpoint.reset_optimizer=false checkpoint.reset_dataloader=false checkpoint.reset_meters=false"
 
 
@@ -170,7 +172,7 @@ def test_a_recipe_goes_on_where_it_stopped(class_data, tmp_path):
 
 def test_every_override_of_the_documents_is_started_with():
     """What is left are places of files, and the seed."""
-    tested = {override for line in (*OVERRIDES.values(), *HALF, GOING_ON) for override in line.split()}
+    tested = {override for line in (*OVERRIDES.values(), *HALF, GOING_ON, ELSEWHERE) for override in line.split()}
     places = ("task.data", "common.user_dir", "common.seed")
     places += tuple(f"checkpoint.{name}" for name in ("restore_file", "finetune_from_model", "save_dir"))
     sections = "model|task|criterion|optimizer|lr_scheduler|dataset|optimization|checkpoint|common"

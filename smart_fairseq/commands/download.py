@@ -268,8 +268,7 @@ def _run(argv: Sequence[str] | None, prog: str, default: Sequence[str], example:
     folder = Path(options.folder)
     if folder.exists() and not folder.is_dir():
         raise located(folder, "is a file, and a folder is needed")
-    must = f"a list of {', '.join(NAMES)}, or all"
-    names = default if options.tasks == "all" else chosen("--tasks", options.tasks, NAMES, must)
+    names = default if options.tasks == "all" else chosen("--tasks", options.tasks, NAMES, ", or all")
     for name in names:
         download(name, folder, options.mirror)
 

@@ -25,12 +25,16 @@ def whole_number(flag: str, text: str, least: int) -> int:
     return value
 
 
-def chosen(flag: str, text: str, allowed: Iterable[str], must: str) -> list[str]:
-    """Parse a list of names in any case, each once, as ``allowed`` has it. Raises `UsageError`: it must be ``must``."""
+def chosen(flag: str, text: str, allowed: Iterable[str], otherwise: str = "") -> list[str]:
+    """Parse a list of names in any case, as ``allowed`` writes them. Raises `UsageError` for others and for none.
+
+    otherwise: ends the message, as with ", or all".
+    """
     by_lower = {name.lower(): name for name in allowed}
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    require(bool(names) and set(names) <= set(by_lower), flag, shown(text), must)
-    return [by_lower[name] for name in dict.fromkeys(names)]
+    known = bool(names) and set(names) <= set(by_lower) and len(set(names)) == len(names)
+    require(known, flag, shown(text), f"a list, each once, of {', '.join(by_lower.values())}{otherwise}")
+    return [by_lower[name] for name in names]
 
 
 def existing(data_dir: Path) -> None:

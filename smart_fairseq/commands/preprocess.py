@@ -272,8 +272,7 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
     add_shared_options(parser)
     options = parser.parse_args(argv)
-    must = f"one of {', '.join(TASKS)}, a list of these, or all"
-    names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, must)
+    names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, ", or all")
     bpe = check_shared_options(options)
     data_dir = Path(options.data_dir)
     present = names  # reading what is missing says which files it needs
@@ -300,13 +299,6 @@ def _say_missing(name: str, splits: Iterable[str], rows: Mapping[str, object]) -
     missing = [split for split in splits if split not in rows]
     if missing:
         print(f"{name}: no files of {', '.join(missing)}")
-
-
-def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
-    must = f"a list, each once, of {', '.join(allowed)}"
-    names = chosen(flag, text, allowed, must)
-    require(len(set(names)) == len(names), flag, shown(text), must)
-    return names
 
 
 def weights(text: str, parts: Sequence[str]) -> dict[str, int]:
@@ -345,8 +337,8 @@ def _anli(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--out", default="ANLI-bin", help="the folder to write (%(default)s)")
     add_shared_options(parser)
     options = parser.parse_args(argv)
-    rounds = _names("--rounds", options.rounds, [name[5:] for name in ANLI])
-    extra = _names("--with", options.extra, ("MNLI", "SNLI", "FEVER")) if options.extra else []
+    rounds = chosen("--rounds", options.rounds, [name[5:] for name in ANLI])
+    extra = chosen("--with", options.extra, ("MNLI", "SNLI", "FEVER")) if options.extra else []
     times = weights(options.weights, [*rounds, *extra])
     bpe = check_shared_options(options)
     parts, reports = {}, {}
