@@ -96,13 +96,8 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         "LM head: " + ("taken from the file" if head_from_file else initialised),
     ]
     if config.model_type == "bert":
-        pooler = "the file has none"
-        if POOLER + ".weight" in state:
-            trained = bool(state[POOLER + ".bias"].any())  # smart_bert looks at the same
-            pooler = (
-                "classification heads start from it" if trained else "its biases are 0: never trained, and not used"
-            )
-        notes.append(f"pooler: {pooler}")
+        pooler = POOLER + ".weight" in state
+        notes.append("pooler: " + ("classification heads start from it" if pooler else "the file has none"))
         types = "the model goes without" if TOKEN_TYPES not in state else f"the first 2 of {config.sizes.token_types}"
         notes.append(f"token types: {types}")
     if left_out:

@@ -4,8 +4,7 @@
   how fairseq's `sentence_prediction` joins the two with --init-token 0 and without --separator-token. A type is added
   to each looked-up embedding, behind the lookup that is perturbed and before positions and LayerNorm, as BERT does.
 - **The pooler**, BERT's dense layer and tanh over [CLS], is the first layer of fairseq's classification head: a head
-  that a checkpoint does not hold starts from the pooler that the checkpoint does. Not from one that was never trained,
-  as in encoders that were made to be averaged over their tokens: its biases are the zeros that BERT starts with.
+  that a checkpoint does not hold starts from the pooler that the checkpoint does.
 - **The epsilon** of LayerNorm, 1e-12 (the authors' `modeling.py`, by the default of TensorFlow's contrib.layers), where
   fairseq hard-codes 1e-5 in `fairseq.modules.LayerNorm`. On MiniLM that alone moves the last hidden state by 2.5e-3.
 
@@ -150,15 +149,11 @@ class SmartBertModel(RobertaModel):
         """Of fairseq's own heads alone: what another kind of head calls ``dense`` is no pooler."""
         found: Any = self.classification_heads[head]
         known = isinstance(found, RobertaClassificationHead)
-        if not self.pooler or not known or found.dense.weight.shape != self.pooler["weight"].shape:
-            return
-        if self.pooler["bias"].any():
+        if self.pooler and known and found.dense.weight.shape == self.pooler["weight"].shape:
             found.dense.load_state_dict(self.pooler)
-            logger.info(f"the classification head {head} starts from BERT's pooler")
-        else:
-            logger.info(
-                f"BERT's pooler was never trained (its biases are 0): the classification head {head} starts anew"
-            )
+            # as in encoders that were made to be averaged over their tokens: the zeros that BERT initialises them with
+            untrained = "" if self.pooler["bias"].any() else " (never trained: its biases are 0; flat at first)"
+            logger.info(f"the classification head {head} starts from BERT's pooler{untrained}")
 
 
 @register_model_architecture("smart_bert", "smart_bert")
