@@ -228,11 +228,17 @@ class MBPP(FairseqOptimizer):
         own = state_dict["mbpp"]
         shapes = [tuple(tensor.shape) for tensor in own["teacher"] or ()]
         expected = [tuple(weight.shape) for weight in self.params]
+        if shapes and len(shapes) == len(expected) and shapes != expected:
+            there, here = next((list(old), list(new)) for old, new in zip(shapes, expected) if old != new)
+            raise UsageError(
+                f"--optimizer mbpp: the checkpoint's teacher has other shapes than this run ({there}, here {here}), as "
+                "with another number of classes; give another --save-dir, and to start from those weights "
+                "--finetune-from-model"
+            )
         if shapes and shapes != expected:
             raise UsageError(
-                "--optimizer mbpp: the checkpoint's teacher does not fit this run's weights, as with another number of "
-                "classes, other heads or another precision; resume with the same or with --reset-optimizer, or give "
-                "another --save-dir, and to start from those weights --finetune-from-model"
+                f"--optimizer mbpp: the checkpoint's teacher has {len(shapes)} tensors that do not fit the "
+                f"{len(expected)} of this run; resume with the same heads and precision, or with --reset-optimizer"
             )
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "mbpp"}, optimizer_overrides)
         self.updates = own["updates"]
