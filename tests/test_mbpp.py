@@ -10,7 +10,7 @@ import torch
 from fairseq import optim
 from toolkit import NO_DROPOUT, assert_close, assert_equal, batch, build, capture_log, command, parse
 
-from smart_fairseq.method.teacher import average_
+from smart_fairseq.method.teacher import average_, momentum_at
 from smart_fairseq.optim.mbpp import MBPP
 from smart_fairseq.training.link import TrainingLink
 
@@ -41,6 +41,19 @@ def take_steps(optimizer: MBPP, parameters: list[torch.nn.Parameter], count: int
 # --- the schedule and the average ------------------------------------------------------------------
 
 
+def test_schedule_of_the_paper() -> None:
+    """0.99 up to and with 10 % of the updates, then 0.999."""
+    betas = [
+        momentum_at(t, total_updates=30, momentum=0.999, warmup_momentum=0.99, warmup_ratio=0.1) for t in range(1, 31)
+    ]
+    assert betas == [0.99] * 3 + [0.999] * 27
+
+
+@pytest.mark.parametrize("mode", [0.0, 1.0])
+def test_zero_and_one_hold_from_the_start(mode: float) -> None:
+    assert momentum_at(1, total_updates=100, momentum=mode, warmup_momentum=0.99, warmup_ratio=0.1) == mode
+
+
 def test_closed_form_with_the_schedule(class_data: Path) -> None:
     """theta~_n = prod(beta) theta_0 + sum_t (1 - beta_t) prod_{s > t}(beta_s) theta_t, worked out in float64."""
     parameters = some_parameters()
@@ -48,7 +61,7 @@ def test_closed_form_with_the_schedule(class_data: Path) -> None:
     flags = ["--mbpp-warmup-ratio", "0.3", "--mbpp-warmup-momentum", "0.5", "--mbpp-momentum", "0.9"]
     optimizer = optimizer_for(class_data, parameters, *flags, max_update=10)
     history = take_steps(optimizer, parameters, 10)
-    betas = [0.5] * 3 + [0.9] * 7  # up to and with 30 % of the updates
+    betas = [0.5] * 3 + [0.9] * 7
     for index, average in enumerate(optimizer.teacher):
         expected = math.prod(betas) * start[index]
         for t, weights in enumerate(history):

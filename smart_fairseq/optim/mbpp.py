@@ -22,12 +22,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..config.flags import flag
 from ..config.recipes import LEAST_MEMORY, MEMORY, MOMENTUM
 from ..errors import UsageError, require
-from ..method.teacher import average_
+from ..method.teacher import average_, momentum_at, momentum_for
 
 logger = logging.getLogger(__name__)
 
 
-WARMUP_RATIO = 0.1  # Jiang et al. (2020), section 4.1: 0.99 for t <= 0.1 T, then 0.999
+WARMUP_RATIO = 0.1  # Jiang et al. (2020), section 4.1
 _NO_LENGTH = "but their number is not known: give --max-update (or --total-num-update), or "
 
 
@@ -215,8 +215,14 @@ class MBPP(FairseqOptimizer):
         self.base.step(closure, scale, groups)
         self.updates += 1
         if self.updates % self.cfg.mbpp_inner_steps == 0:
-            first_part = self.updates <= self.cfg.mbpp_warmup_ratio * self.total_updates
-            average_(self.teacher, weights, self.warmup_momentum if first_part else self.momentum)
+            momentum = momentum_at(
+                self.updates,
+                total_updates=self.total_updates,
+                momentum=self.momentum,
+                warmup_momentum=self.warmup_momentum,
+                warmup_ratio=self.cfg.mbpp_warmup_ratio,
+            )
+            average_(self.teacher, weights, momentum)
             self.teacher_version += 1  # between two averages the half-precision copy stays good
 
     def state_dict(self) -> Dict[str, Any]:
@@ -266,7 +272,6 @@ def _momentum(cfg: MBPPConfig, total_updates: int) -> Tuple[float, float]:
                 f"--mbpp-recipe is {cfg.mbpp_recipe}, whose teacher remembers a share of all updates, "
                 f"{_NO_LENGTH}--mbpp-momentum"
             )
-        memory = max(LEAST_MEMORY, MEMORY * total_updates) / cfg.mbpp_inner_steps  # in averages, 1 / (1 - momentum)
-        throughout = max(0.0, 1.0 - 1.0 / memory) if rest is None else rest
-        recipe = (throughout, throughout)
+        memory = max(LEAST_MEMORY, MEMORY * total_updates) / cfg.mbpp_inner_steps  # in averages
+        recipe = (momentum_for(memory), momentum_for(memory)) if rest is None else (rest, rest)
     return recipe[0] if first is None else first, recipe[1] if rest is None else rest
