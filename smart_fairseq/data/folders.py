@@ -64,6 +64,8 @@ def find_tasks(flag: str, data: Path, names: Sequence[str] | None) -> dict[str, 
             inside = ", ".join(folder.name for folder in data_folders_in(data)) or "none"
             raise located(place, f"no such folder; {flag} names data folders in {data}, which holds {inside}")
         task = task_of(place)
+        if task.name in found and found[task.name][1].samefile(place):
+            refuse(place, "named twice", f"name it once by {flag}")
         if task.name in found:
             refuse(place, f"holds {task.name}, as {found[task.name][1]} does", f"choose one of the two by {flag}")
         first = next(iter(found.values()), (task, place))[1]
