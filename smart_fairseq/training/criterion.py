@@ -191,14 +191,15 @@ class RegularizedCriterion(SentencePredictionCriterion):
         return result
 
     def _evaluate(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
+        if model.training:  # without a term
+            return self._of_task(model, sample, reduce)
         with _output_of(self.encoder_for(model).model) as output:
             result = self._of_task(self._evaluated(model), sample, reduce)
-        if not model.training:
-            place_predictions(result[2], sample["id"], self.task)
-            if TASK in sample:
-                place_outputs(result[2], output[0], sample, self.objectives)
-            elif self.cfg.smart_report_calibration:
-                place_confidence(result[2], output[0], sample, self.task)
+        place_predictions(result[2], sample["id"], self.task)
+        if TASK in sample:
+            place_outputs(result[2], output[0], sample, self.objectives)
+        elif self.cfg.smart_report_calibration:
+            place_confidence(result[2], output[0], sample, self.task)
         return result
 
     def _of_task(self, model: Any, sample: dict[str, Any], reduce: bool) -> Result:
@@ -286,8 +287,8 @@ class RegularizedCriterion(SentencePredictionCriterion):
     # --- evaluation -------------------------------------------------------------------------------
 
     def _evaluated(self, model: Any) -> Any:
-        """What a pass without regularisers runs on: the model, or to validate the teacher's weights in it."""
-        if model.training or self.cfg.smart_validate_with != "teacher":
+        """What validation runs on: the model, or the teacher's weights in it."""
+        if self.cfg.smart_validate_with != "teacher":
             return model
         if self.link.connected:
             encoder = self.encoder_for(model)
