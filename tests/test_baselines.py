@@ -1,5 +1,6 @@
 """The criteria that SMART competes with, against reference_baselines.py in float64, and what each must equal."""
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -393,6 +394,17 @@ def test_forwards_of_an_update(name: str, flags: list[str], expected: int, class
     passes = count_forwards(model)
     step(model, criterion, batch(task, 4))
     assert len(passes) == expected
+
+
+def test_freelb_is_not_called_beside_its_passes(class_data: Path) -> None:
+    """Before a batch and behind one there is no perturbation that it could take."""
+    task, model, criterion = set_up(class_data, criterion="freelb_sentence_prediction")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="through the task's train_step"):
+            criterion(model, batch(task, 4))
+        with contextlib.closing(criterion.passes(model, batch(task, 4))) as passes:
+            for _ in range(criterion.num_passes):
+                next(passes)[0].backward()
 
 
 def test_freelb_holds_one_graph_at_a_time(class_data: Path) -> None:

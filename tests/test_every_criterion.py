@@ -12,6 +12,7 @@ from processes import assert_same_run, finish, start
 from toolkit import (
     CRITERIA,
     DEVICE,
+    HEAD,
     KINDS,
     NO_DROPOUT,
     STEADY,
@@ -133,6 +134,17 @@ def test_accumulated_batches_equal_one_large_batch(way: Regularised, kind: str, 
         assert_close(sum(log[key] for _, log in parts), large.log[key], atol=1e-6)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same_gradients(large._replace(gradients=gradients), large, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_of_one_update_have_dropout_masks_of_their_own(way: Regularised, class_data: Path) -> None:
+    """fairseq seeds once an update, so what a criterion replays for its passes must end with the batch."""
+    flags = [*NO_DROPOUT, "--pooler-dropout", "0.5", *way.flags]
+    task, model, criterion = set_up(class_data, *flags, criterion=way.criterion)
+    masks: list[torch.Tensor] = []
+    model.classification_heads[HEAD].dropout.register_forward_hook(lambda module, args, out: masks.append(out == 0))
+    for first in (0, 4):
+        take_passes(model, criterion, batch(task, 4, first))
+    assert not any(torch.equal(mask, masks[0]) for mask in masks[len(masks) // 2 :])
 
 
 def test_update_freq_2_with_batch_4_equals_batch_8(way: Regularised, class_data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ In the authors' code ``--adv-steps K`` takes K + 1 passes; the recipes count pas
 """
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -43,17 +44,20 @@ class FreeLBSentencePrediction(AdversarialCriterion):
         start = self.start(self.forward_of(model, sample), sample)
         point, masks, total = start.noise, RandomState(start.mask.device), torch.zeros(())
         self.before = None
-        for number in range(self.num_passes):
-            self.entering, self.delta = (point * start.unit).detach().requires_grad_(), self.norms(point)
-            with masks.replayed():
-                loss, size, log = self.forward(model, sample)
-            if number == 0:
-                self.before = log["task_loss"].detach()
-            total = log["loss"] + total
-            yield loss / self.num_passes, size, {**log, "loss": total / self.num_passes}
-            gradient = cast(Tensor, self.entering.grad)
-            point = ascent_step(point, gradient, start.mask, self.adversary)
-        self.entering = None
+        try:
+            for number in range(self.num_passes):
+                self.entering, self.delta = (point * start.unit).detach().requires_grad_(), self.norms(point)
+                # the last pass leaves the generators behind its masks, so that the next batch has others
+                with masks.replayed() if number + 1 < self.num_passes else nullcontext():
+                    loss, size, log = self.forward(model, sample)
+                if number == 0:
+                    self.before = log["task_loss"].detach()
+                total = log["loss"] + total
+                yield loss / self.num_passes, size, {**log, "loss": total / self.num_passes}
+                gradient = cast(Tensor, self.entering.grad)
+                point = ascent_step(point, gradient, start.mask, self.adversary)
+        finally:  # the driver closes this where it yielded last
+            self.entering = None
 
     def perturbation(self, forward: Forward, sample: dict[str, Any]) -> Tensor:
         if self.entering is None:
