@@ -6,7 +6,7 @@
 What is measured is the size of the terms, so the data are the demo's movie sentences, the shorter half, in pairs where
 the task has two texts; the label is how positive the first text is, in as many steps as the task has labels. All
 settings are the recipe's (the command's), learning rate and warm-up too, but data, architecture, and the end after 60
-updates. A head starts anew, as it does on the encoders that the recipes are for. It takes half an hour.
+updates. It takes half an hour.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from typing import Any
 
 from facts import ROOT, facts
 from omegaconf import OmegaConf
-from without_pooler import without_pooler
 
 from smart_fairseq.commands import preprocess
 from smart_fairseq.commands.options import import_report, plugin_flags
@@ -119,15 +118,14 @@ def main() -> None:
     )
     recipes = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "examples").glob("*/config/*.yaml"))}
     with tempfile.TemporaryDirectory() as folder:
-        encoder = without_pooler(imported, Path(folder) / "encoder")
         for name in [name for name in [*recipes, "README.md"] if name not in done]:
             recipe = OmegaConf.load(recipes.get(name, ROOT / "examples/glue/config/rte.yaml"))
             data, logs = Path(folder) / Path(name).stem, Path(folder) / "logs" / Path(name).stem
             write_data(task_of(recipe), recipe.dataset.batch_size, sentences, imported, data)
             if name in recipes:
-                command = recipe_command(recipes[name], data, encoder, logs)
+                command = recipe_command(recipes[name], data, imported, logs)
             else:
-                command = readme_command(data, encoder)
+                command = readme_command(data, imported)
             found = run(name, command, logs)
             rows.append({**found, "commit": facts(__file__)["commit"]})
             cells = [f"{found[n]:.3g}" for n in ("task_loss", "smart_loss", "bregman_loss", "share")]

@@ -31,7 +31,7 @@ from hf_samples import (
     write_task_data,
 )
 from safetensors.torch import load_file, save_file
-from toolkit import train
+from toolkit import assert_close, train
 
 from smart_fairseq.errors import UsageError
 from smart_fairseq.import_hf import import_hf, main
@@ -100,6 +100,25 @@ def test_roberta_of_another_epsilon_becomes_smart_bert(tmp_path: Path) -> None:
     tokens = fairseq_ids(sentences("roberta"), names_of("roberta"), hub.task.source_dictionary, "roberta")
     with torch.no_grad():
         assert (hub.extract_features(tokens).double() - reference(source, sentences("roberta"))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bias", [0.0, 1e-3])
+def test_a_pooler_that_was_never_trained_has_berts_spread(tmp_path: Path, bias: float) -> None:
+    """All biases are 0 then. Its directions stay, and one that was trained stays to the bit."""
+    source = write_hf(tmp_path / "hf", "bert")
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("pooler.dense.bias"))
+    tensors[name] = torch.tensor([0.0] * (len(tensors[name]) - 1) + [bias])
+    save_file(tensors, source / "model.safetensors")
+    (note,) = (note for note in import_hf(source, tmp_path / "out")["notes"] if note.startswith("pooler: "))
+    before = tensors[name.replace("bias", "weight")]
+    after = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model"]["pooler.weight"]
+    assert ("never trained" in note) == (bias == 0)
+    if bias:
+        assert torch.equal(after, before)
+    else:
+        assert float(after.std()) == pytest.approx(0.02, rel=1e-5)
+        assert_close(after / after.norm(), before / before.norm())
 
 
 def test_epsilon_matters_here(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ Where the two models differ, and what is done about it:
 - fairseq counts positions from 2 (padding index + 1): BERT's row i becomes row i + 2; RoBERTa's have that offset.
 - fairseq's LayerNorm has epsilon 1e-5; other epsilons need `--arch smart_bert` (models/smart_bert.py).
 - fairseq's classification head has a dense layer of its own in the place of BERT's pooler: model.pt holds the pooler,
-  from which smart_bert starts every head. RoBERTa's, which was not trained, is left out.
+  from which smart_bert starts every head. One that was never trained has the spread with which BERT starts one:
+  MiniLM's is flatter, 0.009, and so would a head's first outputs be, and the terms. RoBERTa's is left out.
 
 Sources: Devlin et al. (2019), arXiv:1810.04805; Liu et al. (2019), arXiv:1907.11692; Radford et al. (2019) for
 the byte-level vocabulary: ids 0 to 255 are the bytes, 256 + i is merge i, then <|endoftext|>.
@@ -44,7 +45,7 @@ from ..files import sha256, whole_files
 from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES, fairseq_checkpoint, plain
 from .config import Config, architecture, architecture_flags, recipe_overrides
 from .vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
-from .weights import LM_HEAD_SEED, convert_weights, open_weights
+from .weights import LM_HEAD_SEED, POOLER_STD, convert_weights, never_trained, open_weights
 
 WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt", "bpe.json", "import.json")
 
@@ -96,8 +97,12 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         "LM head: " + ("taken from the file" if head_from_file else initialised),
     ]
     if config.model_type == "bert":
-        pooler = POOLER + ".weight" in state
-        notes.append("pooler: " + ("classification heads start from it" if pooler else "the file has none"))
+        pooler = "the file has none"
+        if POOLER + ".weight" in state:
+            pooler = "classification heads start from it"
+            if never_trained(state):
+                pooler += f"; never trained (its biases are 0), it has got the spread that BERT draws, {POOLER_STD}"
+        notes.append(f"pooler: {pooler}")
         types = "the model goes without" if TOKEN_TYPES not in state else f"the first 2 of {config.sizes.token_types}"
         notes.append(f"token types: {types}")
     if left_out:

@@ -14,6 +14,7 @@ from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES
 from .config import Config, Sizes
 
 LM_HEAD_SEED = 0
+POOLER_STD = 0.02  # of the weights with which BERT starts, beside biases of 0
 ENCODER = "encoder.sentence_encoder."
 # the LM head's prefix, and in it its dense layer and LayerNorm
 LM_HEADS = {
@@ -41,6 +42,11 @@ def modules(sizes: Sizes) -> Iterator[tuple[str, str, list[int]]]:
         for source, (target, shape) in LAYER_MODULES.items():
             numbers = [getattr(sizes, size) for size in shape]
             yield f"encoder.layer.{layer}.{source}", f"{ENCODER}layers.{layer}.{target}", numbers
+
+
+def never_trained(state: dict[str, Tensor]) -> bool:
+    """Whether BERT's pooler is as it was drawn, as in encoders made to be averaged over tokens: its biases are 0."""
+    return not state[POOLER + ".bias"].any()
 
 
 class Weights:
@@ -127,6 +133,9 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
         module(source, target, *shape)
     if config.model_type == "bert" and "pooler.dense.weight" in weights:
         module("pooler.dense", POOLER, sizes.embed_dim, sizes.embed_dim)
+        if never_trained(state):
+            weight = state[POOLER + ".weight"]
+            weight *= POOLER_STD / max(float(weight.std()), 1e-9)
 
     head, dense, layer_norm = LM_HEADS[config.model_type]
     from_file = f"{head}{dense}.weight" in weights

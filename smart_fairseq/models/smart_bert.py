@@ -152,7 +152,7 @@ class SmartBertModel(RobertaModel):
         if self.pooler and known and found.dense.weight.shape == self.pooler["weight"].shape:
             found.dense.load_state_dict(self.pooler)
             # as in encoders that were made to be averaged over their tokens: the zeros that BERT initialises them with
-            untrained = "" if self.pooler["bias"].any() else " (never trained: its biases are 0; flat at first)"
+            untrained = "" if self.pooler["bias"].any() else " (never trained: its biases are 0)"
             logger.info(f"the classification head {head} starts from BERT's pooler{untrained}")
 
 
