@@ -15,6 +15,7 @@ from smart_fairseq.evaluation import report
 from smart_fairseq.evaluation.full import RADII, divergence, evaluate_model
 from smart_fairseq.evaluation.labels import write_shares
 from smart_fairseq.inference import Model
+from smart_fairseq.study.scores import all_scores
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,9 @@ def test_everything_of_two_checkpoints(place, tmp_path, capsys):
         gold, logits = kept["valid.0.gold"], kept["valid.0.logits"]
         np.testing.assert_allclose(kept["valid.0.probabilities"], np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
         assert metrics["accuracy"]["value"] == pytest.approx(100 * (logits.argmax(1) == gold).mean())
+        study = all_scores(logits, gold, [], ["0", "1"], seed=1)
+        for name, same in (("cross entropy", "cross_entropy"), ("calibration error", "calibration_error")):
+            assert metrics[f"{name}, other half, calibrated"]["value"] == pytest.approx(study[f"{same}_scaled"])
         attacked = kept["valid.0.attack_loss"]
         assert attacked.shape == (len(RADII), 15, 2)
         chosen = np.isfinite(attacked[0, :, 0])
@@ -113,13 +117,15 @@ def test_regression(place):
     # in the file's units, 0 to 5
     assert found["metrics"]["mean squared error"]["value"] == pytest.approx(25 * ((scores - gold) ** 2).mean())
     assert found["metrics"]["mean error"]["value"] == pytest.approx(5 * (scores - gold).mean())
-    rest = np.random.default_rng(1).permutation(len(gold)) >= len(gold) // 2
-    slope, offset = np.polyfit(scores[~rest], gold[~rest], 1)
+    fitted_on, rest = np.split(np.random.default_rng(1).permutation(len(gold)), [len(gold) // 2])
+    slope, offset = np.polyfit(scores[fitted_on], gold[fitted_on], 1)
     calibrated = 25 * ((slope * scores + offset - gold)[rest] ** 2).mean()
     assert found["metrics"]["mean squared error, other half, calibrated"]["value"] == pytest.approx(calibrated)
     errors = [found["metrics"][f"mean squared error, attack at {100 * radius:g} %"]["value"] for radius in RADII]
     assert found["metrics"]["mean squared error"]["value"] < errors[0] and errors == sorted(errors)
     assert (found["line"]["slope"], found["line"]["offset"]) == pytest.approx((slope, offset))
+    study = all_scores(found["arrays"]["logits"], gold, [], [], seed=1)  # in the unit of training
+    assert 25 * study["squared_error_scaled"] == pytest.approx(calibrated)
     assert "temperature" not in found and "mean squared error, typing errors" in found["metrics"]
     change = (found["arrays"]["attack_random"][0, :, 0] - scores) ** 2
     assert found["metrics"]["sensitivity, random signs"]["value"] == pytest.approx(change.mean() / 1e-4)

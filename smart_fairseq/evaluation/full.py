@@ -24,6 +24,7 @@ from .calibration import (
     fit_temperature,
     reliability,
 )
+from .draws import rows_to_attack, split_in_halves
 from .intervals import Statistic, mean_of
 from .labels import annotator_shares, gold_labels
 from .metrics import METRICS
@@ -91,7 +92,8 @@ def evaluate_model(
         else:
             gold = np.array([model.classes.index(label) for label in labels])
         arrays = {"gold": gold, "logits": found.logits, "probabilities": found.scores}
-        half, temperature = np.random.default_rng(seed).permutation(len(gold)) < len(gold) // 2, 1.0
+        numbers, temperature = np.arange(len(gold)), 1.0
+        half = np.isin(numbers, split_in_halves(len(gold), seed)[0])
         metrics = _official(task, model.classes, found.logits, gold, read_manifest(folder).get("parts", {}).get(split))
         result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(gold), "classes": list(model.classes)}
         if not task.regression:
@@ -117,8 +119,7 @@ def evaluate_model(
         if attack:
             from .attack import STEPS, attacked_outputs
 
-            # another draw than the half that fits the temperature
-            chosen = np.random.default_rng([seed, 1]).permutation(len(gold)) < (attack_rows or len(gold))
+            chosen = np.isin(numbers, rows_to_attack(len(gold), attack_rows or len(gold), seed))
             # a gradient keeps activations, which a prediction does not
             outputs = attacked_outputs(model, split, gold, chosen, temperature, max_tokens // 4, seed, attack_radii)
             metrics |= _under_attack(task, found.logits, gold, outputs, temperature, chosen, attack_radii)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..evaluation.calibration import fit_temperature
+from ..evaluation.draws import rows_to_attack, split_in_halves
 from ..inference import Model
 
 MAX_TOKENS = 1024  # of a batch: a gradient keeps activations, which a prediction does not
-_DRAW = 1  # the rows that are attacked are another draw than the half that fits the temperature
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,6 @@ class Attack:
 
     radii: list[float]
     rows: int
-
-
-def split_in_halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that a temperature is fitted on, and the others; drawn by the seed."""
-    order = np.random.default_rng(seed).permutation(rows)
-    return order[: rows // 2], order[rows // 2 :]
 
 
 def attacked(asked: Attack, seed: int, model: Model, logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -45,7 +39,7 @@ def attacked(asked: Attack, seed: int, model: Model, logits: np.ndarray, labels:
     if labels.dtype.kind == "i":
         half, _ = split_in_halves(len(labels), seed)
         temperature = fit_temperature(logits[half].astype(np.float64), labels[half])
-    rows = np.sort(np.random.default_rng([seed, _DRAW]).permutation(len(labels))[: asked.rows])
+    rows = rows_to_attack(len(labels), asked.rows, seed)
     chosen = np.isin(np.arange(len(labels)), rows)
     found = attacked_outputs(model, "valid", labels, chosen, temperature, MAX_TOKENS, seed, asked.radii, ["loss"])
     outputs = {f"attack_{kind}": values[:, rows].astype(np.float32) for kind, values in found.items()}

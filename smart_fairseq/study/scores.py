@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..evaluation.calibration import brier, calibration_error, cross_entropy, fit_line, fit_temperature
+from ..evaluation.draws import split_in_halves
 from ..evaluation.metrics import score
-from .attacked import split_in_halves
 
 
 def measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
