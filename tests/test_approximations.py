@@ -10,6 +10,7 @@ from toolkit import (
     assert_close,
     assert_equal,
     batch,
+    capture_log,
     command,
     flops,
     set_up,
@@ -64,6 +65,14 @@ def test_cost_of_a_linear_search(steps: int, class_data: Path) -> None:
     _, plain_model, plain = set_up(class_data, *LIKE_ROBERTA, criterion="sentence_prediction")
     sample = batch(task, 4)
     assert 3 * flops(model, criterion, sample) / flops(plain_model, plain, sample) == pytest.approx(7, abs=0.1)
+
+
+@pytest.mark.parametrize("classes", [4, 5])
+def test_a_linear_search_of_many_classes_is_warned_of(classes: int, class_data: Path) -> None:
+    _, model, criterion = set_up(class_data, "--smart-linear-search", num_classes=classes)
+    with capture_log() as log:
+        criterion.prepare(criterion.encoder_for(model))
+    assert any(f"each of {classes} classes but one" in str(line) for line in log["text"]) == (classes == 5)
 
 
 @pytest.mark.parametrize("place", ["token", "normalized", "input"])

@@ -464,3 +464,23 @@ def test_a_worker_that_did_not_read_the_checkpoint_itself_warns_of_nothing(class
             task, _, criterion = set_up(class_data, save_dir=tmp_path)
             check_start(criterion.cfg, task.cfg, criterion.objectives)
         assert ("training starts from random weights" in str(log["text"])) is not there
+
+
+NORMALIZE = ["--smart-projection", "normalize"]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "flags", "acting", "words"),
+    [
+        ("freelb", ["--freelb-steps", "1"], ["--freelb-steps", "2"], "--freelb-steps 1 leaves no step of ascent"),
+        ("freeat", ["--freeat-steps", "1"], ["--freeat-steps", "2"], "--freeat-steps 1 leaves no step of ascent"),
+        ("smart", [*NORMALIZE, "--smart-epsilon", "0.5"], NORMALIZE, "--smart-epsilon 0.5 changes nothing"),
+        ("smart", ["--smart-every", "2"], ["--smart-every", "1"], "--smart-every 2 is no shorter than the run, 2 upd"),
+    ],
+)
+def test_what_does_nothing_is_said_before_training(
+    criterion: str, flags: list[str], acting: list[str], words: str, class_data: Path
+) -> None:
+    for given in (flags, acting):
+        log = train(command(class_data, *given, criterion=f"{criterion}_sentence_prediction", max_update=2))
+        assert sum(words in str(line) for line in log["text"]) == (given is flags)

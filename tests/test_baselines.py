@@ -428,6 +428,7 @@ def test_freelb_holds_one_graph_at_a_time(class_data: Path) -> None:
     [
         ("pgd", ["--pgd-epsilon", "-1"], "--pgd-epsilon is -1.0; it must be 0 or above"),
         ("pgd", ["--pgd-epsilon", "2"], "--pgd-epsilon is 2.0; it must be at most 1"),
+        ("freelb", ["--freelb-start", "1000"], "--freelb-start is 1000.0; it must be at most --freelb-epsilon, 0.01"),
         ("freelb", ["--freelb-step-size", "0"], "--freelb-step-size is 0.0; it must be above 0"),
         ("freeat", ["--freeat-steps", "0"], "--freeat-steps is 0; it must be 1 or more"),
         ("r3f", ["--r3f-epsilon", "0"], "--r3f-epsilon is 0.0; it must be above 0"),

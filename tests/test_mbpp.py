@@ -111,6 +111,11 @@ def test_what_is_said_of_the_momentum(class_data: Path) -> None:
     unused = ["--mbpp-recipe", "smart", "--mbpp-momentum", "0.9", "--mbpp-warmup-ratio", "0.5"]
     assert "--mbpp-warmup-ratio 0.5 changes nothing" in said(*unused)
     assert "changes nothing" not in said(*unused, "--mbpp-warmup-momentum", "0.5")
+    for mode in ("0", "1"):
+        both = ["--mbpp-momentum", mode, "--mbpp-warmup-momentum", "0.9"]
+        assert f"--mbpp-warmup-momentum 0.9 changes nothing with --mbpp-momentum {mode}" in said(*both)
+    assert "the teacher does not move in it" in said("--mbpp-inner-steps", "10")
+    assert "does not move" not in said("--mbpp-inner-steps", "9")
 
 
 def test_momentum_zero_is_the_student(class_data: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_start_of_the_log_has_recipe_and_values(flags: list[str], said: str,
 
 def test_sizes_in_another_unit_are_warned_of(class_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A radius of 0.2 is a fifth of the embeddings then; where all sizes are given, nothing is left to mistake."""
-    flags = ["--pgd-recipe", "cola", "--pgd-epsilon-unit", "relative", "--pgd-epsilon", "0.02"]
+    flags = ["--pgd-recipe", "cola", "--pgd-epsilon-unit", "relative", "--pgd-epsilon", "0.5"]
     criterion_of("pgd", class_data, *flags)
     assert (
         "--pgd-epsilon-unit is relative, but --pgd-step-size 0.05, --pgd-start 0.4 of --pgd-recipe cola are absolute "

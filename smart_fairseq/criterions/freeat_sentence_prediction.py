@@ -41,6 +41,7 @@ class FreeATSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeATConfig`."""
 
     name = "freeat"
+    passes_before_ascent = 1
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
         super().__init__(cfg, task)

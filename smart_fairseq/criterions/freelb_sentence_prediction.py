@@ -31,6 +31,7 @@ class FreeLBSentencePrediction(AdversarialCriterion):
     """The criterion; its flags are `FreeLBConfig`."""
 
     name = "freelb"
+    passes_before_ascent = 1
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
         super().__init__(cfg, task)

@@ -7,6 +7,7 @@ Paper: Jiang et al. (2020), equation 1 and Algorithm 1:
     D_Breg  divergence(clean output, teacher's output)
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Dict, List
 
@@ -25,6 +26,8 @@ from ..terms.smoothness import Settings, smoothness
 from ..training.checks import check_adversary, check_weight, divergence_name
 from ..training.criterion import RegularizedCriterion
 
+logger = logging.getLogger(__name__)
+
 # of the training set, at which the form of the term is chosen
 EXAMPLES = 32
 
@@ -41,9 +44,19 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
     """The criterion; its flags are `SmartSentencePredictionConfig`."""
 
     def __init__(self, cfg: SmartSentencePredictionConfig, task: Any) -> None:
-        cfg = with_recipe(cfg, "smart")
+        given, cfg = cfg.smart_epsilon, with_recipe(cfg, "smart")
         weight = check_weight("--smart-weight", cfg.smart_weight)
         require(cfg.smart_every >= 1, "--smart-every", cfg.smart_every, "a whole number from 1")
+        if 0 < cfg.smart_max_update <= cfg.smart_every > 1:
+            logger.warning(
+                f"--smart-every {cfg.smart_every} is no shorter than the run, {cfg.smart_max_update} updates: the term "
+                "acts at its first update alone"
+            )
+        if given is not None and cfg.smart_projection == "normalize":
+            logger.warning(
+                f"--smart-epsilon {given:g} changes nothing with --smart-projection normalize, which brings every "
+                "perturbation to the norm 1; leave it out, or give --smart-projection ball"
+            )
         super().__init__(cfg, task, weights={"smart": weight}, every=cfg.smart_every)
         check_adversary(cfg, weight, all(objective.regression for objective in self.objectives))
         self.place = str(cfg.smart_embedding)

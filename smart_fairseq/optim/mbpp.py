@@ -170,6 +170,11 @@ class MBPP(FairseqOptimizer):
                 "--mbpp-momentum 0 with --mbpp-inner-steps 1: the teacher equals the weights at each update, "
                 "so the Bregman term only sees dropout; VBPP needs --mbpp-inner-steps above 1"
             )
+        if 0 < self.total_updates <= cfg.mbpp_inner_steps:
+            logger.warning(
+                f"--mbpp-inner-steps {cfg.mbpp_inner_steps} is no shorter than the run, {self.total_updates} updates: "
+                "the teacher does not move in it"
+            )
         self.base = _build_base(cfg, params)
         self._optimizer = self.base.optimizer
         self.teacher: Optional[List[Tensor]] = None
@@ -264,6 +269,11 @@ def _momentum(cfg: MBPPConfig, total_updates: int) -> Tuple[float, float]:
     """The momentum of the first part of training and of the rest: as given, or else the recipe's."""
     first, rest = cfg.mbpp_warmup_momentum, cfg.mbpp_momentum
     if rest in (0, 1):  # modes rather than averages: they hold from the start
+        if first not in (None, rest):
+            logger.warning(
+                f"--mbpp-warmup-momentum {first:g} changes nothing with --mbpp-momentum {rest:g}, which holds from the "
+                "start; leave one out"
+            )
         return rest, rest
     recipe = MOMENTUM[str(cfg.mbpp_recipe)]
     if recipe is None:  # one average throughout

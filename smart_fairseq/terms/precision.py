@@ -153,6 +153,11 @@ def choose_form(
 
 def _search(flags: AdversaryFlags, fresh_masks: bool, num_classes: int) -> Search:
     if flags.smart_linear_search:
+        if num_classes > FEW_CLASSES:
+            logger.warning(
+                f"--smart-linear-search takes a backward pass for each of {num_classes} classes but one, more than it "
+                "saves unless there are many steps; leave it out"
+            )
         return Search.EVERY_STEP
     if fresh_masks:
         return Search.FORWARD

@@ -8,9 +8,10 @@
 
 Common to them is a `Ball` around the embedding lookup, with a random start, and one step: along the gradient over its
 l2 norm, or with the norm inf along its sign, then back onto the ball. Padding is never perturbed; dropout masks are
-the same in all passes over a batch, so that they climb one function.
+the same in all passes of an update over a batch, so that they climb one function (FreeAT's are updates of their own).
 """
 
+import logging
 from dataclasses import make_dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -25,6 +26,8 @@ from ..method.noise import uniform_noise
 from ..method.relative import noise_in_units
 from ..terms.start import Drawn, drawn
 from .criterion import RegularizedCriterion
+
+logger = logging.getLogger(__name__)
 
 
 class Ball(NamedTuple):
@@ -73,12 +76,14 @@ class AdversarialCriterion(RegularizedCriterion):
 
     Attributes:
         name: of the method, with which its flags and its entries in the log begin. Errors in them are `UsageError`s.
+        passes_before_ascent: of the ``steps``, those that only find the gradient for the first ascent step.
         ball: the flags' values.
         delta: size of the batch's perturbations, a sum of norms in the unit of the radius.
         before: task loss of the batch where the ascent began, a sum; None where that is not known.
     """
 
     name: str
+    passes_before_ascent = 0
     delta: Tensor
 
     def __init__(self, cfg: RegularizedConfig, task: Any) -> None:
@@ -93,6 +98,8 @@ class AdversarialCriterion(RegularizedCriterion):
         if ball.epsilon_unit == "relative":
             allowed = f"at most 1, the size of the embeddings themselves; or with --{name}-epsilon-unit absolute"
             require(ball.epsilon <= 1, f"--{name}-epsilon", ball.epsilon, allowed)
+            allowed = f"at most --{name}-epsilon, {ball.epsilon:g}, so that the ascent begins within its ball"
+            require(ball.start <= ball.epsilon or not self.adversarial, f"--{name}-start", ball.start, allowed)
         require(
             ball.step_size > 0, f"--{name}-step-size", ball.step_size, f"above 0 (--{name}-epsilon 0: no adversary)"
         )
@@ -100,6 +107,11 @@ class AdversarialCriterion(RegularizedCriterion):
         self.adversary = Adversary(ball.epsilon, ball.step_size, int(ball.steps), norm=str(ball.norm), signed=True)
 
     def prepare(self, encoder: Encoder) -> str:
+        if self.adversarial and self.ball.steps <= self.passes_before_ascent:
+            logger.warning(
+                f"--{self.name}-steps {self.ball.steps} leaves no step of ascent: the task loss is taken at the random "
+                f"start, and with --{self.name}-start 0 training is plain; 2 or more make an adversary"
+            )
         where = "a perturbed point" if self.adversarial else "the embeddings"
         return f"{self.name}: the task loss is taken at {where}, "
 
