@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,6 +242,26 @@ def test_folders_that_were_moved(runs: dict[str, Run], tmp_path: Path) -> None:
         assert (moved / path.name).read_bytes() == path.read_bytes()
 
 
+def test_classes_stay_in_the_heads_order(runs: dict[str, Run], tmp_path: Path) -> None:
+    """A data folder that was written anew may have another."""
+    run = runs["bert"]
+    anew = shutil.copytree(run.data, tmp_path / "anew") / "label" / "dict.txt"
+    write(anew, *reversed(anew.read_text().splitlines()))
+    here, there = run.export(tmp_path / "here"), run.export(tmp_path / "there", "--data-dir", str(anew.parents[1]))
+    assert (there / "config.json").read_bytes() == (here / "config.json").read_bytes()
+
+
+def test_bpe_of_an_encoder_that_is_elsewhere(
+    runs: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As behind a second stage, which starts from a checkpoint of the first: the data folder says which kind."""
+    state = torch.load(runs["bert"].checkpoint, weights_only=False)
+    state["cfg"]["checkpoint"]["restore_file"] = str(tmp_path / "stage.pt")
+    torch.save(state, tmp_path / "second.pt")
+    said = refused([tmp_path / "second.pt", tmp_path / "out", "--format", "huggingface"], capsys)
+    assert f"{tmp_path / 'vocab.txt'}: is missing; --bpe bert needs vocab.txt, dict.txt in --bpe-dir" in said
+
+
 TRANSFORMERS = """
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 for name, (folder, rows) in asked.items():
@@ -335,7 +356,11 @@ def test_folders_of_another_model(runs: dict[str, Run], tmp_path: Path, capsys: 
         write(cut / part / "dict.txt", *(runs["roberta"].data / part / "dict.txt").read_text().splitlines())
     lines = (cut / "label" / "dict.txt").read_text().splitlines()
     write(cut / "label" / "dict.txt", lines[0])
-    assert "holds 1 labels; the head of" in line("--data-dir", cut)
+    said = line("--data-dir", cut)
+    assert "has the classes entailment; " in said and "trained with entailment, not_entailment; name its own" in said
+    (cut / "label" / "dict.txt").unlink()
+    assert "has no classes" in line("--data-dir", cut)
+    write(cut / "label" / "dict.txt", *lines)
 
     # a dictionary without one of the merges' products: fairseq reads <unk> there, and Hugging Face would not
     symbols = (runs["roberta"].imported / "dict.txt").read_text().splitlines()[1:]

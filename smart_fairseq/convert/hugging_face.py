@@ -13,6 +13,7 @@ for RoBERTa, where positions begin behind a padding index of 1 on both sides.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..data.binarize import read_manifest
 from ..data.bpe import BpeFiles, find_bpe, load_vocabulary, shared_vocabulary
-from ..data.folders import data_of, label_order
-from ..errors import refuse
+from ..data.folders import data_of, labels_in
+from ..errors import UsageError, refuse
 from ..files import whole_folder
 from ..models.smart_bert import SmartBertModel
 from .checkpoint import check_head, plain
@@ -56,7 +58,11 @@ def find_folders(
     if not (data / "input0" / "dict.txt").is_file():
         refuse(data, "holds no input0/dict.txt", "give the folder that the model was trained on by --data-dir")
     start = config["checkpoint"].get("finetune_from_model") or config["checkpoint"].get("restore_file")
-    bpe = find_bpe(None, bpe_dir or Path(start or ".").parent)
+    folder, kind = bpe_dir or Path(start or ".").parent, None
+    if not (folder / "bpe.json").is_file():
+        with contextlib.suppress(UsageError):  # of a folder that preprocess did not write
+            kind = read_manifest(data).get("bpe")
+    bpe = find_bpe(kind, folder)
     if bpe.kind not in FAMILIES:
         refuse(bpe.folder, f"is of --bpe {bpe.kind}", f"--format huggingface can write {' and '.join(FAMILIES)}")
     shared_vocabulary(data, bpe)
@@ -95,12 +101,19 @@ def read_architecture(path: Path, config: dict[str, Any], bpe: BpeFiles) -> tupl
 
 
 def labels_json(path: Path, config: dict[str, Any], known: Sequence[str], data: Path, count: int) -> dict[str, Any]:
-    """config.json's entries about the outputs of the head, ``count`` of them; ``known``: their labels, if they are."""
+    """config.json's entries about the outputs of the head, ``count`` of them; ``known``: their labels, if they are.
+
+    The head's own order counts, as in `inference`: the folder may have been written anew with another.
+    """
     if config["task"].get("regression_target"):
         return {"problem_type": "regression", "id2label": {str(place): f"LABEL_{place}" for place in range(count)}}
-    labels = known[:count] or label_order(data, count)
+    here = (labels_in(data) or [])[:count]
+    labels = list(known[:count]) or here
     if len(labels) < count:
         refuse(data / "label" / "dict.txt", f"holds {len(labels)} labels", f"the head of {path} has {count} outputs")
+    if set(labels) != set(here):
+        what = f"has the classes {', '.join(here)}" if here else "has no classes"
+        refuse(data, what, f"{path} was trained with {', '.join(labels)}; name its own data folder by --data-dir")
     return {
         "problem_type": "single_label_classification",
         "id2label": {str(place): label for place, label in enumerate(labels)},
@@ -145,7 +158,7 @@ def write_hugging_face(
     about = {
         "architectures": [f"{ {'bert': 'Bert', 'roberta': 'Roberta'}[family] }ForSequenceClassification"],
         **config_json(architecture),
-        **labels_json(path, config, () if data_dir else data_of(state).get("labels", ()), data, len(output)),
+        **labels_json(path, config, data_of(state).get("labels", ()), data, len(output)),
         "hidden_dropout_prob": settings.dropout,
         "attention_probs_dropout_prob": settings.attention_dropout,
         "classifier_dropout": settings.pooler_dropout,

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..data.folders import find_tasks, task_of
+from ..data.folders import DATA, data_of, find_tasks, task_of
 from ..errors import UsageError, refuse
 from ..training.metrics import REPORTED
 from .checkpoint import check_head, task_settings
@@ -95,7 +95,8 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
     }
     reports = {flag: metric in names for flag, names in REPORTED.items()}
     criterion = {"regression_target": outputs == 1, "classification_head_name": HEAD, **reports}
-    return {**state, "model": model, "cfg": _changed(state["cfg"], about, criterion)}
+    remembered = {**(state.get("task_state") or {}), DATA: data_of(state).get(task, {})}
+    return {**state, "model": model, "cfg": _changed(state["cfg"], about, criterion), "task_state": remembered}
 
 
 def _with_answer(state: dict[str, Any], model: dict[str, Any], task: str, folder: Path | None) -> dict[str, Any]:
