@@ -48,6 +48,13 @@ class Predictions:
         return found
 
 
+def check_there(checkpoint: Path) -> None:
+    """Raise `UsageError` for one that is no file."""
+    if not checkpoint.is_file():
+        what = "a folder; name a file in it, such as checkpoint_best.pt" if checkpoint.is_dir() else "no such file"
+        raise located(checkpoint, f"--checkpoint: {what}")
+
+
 class Model:
     """A checkpoint that `sentence_prediction` wrote, or of `smart_multitask` the folder's task, with its data.
 
@@ -55,9 +62,7 @@ class Model:
     """
 
     def __init__(self, checkpoint: Path, folder: Path, cpu: bool = False, fp16: bool = False) -> None:
-        if not checkpoint.is_file():
-            what = "a folder; name a file in it, such as checkpoint_best.pt" if checkpoint.is_dir() else "no such file"
-            raise located(checkpoint, f"--checkpoint: {what}")
+        check_there(checkpoint)
         self.folder, self.task = folder, task_of(folder)
 
         import torch  # what takes seconds to load comes after what can be said without

@@ -345,7 +345,7 @@ def test_other_heads_than_the_checkpoints_are_named(run: Path, place: Path, tmp_
     (tmp_path / "checkpoint_last.pt").write_bytes((run / "checkpoint_last.pt").read_bytes())
     tasks, other = ["RTE", "MRPC", "STS-B"], ["--multitask-san", "MRPC"]
     arguments = command(place / "bins", tasks, *other, save_dir=tmp_path, max_update=19)
-    with pytest.raises(UsageError, match="resume with the same heads and precision, or with --reset-optimizer"):
+    with pytest.raises(UsageError, match="as with other tasks, heads or another precision; resume with the same"):
         train(arguments)
 
 

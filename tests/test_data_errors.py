@@ -52,6 +52,10 @@ CONTENT = {
     "wrong label": ([HEADER, "0\ta\tb\tyes"], r"train.tsv:2: label 'yes' is not one of RTE's: entailment, not_ent"),
     "empty label": ([HEADER, "0\ta\tb\t"], r"train.tsv:2: label '' is not one of"),
     "label of another task": ([HEADER, GOOD, "1\ta\tb\tneutral"], r"train.tsv:3: label 'neutral'"),
+    "a column twice": (
+        [f"{HEADER}\tLabel", f"{GOOD}\t1"],
+        r"train.tsv:1: the header has the column 'label' twice; rename",
+    ),
     "header alone": ([HEADER], r"train.tsv: holds no rows"),
     "blank lines alone": ([HEADER, "", " "], r"train.tsv: holds no rows but 2 that were left out; the first: blank"),
     "web page": (["<!DOCTYPE html>", "<html>404</html>"], r"train.tsv: is a web page"),

@@ -144,6 +144,10 @@ def test_submission_files_and_zip(place, tmp_path, capsys):
     assert table(out / "RTE.tsv") == rte
     with zipfile.ZipFile(out / "submission.zip") as archive:
         assert len(archive.namelist()) == 11
+    # and the next one knows them
+    assert predict.main(["--checkpoint", *checkpoints, *flags]) == 0
+    alike = re.search(r"one answer for all rows, as of a baseline, is in (.*)", capsys.readouterr().out)[1].split(", ")
+    assert {"SST-2.tsv", "MRPC.tsv", "QQP.tsv", "QNLI.tsv", "WNLI.tsv"} <= set(alike)
     for name in GLUE:
         for split, file in TASKS[name].submission.items():
             if name in ("WNLI", "QNLI", "SST-2"):

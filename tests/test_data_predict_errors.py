@@ -38,6 +38,10 @@ def test_checkpoints_that_do_not_fit(place, tmp_path, capsys):
         return refused(predict.main, capsys, "--checkpoint", str(path), *data, *out, *more)
 
     assert "nowhere.pt: --checkpoint: no such file" in says("nowhere.pt")
+    both = ["--checkpoint", checkpoint(place, "RTE"), "nowhere.pt", *data]
+    with pytest.MonkeyPatch.context() as patch:  # before the first one's rows are predicted
+        patch.setattr(evaluate, "Model", None)
+        assert "nowhere.pt: --checkpoint: no such file" in refused(evaluate.main, capsys, *both)
     assert f"{tmp_path}: --checkpoint: a folder; name a file in it" in says(tmp_path)
     # the place is found out before the model is loaded
     below = str(tmp_path / "file" / "below")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ..data.binarize import read_manifest
 from ..data.folders import read_ids, task_of
-from ..data.lines import located, shown
+from ..data.lines import located, read_lines, shown
 from ..data.readers import find_sources
 from ..data.tasks import ANLI, ANLI_JOINED, GLUE, TASKS
 from ..errors import UsageError
 from ..files import check_file, replace_file, whole_file
-from ..inference import Model, Predictions
+from ..inference import Model, Predictions, check_there
 from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
 from .run import run
 
@@ -110,7 +110,14 @@ def write_zip(out: Path, fill: bool) -> None:
             if file not in missing:
                 archive.write(out / file, file)
     note = f"; the server also wants {', '.join(missing)} (--fill-missing majority)" if missing else ""
+    alike = [file for file in SUBMISSION_FILES if file not in missing and _gives_one_answer(out / file)]
+    note += f"; one answer for all rows, as of a baseline, is in {', '.join(alike)}" if alike else ""
     print(f"wrote {path}{note}")
+
+
+def _gives_one_answer(path: Path) -> bool:
+    answers = {line.partition("\t")[2] for _, line in itertools.islice(read_lines(path), 1, None)}
+    return len(answers) == 1
 
 
 # Command -----------------------------------------------------------------------------------------------------------
@@ -178,7 +185,8 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
             # the diagnostic set has no training part: GLUE asks for MNLI's model
             checkpoints.setdefault("AX", checkpoints["MNLI"])
         splits = {}  # of all tasks, before the first model takes its time
-        for name in checkpoints:
+        for name, checkpoint in checkpoints.items():
+            check_there(checkpoint)
             if name not in folders:
                 raise UsageError(f"--checkpoint names {name}, and --data-dir has {', '.join(folders)}")
             splits[name] = chosen_splits(folders[name], options.split, "test")

@@ -162,7 +162,7 @@ def check_split(folder: Path, split: str, task: Task, symbols: int) -> None:
     files = {folder / text / f"{split}.bin": len(read_ids_of(folder / text / split, symbols)[1]) for text in texts}
     labels = folder / "label" / f"{split}.{'label' if task.regression else 'bin'}"
     if not labels.is_file():
-        raise located(labels, f"is missing, so {split} has no labels; run preprocess again")
+        raise located(labels, f"is missing, so {split} has no labels; name a split that has, or run preprocess again")
     if task.regression:
         files[labels] = len(read_targets(labels))
     else:

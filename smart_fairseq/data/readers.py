@@ -24,8 +24,11 @@ BAD = "not in order (--skip-bad-rows)"  # why a row was left out
 
 
 def _positions(path: Path, header: Sequence[str], columns: Sequence[Column]) -> dict[Column, int]:
-    places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
+    names = [name.strip().lower() for name in header]
+    places = {name: place for place, name in enumerate(names)}
     for column in columns:
+        if names.count(str(column).lower()) > 1:
+            raise located(path, f"the header has the column {shown(str(column))} twice; rename one of them", 1)
         if str(column).lower() not in places:
             message = (
                 f"the header has no column {shown(str(column))}, only {shown(', '.join(header), 120)}; "

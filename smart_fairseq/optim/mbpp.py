@@ -249,7 +249,8 @@ class MBPP(FairseqOptimizer):
         if shapes and shapes != expected:
             raise UsageError(
                 f"--optimizer mbpp: the checkpoint's teacher has {len(shapes)} tensors that do not fit the "
-                f"{len(expected)} of this run; resume with the same heads and precision, or with --reset-optimizer"
+                f"{len(expected)} of this run, as with other tasks, heads or another precision; resume with the same, "
+                "or give another --save-dir, and to start from those weights --finetune-from-model"
             )
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "mbpp"}, optimizer_overrides)
         self.updates = own["updates"]
