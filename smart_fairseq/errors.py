@@ -136,7 +136,9 @@ def _explained(error: BaseException) -> str | None:
             return "--finetune-from-model is set with --restore-file; leave one of them out"
         return f"{text}; name an existing checkpoint"
     if isinstance(error, AssertionError) and text.startswith("could not find dataset: "):
-        return f"{text.removeprefix('could not find dataset: ')}: no such part in the data folder; name another folder"
+        missing = text.removeprefix("could not find dataset: ")
+        without = ", or train without it by --disable-validation" if os.path.basename(missing) == "valid" else ""
+        return f"{missing}: no such part in the data folder; name another folder{without}"
     other = re.match(r"(Criterion|Optimizer) does not match; .* (\S+) vs (\S+)$", text)
     if isinstance(error, AssertionError) and other:
         what = f"the checkpoint to go on from is of a run with {other[2]}, and this one has {other[3]}"

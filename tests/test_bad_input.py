@@ -243,9 +243,17 @@ def test_finetune_from_a_folder(class_data: Path, tmp_path: Path) -> None:
     assert line.startswith(f"--finetune-from-model {tmp_path}: a folder, ") and line.endswith("such as its model.pt")
 
 
-def test_a_folder_without_a_training_part(class_data: Path) -> None:
+def test_a_folder_without_a_part(class_data: Path, tmp_path: Path) -> None:
     line = library_refusal(command(class_data, "--train-subset", "gone"))
     assert line == f"{class_data}/input0/gone: no such part in the data folder; name another folder"
+    shutil.copytree(class_data, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("*/valid.*"):
+        path.unlink()
+    line = library_refusal(command(tmp_path, validate=True))
+    assert line.endswith(
+        "input0/valid: no such part in the data folder; name another folder, or train without it by "
+        "--disable-validation"
+    )
 
 
 def test_an_encoder_in_the_place_of_a_checkpoint(class_data: Path) -> None:

@@ -178,7 +178,6 @@ def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All that `evaluate_model` finds: {split: {checkpoint: ...}}."""
     if options.predictions or not options.checkpoint:
         raise UsageError("--full needs --checkpoint and goes without --predictions: it runs the models")
-    seed = whole_number("--seed", options.seed, 0)
     rows = None if options.attack_rows is None else whole_number("--attack-rows", options.attack_rows, 1)
     if options.picture:
         pyplot()  # so that what is missing is said now
@@ -200,7 +199,7 @@ def evaluate_fully(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     attack_rows=rows,
                     typos=bpe,
                     max_tokens=options.max_tokens,
-                    seed=seed,
+                    seed=options.seed,
                     threads=None,
                 )
         if options.outputs:
@@ -260,6 +259,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     add_model_options(parser)
     options = parser.parse_args(argv)
     options.max_tokens = whole_number("--max-tokens", options.max_tokens, 1)
+    options.seed = whole_number("--seed", options.seed, 0)
     for path in (options.json, options.outputs):
         check_file(path)
     check_place(options.picture)
