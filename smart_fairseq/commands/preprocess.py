@@ -272,7 +272,8 @@ def _glue(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--out", help="the folder to write (TASK-bin); with several tasks, the folder that holds these")
     add_shared_options(parser)
     options = parser.parse_args(argv)
-    names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, ", or all; one of your own needs --train")
+    otherwise = ", or all (files of your own: --train)"
+    names = [*GLUE, *EXTRA] if options.task == "all" else chosen("--task", options.task, TASKS, otherwise)
     bpe = check_shared_options(options)
     data_dir = Path(options.data_dir)
     present = names  # reading what is missing says which files it needs

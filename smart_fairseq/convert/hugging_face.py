@@ -111,9 +111,9 @@ def labels_json(path: Path, config: dict[str, Any], known: Sequence[str], data: 
     labels = list(known[:count]) or here
     if len(labels) < count:
         refuse(data / "label" / "dict.txt", f"holds {len(labels)} labels", f"the head of {path} has {count} outputs")
-    if set(labels) != set(here):
-        what = f"has the classes {', '.join(here)}" if here else "has no classes"
-        refuse(data, what, f"{path} was trained with {', '.join(labels)}; name its own data folder by --data-dir")
+    if here and set(labels) != set(here):
+        advice = f"{path} was trained with {', '.join(labels)}; name its own data folder by --data-dir"
+        refuse(data, f"has the classes {', '.join(here)}", advice)
     return {
         "problem_type": "single_label_classification",
         "id2label": {str(place): label for place, label in enumerate(labels)},

@@ -101,7 +101,7 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         if POOLER + ".weight" in state:
             pooler = "classification heads start from it"
             if never_trained(state):
-                pooler += f"; never trained (its biases are 0), it has got the spread that BERT draws, {POOLER_STD}"
+                pooler += f"; never trained (its biases are 0), so it was given BERT's first spread, {POOLER_STD}"
         notes.append(f"pooler: {pooler}")
         types = "the model goes without" if TOKEN_TYPES not in state else f"the first 2 of {config.sizes.token_types}"
         notes.append(f"token types: {types}")

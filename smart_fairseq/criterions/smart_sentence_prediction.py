@@ -47,7 +47,7 @@ class SmartSentencePredictionCriterion(RegularizedCriterion):
         given, cfg = cfg.smart_epsilon, with_recipe(cfg, "smart")
         weight = check_weight("--smart-weight", cfg.smart_weight)
         require(cfg.smart_every >= 1, "--smart-every", cfg.smart_every, "a whole number from 1")
-        if 0 < cfg.smart_max_update <= cfg.smart_every > 1:
+        if 1 < (cfg.smart_max_update or 0) <= cfg.smart_every:
             logger.warning(
                 f"--smart-every {cfg.smart_every} is no shorter than the run, {cfg.smart_max_update} updates: the term "
                 "acts at its first update alone"
