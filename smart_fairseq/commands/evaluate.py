@@ -22,7 +22,7 @@ from ..evaluation.metrics import over_seeds, score
 from ..evaluation.report import aligned, comparison, draw, for_json, notes, pyplot, write_arrays
 from ..files import check_file, check_place, write_json
 from ..inference import Model, check_there
-from .options import add_model_options, chosen_splits, data_folders, official_folder, whole_number
+from .options import add_model_options, chosen_splits, data_folders, existing, official_folder, whole_number
 from .predict import LETTERS
 from .run import run
 
@@ -266,6 +266,7 @@ def _main(argv: Sequence[str] | None, prog: str) -> None:
     options.attack = options.attack or options.attack_rows is not None
     if len(set(options.checkpoint or [])) < len(options.checkpoint or []):
         raise UsageError("--checkpoint names one twice; give each once")
+    existing(Path(options.data_dir))
     for path in options.checkpoint or ():  # before the first one takes its time
         check_there(Path(path))
     if options.full or options.attack or options.typos or options.outputs or options.picture:
