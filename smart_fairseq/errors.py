@@ -104,6 +104,10 @@ def _explained(error: BaseException) -> str | None:
     for link in chain(error):
         if isinstance(link, UsageError):
             return str(link)
+        if isinstance(link, FloatingPointError):  # fairseq then looks for the place, and falls over RoBERTa's output
+            advice = "lower --lr, lengthen --warmup-updates or give --clip-norm"
+            what = f"the gradients are not finite; {advice}" if "Nan/Inf" in str(link) else str(link)
+            return f"{what} (the weights are in crash.pt of --save-dir)"
     text = str(error)
     # a worker process hands its error on as text
     from_worker = re.search(r"^smart_fairseq\.errors\.UsageError: (.+)$", text, re.MULTILINE)

@@ -492,3 +492,13 @@ def test_what_does_nothing_is_said_before_training(
     for given in (flags, acting):
         log = train(command(class_data, *given, criterion=f"{criterion}_sentence_prediction", max_update=2))
         assert sum(words in str(line) for line in log["text"]) == (given is flags)
+
+
+@pytest.mark.parametrize("criterion", ["sentence_prediction", "smart_sentence_prediction"])
+def test_a_run_that_diverges_ends_in_a_line(criterion: str, class_data: Path, tmp_path: Path) -> None:
+    """fairseq's search for the place ends in a StopIteration for every RoBERTa."""
+    far = command(class_data, "--lr", "1e30", criterion=criterion, optimizer="adam", save_dir=tmp_path, max_update=9)
+    with pytest.raises(StopIteration) as caught:
+        train(far)
+    assert explain(caught.value).startswith("the gradients are not finite; lower --lr, ")
+    assert (tmp_path / "crash.pt").is_file()
