@@ -38,7 +38,7 @@ def _log_probabilities(logits: Tensor, reference_logits: Tensor) -> tuple[Tensor
 
 
 def _in_float64(divergence: Divergence) -> Divergence:
-    """For sums whose parts cancel where P and Q are close, at the paper's radius: float32 leaves noise of any sign."""
+    """For a sum whose parts cancel where P and Q are close, at the paper's radius: float32 leaves noise of any sign."""
 
     @functools.wraps(divergence)
     def exact(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -110,7 +110,6 @@ def squared_error(outputs: Tensor, reference: Tensor) -> Tensor:
     return (outputs - reference).square().sum(dim=-1)
 
 
-@_in_float64
 def squared_error_of_classes(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """Squared error between class probabilities; shapes and errors as `symmetric_kl`.
 
