@@ -91,11 +91,9 @@ class Model:
             state = checkpoint_utils.load_checkpoint_to_cpu(str(self._path))
             settings = task_settings(state)
             trained_on, kind = str(settings.get("data") or ""), settings.get("_name")
-            self._was = data_of(state)
             if of_several_tasks(state):
                 name = STAND_INS.get(self.task.name, self.task.name)
                 trained_on = str(folder_of(state, name) or self.folder)
-                self._was = self._was.get(name, {})
                 state = single_task(self._path, state, name, self.folder)
             elif self.task.candidates != scores_candidates(state):
                 needed = "smart_wnli" if self.task.candidates else "sentence_prediction"
@@ -105,6 +103,7 @@ class Model:
                     f"is of the task {kind}, such as an encoder that is not fine-tuned; give a checkpoint that "
                     f"fairseq-train wrote on {self.folder}"
                 )
+            self._was = data_of(state)
             regression = settings.get("regression_target")
             scored = self.task.candidates or self.task.ranking  # by one output, which is no regression's
             if not scored and regression not in (None, self.task.regression):

@@ -363,6 +363,13 @@ def test_folders_of_another_model(runs: dict[str, Run], tmp_path: Path, capsys: 
     said = line("--data-dir", cut)
     assert "has the classes entailment; " in said and "trained with entailment, not_entailment; name its own" in said
 
+    # of a checkpoint that does not say its classes the folder's count
+    state = torch.load(runs["roberta"].checkpoint, weights_only=False)
+    state["task_state"].pop("smart_data")
+    torch.save(state, cut / "unsaid.pt")
+    unsaid = [cut / "unsaid.pt", tmp_path / "out", "--format", "huggingface", "--data-dir", cut]
+    assert "holds 1 labels; the head of" in refused(unsaid, capsys)
+
     # a dictionary without one of the merges' products: fairseq reads <unk> there, and Hugging Face would not
     symbols = (runs["roberta"].imported / "dict.txt").read_text().splitlines()[1:]
     for name in ("encoder.json", "vocab.bpe", "bpe.json"):

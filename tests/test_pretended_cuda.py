@@ -84,8 +84,8 @@ LAUNCHES = {
     "dropout off": (470, 400, 540, 465),
     "dropout independent": (470, 280, 525, 335),
     "input": (435, 280, 495, 335),
-    "kl": (405, 250, 460, 305),  # casts to float64 and back among them, as with js
-    "js": (435, 280, 490, 330),
+    "kl": (400, 250, 455, 300),
+    "js": (430, 275, 490, 330),
     "squared": (400, 250, 460, 300),
     "regression": (375, 240, 435, 295),
     "tangent": (660, 760, 725, 765),

@@ -42,10 +42,11 @@ from torch import Tensor
 
 from ..errors import refuse
 from ..files import sha256, whole_files
+from ..models.smart_bert import never_trained
 from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES, fairseq_checkpoint, plain
 from .config import Config, architecture, architecture_flags, recipe_overrides
 from .vocabulary import read_bert_vocabulary, read_gpt2_vocabulary
-from .weights import LM_HEAD_SEED, POOLER_STD, convert_weights, never_trained, open_weights
+from .weights import LM_HEAD_SEED, POOLER_STD, convert_weights, open_weights
 
 WRITTEN_FILES = ("model.pt", "dict.txt", "encoder.json", "vocab.bpe", "vocab.txt", "bpe.json", "import.json")
 
@@ -100,7 +101,7 @@ def convert_folder(model_dir: Path, config: Config, out_dir: Path) -> dict[str, 
         pooler = "the file has none"
         if POOLER + ".weight" in state:
             pooler = "classification heads start from it"
-            if never_trained(state):
+            if never_trained(state[POOLER + ".bias"]):
                 pooler += f"; never trained (its biases are 0), so it was given BERT's first spread, {POOLER_STD}"
         notes.append(f"pooler: {pooler}")
         types = "the model goes without" if TOKEN_TYPES not in state else f"the first 2 of {config.sizes.token_types}"

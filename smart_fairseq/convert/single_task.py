@@ -80,6 +80,8 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
         for name, weight in state["model"].items()
         if name.startswith(own) or not name.startswith(HEADS)
     }
+    remembered = {**(state.get("task_state") or {}), DATA: data_of(state).get(task, {})}
+    state = {**state, "task_state": remembered}
     outputs = len(model[f"{HEADS}{HEAD}.out_proj.bias"])
     folder = data or folder_of(state, task)
     if f"{HEADS}{HEAD}.{ANSWER}" in model:
@@ -95,8 +97,7 @@ def single_task(path: Path, state: dict[str, Any], task: str, data: Path | None 
     }
     reports = {flag: metric in names for flag, names in REPORTED.items()}
     criterion = {"regression_target": outputs == 1, "classification_head_name": HEAD, **reports}
-    remembered = {**(state.get("task_state") or {}), DATA: data_of(state).get(task, {})}
-    return {**state, "model": model, "cfg": _changed(state["cfg"], about, criterion), "task_state": remembered}
+    return {**state, "model": model, "cfg": _changed(state["cfg"], about, criterion)}
 
 
 def _with_answer(state: dict[str, Any], model: dict[str, Any], task: str, folder: Path | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import refuse
+from ..models.smart_bert import never_trained
 from .checkpoint import EMBEDDINGS, LM_HEAD, POOLER, TOKEN_TYPES
 from .config import Config, Sizes
 
@@ -42,11 +43,6 @@ def modules(sizes: Sizes) -> Iterator[tuple[str, str, list[int]]]:
         for source, (target, shape) in LAYER_MODULES.items():
             numbers = [getattr(sizes, size) for size in shape]
             yield f"encoder.layer.{layer}.{source}", f"{ENCODER}layers.{layer}.{target}", numbers
-
-
-def never_trained(state: dict[str, Tensor]) -> bool:
-    """Whether BERT's pooler is as it was drawn, as in encoders made to be averaged over tokens: its biases are 0."""
-    return not state[POOLER + ".bias"].any()
 
 
 class Weights:
@@ -133,7 +129,7 @@ def convert_weights(weights: Weights, config: Config, rows: Sequence[int]) -> tu
         module(source, target, *shape)
     if config.model_type == "bert" and "pooler.dense.weight" in weights:
         module("pooler.dense", POOLER, sizes.embed_dim, sizes.embed_dim)
-        if never_trained(state):
+        if never_trained(state[POOLER + ".bias"]):
             weight = state[POOLER + ".weight"]
             weight *= POOLER_STD / max(float(weight.std()), 1e-9)
 

@@ -22,13 +22,17 @@ from torch import Tensor
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
+def _wide(outputs: Tensor, reference: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(outputs.dtype, reference.dtype), torch.float32)
+
+
 def _pair(outputs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Check the shapes and widen both sides to float32 at least."""
     if outputs.shape != reference.shape or outputs.dim() != 2:
         raise ValueError(
             f"outputs {tuple(outputs.shape)} and reference {tuple(reference.shape)}: both must be [B, K], of one shape"
         )
-    wide = torch.promote_types(torch.promote_types(outputs.dtype, reference.dtype), torch.float32)
+    wide = _wide(outputs, reference)
     return outputs.to(wide), reference.to(wide)
 
 
@@ -42,8 +46,7 @@ def _in_float64(divergence: Divergence) -> Divergence:
 
     @functools.wraps(divergence)
     def exact(logits: Tensor, reference_logits: Tensor) -> Tensor:
-        logits, reference_logits = _pair(logits, reference_logits)
-        return divergence(logits.double(), reference_logits.double()).to(logits.dtype)
+        return divergence(logits.double(), reference_logits.double()).to(_wide(logits, reference_logits))
 
     return exact
 

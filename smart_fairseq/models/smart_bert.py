@@ -80,6 +80,11 @@ class BertSentenceEncoder(TransformerEncoder):
         return super().upgrade_state_dict_named(state_dict, name)  # type: ignore[no-any-return]
 
 
+def never_trained(pooler_bias: Tensor) -> bool:
+    """Whether BERT's pooler is as it was drawn, with biases [C] of 0, as in encoders made to be averaged."""
+    return not pooler_bias.any()
+
+
 class BertEncoder(RobertaEncoder):
     """fairseq's RoBERTa encoder around `BertSentenceEncoder`."""
 
@@ -151,8 +156,7 @@ class SmartBertModel(RobertaModel):
         known = isinstance(found, RobertaClassificationHead)
         if self.pooler and known and found.dense.weight.shape == self.pooler["weight"].shape:
             found.dense.load_state_dict(self.pooler)
-            # as in encoders that were made to be averaged over their tokens: the zeros that BERT initialises them with
-            untrained = "" if self.pooler["bias"].any() else " (never trained: its biases are 0)"
+            untrained = " (never trained: its biases are 0)" if never_trained(self.pooler["bias"]) else ""
             logger.info(f"the classification head {head} starts from BERT's pooler{untrained}")
 
 
